@@ -1,0 +1,218 @@
+"""What a SpikeLM is: sizes, time steps and neuron. No torch, no model code."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Every class a checkpoint's code offers. The whole map goes into every config.json, so that a masked-LM checkpoint
+# also loads as a classifier on a machine that has only the checkpoint.
+AUTO_MAP = {
+    "AutoConfig": "configuration_spikelm.SpikeLMConfig",
+    "AutoModel": "modeling_spikelm.SpikeLMModel",
+    "AutoModelForPreTraining": "modeling_spikelm.SpikeLMForPreTraining",
+    "AutoModelForMaskedLM": "modeling_spikelm.SpikeLMForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_spikelm.SpikeLMForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_spikelm.SpikeLMForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_spikelm.SpikeLMForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_spikelm.SpikeLMForMultipleChoice",
+}
+
+MEMBRANE_RESETS = ("reference", "symmetric")
+
+# A subset of transformers.activations.ACT2FN, spelled out because importing that table imports torch.
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_pytorch_tanh",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "swish",
+    "tanh",
+)
+
+# BERT fields that mean the same here; a BERT configuration is translated by carrying these over.
+SHARED_WITH_BERT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "classifier_dropout",
+    "tie_word_embeddings",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+@strict
+class SpikeLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a SpikeLM model (Xing et al., "SpikeLM: Towards General Spike-Driven Language Modeling via Elastic
+    Bi-Spiking Mechanisms", ICML 2024, arXiv:2406.03287): a BERT encoder whose linear layers and keys and values see
+    ternary spikes. The defaults are the base model of the paper.
+
+    Besides BERT's fields, with BERT's meaning:
+
+    Args:
+        num_time_steps (`int`, *optional*, defaults to 4):
+            Number of time steps T that the encoder runs for; at least 1.
+        membrane_decay (`float`, *optional*, defaults to 0.25):
+            Share of the membrane potential that is left after one time step, in [0, 1].
+        amplitude_scale (`float`, *optional*, defaults to 2.0):
+            k in `amplitude[t] = k * mean(|membrane[t]|)`, above 0. A larger k means fewer spikes.
+        membrane_reset (`str`, *optional*, defaults to `"reference"`):
+            What is left of the membrane after a spike s with amplitude a: `"reference"` keeps `decay * (a - s)` of it
+            (the rule behind the published figures), `"symmetric"` keeps `decay * (1 - |s| / a)`.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the encoder's feed-forward layers.
+        mlm_transform_act (`str`, *optional*, defaults to `"relu"`):
+            Activation in the masked-LM head's transform (the reference uses ReLU there, BERT its `hidden_act`).
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field, the value and what is allowed.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: a field has the wrong type.
+
+    Example:
+
+    ```python
+    >>> from configuration_spikelm import SpikeLMConfig
+    >>> SpikeLMConfig(num_time_steps=1).num_time_steps
+    1
+    ```
+    """
+
+    model_type = "spikelm"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    classifier_dropout: float | int | None = None
+    tie_word_embeddings: bool = True
+
+    num_time_steps: int = 4
+    membrane_decay: float | int = 0.25
+    amplitude_scale: float | int = 2.0
+    membrane_reset: str = "reference"
+    mlm_transform_act: str = "relu"
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        # @strict runs the validators as well, but wraps what they raise; here the plain ValueError comes first.
+        self.validate_architecture()
+        self.validate_neuron()
+
+    def validate_architecture(self):
+        """Refuses sizes, probabilities and activations that no encoder can have; also run before every save."""
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            self._require(field, getattr(self, field) >= 1, "a whole number of at least 1")
+        self._require(
+            "num_attention_heads",
+            self.hidden_size % self.num_attention_heads == 0,
+            f"a divisor of hidden_size={self.hidden_size}",
+        )
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, field)
+            self._require(field, value is None or 0 <= value < 1, "a probability in [0, 1)")
+        self._require("layer_norm_eps", self.layer_norm_eps > 0, "a number above 0")
+        self._require("initializer_range", self.initializer_range >= 0, "a number of at least 0")
+        for field in ("hidden_act", "mlm_transform_act"):
+            self._require(field, getattr(self, field) in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+
+    def validate_neuron(self):
+        """Refuses time steps and neuron constants for which the neuron's equations make no sense."""
+        self._require("num_time_steps", self.num_time_steps >= 1, "a whole number of at least 1")
+        self._require("membrane_decay", 0 <= self.membrane_decay <= 1, "a number in [0, 1]")
+        self._require("amplitude_scale", 0 < self.amplitude_scale < float("inf"), "a finite number above 0")
+        self._require("membrane_reset", self.membrane_reset in MEMBRANE_RESETS, f"one of {', '.join(MEMBRANE_RESETS)}")
+
+    def _require(self, field: str, holds: bool, allowed: str):
+        if not holds:
+            raise ValueError(f"SpikeLMConfig: {field}={getattr(self, field)!r} is not possible; it must be {allowed}.")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `PreTrainedConfig`, but a BERT configuration is translated and every other model type refused.
+
+        Raises:
+            ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type == "bert":
+            config_dict = cls._from_bert(config_dict, pretrained_model_name_or_path)
+        elif model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; SpikeLM loads its own "
+                "checkpoints ('spikelm') and takes a warm start from BERT ('bert'), nothing else."
+            )
+        return config_dict, kwargs
+
+    @classmethod
+    def _from_bert(cls, bert: dict[str, Any], name: Any) -> dict[str, Any]:
+        if bert.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(
+                f"{name} is a BERT with position_embedding_type={bert['position_embedding_type']!r}; SpikeLM has "
+                "absolute position embeddings, so only such a BERT can be its warm start."
+            )
+        if bert.get("is_decoder") or bert.get("add_cross_attention"):
+            raise ValueError(f"{name} is a BERT decoder; SpikeLM is an encoder and takes a warm start only from one.")
+        translated = {field: bert[field] for field in SHARED_WITH_BERT if field in bert}
+        head_architectures = ("BertForMaskedLM", "BertForPreTraining")
+        if any(architecture in head_architectures for architecture in bert.get("architectures") or ()):
+            # The masked-LM head comes along, so its activation has to stay what its weights were trained with.
+            translated["mlm_transform_act"] = bert.get("hidden_act", "gelu")
+        logger.warning_once(
+            f"{name} is a BERT checkpoint: SpikeLM takes its weights as a warm start. Its neurons are not calibrated "
+            "yet; they calibrate in the first training forward, or by model.calibrate(batches)."
+        )
+        return {**translated, "model_type": cls.model_type}
+
+
+__all__ = ["SpikeLMConfig"]

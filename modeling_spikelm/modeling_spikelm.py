@@ -1,0 +1,797 @@
+"""SpikeLM: a BERT encoder whose matrix products see ternary spikes (arXiv:2406.03287).
+
+Shapes: B sequences of L tokens, T time steps, width H. The embeddings `(B, L, H)` are repeated T times, the encoder works
+on `(T * B, L, H)`, time step major, and its output is averaged over the T steps. Module and parameter names are BERT's.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_spikelm import SpikeLMConfig
+from .spiking import SpikingNeurons
+
+
+class _TapMean(torch.autograd.Function):
+    """`x -> (x, mean over time steps)`, where the mean takes part in the backward pass as if x were mean + deviation.
+
+    So an averaged hidden state or attention retains a gradient, the sum of the gradients of its T steps, while the
+    values and the gradient of x stay exactly what they are without the tap.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.sum(0)
+        return gradient - total / gradient.shape[0], total
+
+
+class SpikeLMStepMean(nn.Module):
+    """Reads the mean over the T steps off a tensor `(T * B, ...)`: returns the tensor unchanged and `(B, ...)`."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.num_time_steps = config.num_time_steps
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        steps = x.unflatten(0, (self.num_time_steps, -1))
+        mean = steps.mean(0)
+        return _TapMean.apply(steps, mean).flatten(0, 1), mean
+
+
+class SpikeLMEmbeddings(nn.Module):
+    """BERT's embeddings, real-valued: `(B, L)` token ids to `(B, L, H)`."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            if length > self.position_embeddings.num_embeddings:
+                raise ValueError(
+                    f"The input is {length} tokens long, but this model has "
+                    f"max_position_embeddings={self.position_embeddings.num_embeddings}; truncate or split it."
+                )
+            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(batch_size, length, dtype=torch.long, device=inputs_embeds.device)
+        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+def eager_attention_forward(
+    module: "SpikeLMSelfAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`dropout(softmax(q k^T * scaling + mask)) v` on `(T * B, heads, L, d)`.
+
+    Returns the context `(T * B, L, heads, d)` and, if asked for, the probabilities averaged over T, `(B, heads, L, L)`.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    mean = None
+    if module.config.output_attentions if output_attentions is None else output_attentions:
+        probabilities, mean = module.step_mean(probabilities)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), mean
+
+
+class SpikeLMSelfAttention(nn.Module):
+    """Self-attention on spikes: real queries, ternary keys and values, `(T * B, L, H)` in and out."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        # Queries, keys and values see the same input, so one group of neurons serves all three.
+        self.neurons = SpikingNeurons(config)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_neurons = SpikingNeurons(config, has_membrane=False)
+        self.value_neurons = SpikingNeurons(config, has_membrane=False)
+        self.step_mean = SpikeLMStepMean(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        spikes = self.neurons(hidden_states)
+        query = self._split_heads(self.query(spikes))
+        key = self._split_heads(self.key_neurons(self.key(spikes)))
+        value = self._split_heads(self.value_neurons(self.value(spikes)))
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, mean_probabilities = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return context.reshape(hidden_states.shape), mean_probabilities
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class SpikeLMResidual(nn.Module):
+    """`LayerNorm(residual + dropout(W neurons(x) + b))`: the end of both halves of a layer."""
+
+    def __init__(self, config: SpikeLMConfig, input_size: int):
+        super().__init__()
+        self.neurons = SpikingNeurons(config)
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(self.neurons(x))))
+
+
+class SpikeLMAttention(nn.Module):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.self = SpikeLMSelfAttention(config)
+        self.output = SpikeLMResidual(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        context, _ = self.self(hidden_states, attention_mask, **kwargs)
+        return self.output(context, hidden_states)
+
+
+class SpikeLMIntermediate(nn.Module):
+    """`act(W neurons(x) + b)`, `(T * B, L, H)` to `(T * B, L, intermediate_size)`."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.neurons = SpikingNeurons(config)
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.intermediate_act_fn(self.dense(self.neurons(x)))
+
+
+class SpikeLMLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.attention = SpikeLMAttention(config)
+        self.intermediate = SpikeLMIntermediate(config)
+        self.output = SpikeLMResidual(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(attended), attended)
+
+
+class SpikeLMEncoder(nn.Module):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList([SpikeLMLayer(config) for _ in range(config.num_hidden_layers)])
+        self.step_mean = SpikeLMStepMean(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps."""
+        records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            if records_layers:
+                # The recorder of `capture_outputs` listens to this module.
+                hidden_states, _ = self.step_mean(hidden_states)
+        return hidden_states.unflatten(0, (self.config.num_time_steps, -1)).mean(0)
+
+
+class SpikeLMPooler(nn.Module):
+    """`tanh(W x[:, 0] + b)`, `(B, L, H)` to `(B, H)`."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(hidden_states[:, 0]))
+
+
+class SpikeLMPredictionHeadTransform(nn.Module):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = ACT2FN[config.mlm_transform_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+
+
+class SpikeLMLMPredictionHead(nn.Module):
+    """Masked-LM logits `(..., vocab_size)`; the decoder shares the word embeddings' weight."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.transform = SpikeLMPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        # BERT's checkpoints hold the decoder's bias under this name as well.
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+class SpikeLMOnlyMLMHead(nn.Module):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.predictions = SpikeLMLMPredictionHead(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.predictions(hidden_states)
+
+
+class SpikeLMPreTrainingHeads(SpikeLMOnlyMLMHead):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class SpikeLMPreTrainedModel(PreTrainedModel):
+    """What every SpikeLM class shares: initialisation, warm start from BERT, and calibration."""
+
+    config: SpikeLMConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpikeLMEmbeddings", "SpikeLMLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["amplitude"]
+    _can_record_outputs = {
+        # The embeddings are the state before the first layer; both recorders see `(B, L, H)`, never the T copies.
+        "hidden_states": [
+            OutputRecorder(SpikeLMEmbeddings, capture_initial_hidden_state=False),
+            OutputRecorder(SpikeLMStepMean, index=1, layer_name="encoder.step_mean", capture_initial_hidden_state=False),
+        ],
+        "attentions": OutputRecorder(SpikeLMSelfAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SpikingNeurons):
+            init.zeros_(module.amplitude)
+        elif isinstance(module, SpikeLMLMPredictionHead):
+            init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in `PreTrainedModel`; a BERT checkpoint is a warm start: its weights, with neurons not calibrated yet.
+
+        Raises:
+            ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder.
+        """
+        if isinstance(config, PreTrainedConfig) and config.name_or_path != str(pretrained_model_name_or_path):
+            # A configuration of the caller's says nothing about the checkpoint, so the checkpoint's own is asked.
+            location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
+            type(config).get_config_dict(pretrained_model_name_or_path, **location)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
+        for neurons in _neurons(loaded[0] if isinstance(loaded, tuple) else loaded):
+            neurons.read_calibration()
+        return loaded
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Sets every amplitude from data, without training; anew if called again.
+
+        Each batch is treated as if it were the first of a training (dropout off), in execution order; an amplitude
+        becomes the mean of its values over the batches, weighted by their number of positions. With several processes
+        every one has to call, each with batches of its own, and all end with the same amplitudes.
+
+        Args:
+            batches: forward arguments, for instance `[tokenizer(texts, padding=True, return_tensors="pt")]`.
+
+        Raises:
+            ValueError: `batches` is empty (on every process). The amplitudes then stay what they were.
+        """
+        weighted: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0))
+        weights: dict[SpikingNeurons, int] = defaultdict(int)
+
+        def use_batch_amplitude(neurons: SpikingNeurons, args: tuple[torch.Tensor]):
+            steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
+            amplitude = neurons.batch_amplitude(steps)
+            weighted[neurons] = weighted[neurons] + amplitude.double().cpu() * steps[0].numel()
+            weights[neurons] += steps[0].numel()
+            neurons.set_amplitude(amplitude)
+
+        groups = _neurons(self)
+        before = [neurons.amplitude.clone() for neurons in groups]
+        was_training = self.training
+        hooks = [neurons.register_forward_pre_hook(use_batch_amplitude) for neurons in groups]
+        self.eval()
+        try:
+            for batch in batches:
+                self(**{name: _to_device(value, self.device) for name, value in batch.items()})
+        finally:
+            self.train(was_training)
+            for hook, neurons, amplitude in zip(hooks, groups, before, strict=True):
+                hook.remove()
+                neurons.set_amplitude(amplitude)
+        sums = torch.stack(
+            [torch.cat((weighted[n].expand(n.num_time_steps), torch.tensor([weights[n]]))).double() for n in groups]
+        )
+        if dist.is_available() and dist.is_initialized():
+            sums = sums.to(self.device)
+            dist.all_reduce(sums)
+        if not (sums[:, -1] > 0).all():
+            raise ValueError("calibrate() got no batch; pass at least one dict of forward arguments.")
+        for neurons, amplitude in zip(groups, sums[:, :-1] / sums[:, -1:], strict=True):
+            neurons.set_amplitude(amplitude.float())
+
+    def reset_calibration(self) -> None:
+        """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew."""
+        for neurons in _neurons(self):
+            neurons.set_amplitude(torch.zeros_like(neurons.amplitude))
+
+
+# Arguments of from_pretrained that say where a checkpoint lies.
+_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _neurons(model: nn.Module) -> list[SpikingNeurons]:
+    return [module for module in model.modules() if isinstance(module, SpikingNeurons)]
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+class SpikeLMModel(SpikeLMPreTrainedModel):
+    """The encoder: token ids `(B, L)` to `last_hidden_state` `(B, L, H)` and, with the pooler, `pooler_output` `(B, H)`."""
+
+    def __init__(self, config: SpikeLMConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = SpikeLMEmbeddings(config)
+        self.encoder = SpikeLMEncoder(config)
+        self.pooler = SpikeLMPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids: `(B, L)` token ids, or instead of them
+            inputs_embeds: `(B, L, H)` word embeddings.
+            attention_mask: `(B, L)`, 1 for tokens and 0 for padding; or a 4D mask as attention takes it.
+            token_type_ids, position_ids: `(B, L)`; by default zeros, and 0 .. L-1.
+
+        `hidden_states` `(B, L, H)` and `attentions` `(B, heads, L, L)`, if asked for, are means over the T steps.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more tokens than position embeddings.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        steps = self.config.num_time_steps
+        embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden_states = embeddings.repeat(steps, 1, 1)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(steps, *[1] * (attention_mask.dim() - 1))
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        last_hidden_state = self.encoder(hidden_states, attention_mask, **kwargs)
+        pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+
+
+@dataclass
+class SpikeLMForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, masked-LM loss + next-sentence loss (each a mean), when both kinds of labels are given.
+        prediction_logits: `(B, L, vocab_size)`, before the softmax.
+        seq_relationship_logits: `(B, 2)`, before the softmax.
+        hidden_states: `(B, L, H)` each, the mean over T: the embeddings, then every layer's output.
+        attentions: `(B, heads, L, L)` each, the mean over T.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    seq_relationship_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
+    """A SpikeLM whose `cls.predictions.decoder` is tied to the word embeddings."""
+
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+
+class SpikeLMForPreTraining(SpikeLMWithMLMHead):
+    """BERT's two pre-training objectives: masked tokens and next sentence."""
+
+    # The next-sentence loss is a mean over the batch, so the Trainer has to average over accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.bert = SpikeLMModel(config)
+        self.cls = SpikeLMPreTrainingHeads(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SpikeLMForPreTrainingOutput:
+        """
+        Args:
+            labels: `(B, L)` token ids to predict, -100 where nothing is.
+            next_sentence_label: `(B,)`, 0 where the second segment follows the first, 1 where it is a random one.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        prediction_logits = self.cls(outputs.last_hidden_state)
+        seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            loss = nn.functional.cross_entropy(prediction_logits.float().flatten(0, 1), labels.flatten())
+            loss = loss + nn.functional.cross_entropy(seq_relationship_logits.float(), next_sentence_label.flatten())
+        return SpikeLMForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=prediction_logits,
+            seq_relationship_logits=seq_relationship_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SpikeLMForMaskedLM(SpikeLMWithMLMHead):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.bert = SpikeLMModel(config, add_pooling_layer=False)
+        self.cls = SpikeLMOnlyMLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MaskedLMOutput:
+        """
+        Args:
+            labels: `(B, L)` token ids to predict, -100 where nothing is.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.cls(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _classifier_dropout(config: SpikeLMConfig) -> nn.Dropout:
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+
+
+class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
+    # The loss is a mean over the batch, so the Trainer has to average over accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = SpikeLMModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SequenceClassifierOutput:
+        """
+        Args:
+            labels: `(B,)` class numbers, `(B,)` or `(B, num_labels)` floats for a regression, `(B, num_labels)` floats
+                0 or 1 for several labels at once; `config.problem_type` decides, or if it is None the labels' form.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpikeLMForTokenClassification(SpikeLMPreTrainedModel):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = SpikeLMModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | TokenClassifierOutput:
+        """
+        Args:
+            labels: `(B, L)` class numbers, -100 where a token has none.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpikeLMForQuestionAnswering(SpikeLMPreTrainedModel):
+    # The loss is a mean over the batch, so the Trainer has to average over accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.bert = SpikeLMModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | QuestionAnsweringModelOutput:
+        """
+        Args:
+            start_positions, end_positions: `(B,)` first and last token of the answer; positions beyond L are ignored.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SpikeLMForMultipleChoice(SpikeLMPreTrainedModel):
+    # The loss is a mean over the batch, so the Trainer has to average over accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.bert = SpikeLMModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MultipleChoiceModelOutput:
+        """
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: `(B, choices, L)`.
+            inputs_embeds: `(B, choices, L, H)`.
+            labels: `(B,)` number of the right choice.
+        """
+        num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+
+        def flatten(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.flatten(0, 1)
+
+        outputs = self.bert(
+            flatten(input_ids),
+            attention_mask=flatten(attention_mask),
+            token_type_ids=flatten(token_type_ids),
+            position_ids=flatten(position_ids),
+            inputs_embeds=flatten(inputs_embeds),
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).unflatten(0, (-1, num_choices)).squeeze(-1)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "SpikeLMForMaskedLM",
+    "SpikeLMForMultipleChoice",
+    "SpikeLMForPreTraining",
+    "SpikeLMForPreTrainingOutput",
+    "SpikeLMForQuestionAnswering",
+    "SpikeLMForSequenceClassification",
+    "SpikeLMForTokenClassification",
+    "SpikeLMModel",
+    "SpikeLMPreTrainedModel",
+]
