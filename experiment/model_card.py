@@ -1,0 +1,130 @@
+"""Fills the template model_card.md from a run."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class RunCard:
+    """The card of one run: what is known when it starts, and `write` for what is known later.
+
+    Args:
+        model: the model that is trained.
+        training: the Trainer's arguments.
+        pipeline_tag: the Hub's name of the task, "fill-mask" or "text-classification".
+        auto_class: the Auto class that loads the model.
+        training_data: one sentence on the data, for people.
+        datasets: Hub names of the data sets.
+        metrics: names of the metrics, from result key (without "eval_") to the Hub's metric type.
+        dataset_for_results: name of the data that the results are on.
+        started_from: the checkpoint the model started from, if any.
+    """
+
+    model: PreTrainedModel
+    training: TrainingArguments
+    pipeline_tag: str
+    auto_class: str
+    training_data: str
+    dataset_for_results: str
+    datasets: list[str] = field(default_factory=list)
+    metrics: dict[str, str] = field(default_factory=dict)
+    started_from: str | None = None
+
+    @property
+    def model_id(self) -> str:
+        """The Hub id the model goes to, or the name of the output folder."""
+        return self.training.hub_model_id or Path(self.training.output_dir).name
+
+    def write(self, folder: str | Path, results: dict[str, float], state: TrainerState | None = None) -> Path:
+        """Writes README.md into a checkpoint's folder.
+
+        Args:
+            folder: the checkpoint.
+            results: evaluation results, keys with or without "eval_"; empty before the first evaluation.
+            state: the Trainer's state at this checkpoint.
+
+        Returns:
+            The card's path.
+        """
+        results = {name.removeprefix("eval_"): value for name, value in results.items()}
+        model_name = self.model_id.rsplit("/", 1)[-1]
+        config = self.model.config
+        spiking = config.model_type == "spikelm"
+        data = ModelCardData(
+            language="en",
+            license="apache-2.0",
+            library_name="transformers",
+            pipeline_tag=self.pipeline_tag,
+            tags=["spikelm", "spiking-neural-network", "custom_code"] if spiking else [config.model_type],
+            datasets=self.datasets or None,
+            metrics=sorted(set(self.metrics.values())) or None,
+            base_model=self._base_model(),
+            model_name=model_name,
+            eval_results=[
+                EvalResult(
+                    task_type=self.pipeline_tag,
+                    dataset_type=self.datasets[0] if self.datasets else "custom",
+                    dataset_name=self.dataset_for_results,
+                    metric_type=metric,
+                    metric_name=name,
+                    metric_value=round(float(results[name]), 4),
+                )
+                for name, metric in self.metrics.items()
+                if name in results
+            ]
+            or None,
+        )
+        shown = {name: f"{value:.4f}" for name, value in results.items() if name in self.metrics}
+        card = ModelCard.from_template(
+            data,
+            template_path=str(TEMPLATE),
+            model_name=model_name,
+            model_id=self.model_id,
+            spiking=spiking,
+            config=config,
+            auto_class=self.auto_class,
+            architecture=type(self.model).__name__,
+            num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            started_from=self.started_from,
+            training_data=self.training_data,
+            hyperparameters=self._hyperparameters(),
+            progress=_progress(state),
+            results=shown,
+            results_heading=f"On {self.dataset_for_results}:",
+        )
+        path = Path(folder) / "README.md"
+        card.save(path)
+        return path
+
+    def _base_model(self) -> str | None:
+        # The Hub refuses a card whose base model is a path.
+        name = self.started_from
+        return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        training = self.training
+        scheduler = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+        return {
+            "learning rate, schedule": f"{training.learning_rate}, {scheduler}, {training.warmup_steps} warm-up",
+            "sequences per step": training.train_batch_size
+            * training.gradient_accumulation_steps
+            * training.world_size,
+            "weight decay": training.weight_decay,
+            "gradient clipping": training.max_grad_norm or "none",
+            "seed": training.seed,
+            "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
+        }
+
+
+def _progress(state: TrainerState | None) -> dict[str, Any]:
+    if state is None:
+        return {}
+    return {"steps": state.global_step, "epochs": f"{state.epoch or 0:.2f}"}

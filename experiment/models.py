@@ -1,0 +1,130 @@
+"""From ModelArguments to a tokenizer, a configuration and a model, with every mistake reported before training."""
+
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
+from configuration_spikelm import SpikeLMConfig
+
+from .arguments import ModelArguments
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of `--tokenizer_name`, or else the checkpoint's; None if neither is named.
+
+    Raises:
+        ValueError: there is none, or it is no fast tokenizer with pad, [CLS], [SEP] and [MASK] tokens.
+    """
+    name = arguments.tokenizer_name or arguments.model_name_or_path
+    if name is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            cache_dir=arguments.cache_dir,
+            revision=arguments.model_revision if arguments.tokenizer_name is None else None,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})") from error
+    missing = [kind for kind in ("pad", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
+    if missing:
+        raise ValueError(f"The tokenizer of {name} has no {', '.join(missing)} token; an encoder like this needs it.")
+    return tokenizer
+
+
+def load_config(arguments: ModelArguments, **fields: Any) -> PreTrainedConfig:
+    """The configuration of the checkpoint, of `--config_name` or of a new model, with `--config_overrides` applied.
+
+    Args:
+        fields: fields to set before the overrides (vocabulary size, labels).
+
+    Raises:
+        ValueError: the checkpoint has another model type than `--model_type`, or a field does not exist or has an
+            impossible value.
+    """
+    name = arguments.model_name_or_path or arguments.config_name
+    try:
+        if name is None:
+            model_type = arguments.model_type or SpikeLMConfig.model_type
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f"There is no model type {model_type!r}; for instance spikelm or bert.")
+            config = CONFIG_MAPPING[model_type](**fields)
+        else:
+            # As SpikeLM's own class does it, 'spikelm' turns a BERT into a warm start and refuses everything else.
+            auto = SpikeLMConfig if arguments.model_type == SpikeLMConfig.model_type else AutoConfig
+            remote = {} if auto is SpikeLMConfig else {"trust_remote_code": arguments.trust_remote_code}
+            config = auto.from_pretrained(
+                name, cache_dir=arguments.cache_dir, revision=arguments.model_revision, **remote, **fields
+            )
+        if arguments.config_overrides:
+            config = _override(config, arguments.config_overrides)
+    except OSError as error:
+        raise ValueError(f"{name} has no configuration that can be loaded: {error}") from error
+    if arguments.model_type not in (None, config.model_type):
+        raise ValueError(
+            f"{name} holds a model of type {config.model_type!r}, but --model_type says {arguments.model_type!r}."
+        )
+    return config
+
+
+def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
+    try:
+        config.update_from_string(overrides)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config_overrides {overrides}: {error}; write it as name=value,name=value.") from error
+    # Built anew, because only a new configuration is validated as a whole.
+    return type(config).from_dict(config.to_dict(), attn_implementation=config._attn_implementation)
+
+
+def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of `--model_name_or_path`, or a new one, as `auto_class` (an Auto class) has it for this config.
+
+    Raises:
+        ValueError: the weights are damaged or missing, or a SpikeLM checkpoint has no spike amplitudes.
+    """
+    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    name = arguments.model_name_or_path
+    if name is None:
+        return auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
+    is_warm_start = arguments.model_type == SpikeLMConfig.model_type
+    model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
+    if not is_warm_start:
+        options["trust_remote_code"] = arguments.trust_remote_code
+    try:
+        model, loaded = model_class.from_pretrained(
+            name,
+            config=config,
+            cache_dir=arguments.cache_dir,
+            revision=arguments.model_revision,
+            output_loading_info=True,
+            **options,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} are damaged ({error}); copy or download the checkpoint again.") from error
+    except OSError as error:
+        raise ValueError(f"{name} has no weights that can be loaded: {error}") from error
+    without = [key for key in loaded["missing_keys"] if key.endswith(".amplitude")]
+    if without and config.model_type == SpikeLMConfig.model_type and not _is_bert(arguments):
+        raise ValueError(
+            f"{name} is a SpikeLM checkpoint without spike amplitudes ({without[0]} and {len(without) - 1} more are "
+            "missing), so it was not saved by a SpikeLM model. Load it in Python, call model.calibrate(batches) and "
+            "save it again."
+        )
+    return model
+
+
+def _is_bert(arguments: ModelArguments) -> bool:
+    fields, _ = PreTrainedConfig.get_config_dict(
+        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
+    )
+    return fields.get("model_type") == "bert"

@@ -1,0 +1,149 @@
+"""Checkpoints that are complete: a card in each, and pushes to the Hub that hold code, weights and card, and no pickle.
+
+The Trainer's own pushes lack the code and the card while training goes on and carry training_args.bin, a pickle of all
+arguments; so the scripts take --push_to_hub away from the Trainer (`take_over_pushing`) and `Publisher` does it.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from .model_card import RunCard
+
+logger = logging.getLogger(__name__)
+
+# What a repository is made of: weights, configuration, tokenizer, code, card and tables. All else stays at home: the
+# Trainer's pickles (training_args.bin can hold a token), logs and checkpoints.
+PUBLISHED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.py", "*.md"]
+NOT_PUBLISHED_FILES = ["run.json", "trainer_state.json", f"{PREFIX_CHECKPOINT_DIR}-*", "*/*"]
+_STAGING_PREFIX = ".publishing-"
+
+
+class HubRepository:
+    """The Hub repository that a run pushes to; created, or found, before the training starts.
+
+    Raises:
+        ValueError: the Hub refuses: no token, a wrong one, or a name that belongs to somebody else.
+    """
+
+    def __init__(self, training: TrainingArguments):
+        self.api = HfApi()
+        self.always_push = training.hub_always_push
+        self.every_save = training.hub_strategy == HubStrategy.EVERY_SAVE
+        self.revision = training.hub_revision
+        self._running: Future[CommitInfo] | None = None
+        try:
+            name = training.hub_model_id or Path(training.output_dir).resolve().name
+            self.repo_id = self.api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+            if self.revision:
+                self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+            raise ValueError(
+                f"--push_to_hub: the Hub refuses {training.hub_model_id or training.output_dir}: {error}. Log in with "
+                "`hf auth login` or set HF_TOKEN to a token that may write there."
+            ) from error
+
+    def push_while_training(self, folder: Path, message: str) -> None:
+        """Starts an upload of a checkpoint in the background; leaves it out while the one before is on its way."""
+        if self._running is not None and not self._running.done() and not self.always_push:
+            return
+        self.finish()
+        # The Trainer may delete the checkpoint while it is being read, so the upload reads links of its own.
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder.parent))
+        shutil.copytree(folder, staging, copy_function=_link, dirs_exist_ok=True)
+        self._running = self._upload(staging, message, in_background=True)
+        self._running.add_done_callback(lambda _: shutil.rmtree(staging, ignore_errors=True))
+
+    def push(self, folder: Path, message: str) -> str:
+        """Uploads a finished model and returns its address."""
+        self.finish()
+        return self._upload(folder, message).commit_url
+
+    def finish(self) -> None:
+        """Waits for the upload in the background; one that failed is reported, for the next brings what it missed."""
+        if self._running is not None:
+            error = self._running.exception()
+            if error is not None:
+                logger.warning("A push to %s failed: %s", self.repo_id, error)
+            self._running = None
+
+    def _upload(self, folder: Path, message: str, in_background: bool = False):
+        return self.api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=self.revision,
+            allow_patterns=PUBLISHED_FILES,
+            ignore_patterns=NOT_PUBLISHED_FILES,
+            run_as_future=in_background,
+        )
+
+
+class Publisher(TrainerCallback):
+    """Writes the card of every checkpoint, and pushes it if the run has a repository.
+
+    Args:
+        card: the run's card.
+        repository: where to push, or None.
+    """
+
+    def __init__(self, card: RunCard, repository: HubRepository | None = None):
+        self.card = card
+        self.repository = repository
+        self.latest_results: dict[str, float] = {}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.latest_results = dict(metrics or {})
+
+    def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.card.write(checkpoint, self.latest_results, state)
+        if self.repository is not None and self.repository.every_save:
+            self.repository.push_while_training(checkpoint, f"Training in progress, step {state.global_step}")
+
+    def publish(self, trainer: Trainer, results: dict[str, float]) -> None:
+        """Saves the finished model with its card into the output folder and pushes it. Every process has to call."""
+        trainer.save_model()
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(trainer.args.output_dir)
+        self.card.write(folder, results, trainer.state)
+        if self.repository is not None:
+            address = self.repository.push(folder, "End of training")
+            logger.info("Pushed to %s", address)
+
+
+def take_over_pushing(training: TrainingArguments) -> HubRepository | None:
+    """The repository of `--push_to_hub`, on the main process, with the Trainer's own pushing turned off.
+
+    Raises:
+        ValueError: a `--hub_strategy` that would push the Trainer's resume files, or the Hub refuses.
+    """
+    for leftover in Path(training.output_dir).glob(f"{_STAGING_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not training.push_to_hub:
+        return None
+    if training.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        raise ValueError(
+            f"--hub_strategy {training.hub_strategy.value} would push the optimizer's state and pickles; choose "
+            "every_save or end. The files to resume from stay in the output folder."
+        )
+    training.push_to_hub = False
+    return HubRepository(training) if training.process_index == 0 else None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

@@ -1,0 +1,37 @@
+"""How a script talks: logging set up once, and mistakes in its input as one line instead of a traceback."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import transformers
+from accelerate import PartialState
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from transformers import TrainingArguments
+
+
+def set_up_logging(arguments: TrainingArguments) -> None:
+    """The main process logs at `--log_level`, the others only warnings that are errors."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    level = arguments.get_process_log_level()
+    logging.getLogger().setLevel(level)
+    transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
+    if not PartialState().is_main_process:
+        datasets.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Around the part of a script that reads its input: what is wrong with it ends the program with one line.
+
+    Raises:
+        SystemExit: code 1, instead of a ValueError, OSError or what the Hub and the configuration raise.
+    """
+    try:
+        yield
+    except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""From text to pre-training batches: documents, packing, masking and a tokenizer trained on the corpus."""

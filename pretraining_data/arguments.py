@@ -1,0 +1,117 @@
+"""The data flags of ``run_mlm.py``."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DataArguments:
+    """Where the documents come from and how they become rows of token ids.
+
+    Raises:
+        ValueError: at construction, if values are impossible or do not fit together.
+    """
+
+    dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Hub datasets or `save_to_disk` folders, one or several."}
+    )
+    dataset_config_name: list[str] | None = field(
+        default=None, metadata={"help": "Configurations, one for each --dataset_name ('default' where there is none)."}
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights, one for each --dataset_name: documents are drawn in these proportions until every "
+            "dataset was read to its end. Without weights the datasets are put one after another."
+        },
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Revision (branch, tag or commit) of the Hub datasets."}
+    )
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Local training data: txt, csv, tsv, json, jsonl or parquet files, folders of such files, or "
+            "`save_to_disk` folders. A row is a document; in txt files blank lines separate documents."
+        },
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Local validation data, in the same forms as --train_file."}
+    )
+    text_column_name: str = field(default="text", metadata={"help": "The column that holds a document's text."})
+    train_split_name: str = field(default="train", metadata={"help": "The split to train on."})
+    validation_split_name: str = field(
+        default="validation",
+        metadata={
+            "help": "The split to evaluate on. Where the data lacks a split named 'validation', "
+            "--validation_split_percentage of the training documents is held out; any other name has to exist."
+        },
+    )
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Percentage of documents held out when the data brings no validation split."}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Most tokens in a row, special tokens included."})
+    objective: Literal["mlm", "mlm_nsp"] = field(
+        default="mlm",
+        metadata={
+            "help": "'mlm' packs documents into blocks; 'mlm_nsp' builds BERT's segment pairs for next sentence "
+            "prediction as well.",
+            "choices": ["mlm", "mlm_nsp"],
+        },
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed, without a local copy."})
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "Rows among which the next one is drawn when --streaming."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data anew, whatever is cached."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this length (8 suits tensor cores)."}
+    )
+    vocab_size: int = field(
+        default=30_522, metadata={"help": "Vocabulary size of the tokenizer trained when none is named."}
+    )
+    lowercase: bool = field(
+        default=True, metadata={"help": "Whether the tokenizer trained when none is named ignores case."}
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset_name) == bool(self.train_file):
+            raise ValueError("Name the training data with exactly one of --dataset_name and --train_file.")
+        for flag in ("dataset_config_name", "dataset_weights"):
+            values = getattr(self, flag)
+            if values and not self.dataset_name:
+                raise ValueError(f"--{flag} needs --dataset_name.")
+            if values and len(values) != len(self.dataset_name):
+                raise ValueError(
+                    f"--{flag} has {len(values)} value(s) for {len(self.dataset_name)} --dataset_name; give one each."
+                )
+        if self.dataset_revision and not self.dataset_name:
+            raise ValueError("--dataset_revision needs --dataset_name.")
+        if self.dataset_weights and not all(0 < weight < float("inf") for weight in self.dataset_weights):
+            raise ValueError(f"--dataset_weights have to be positive numbers, got {self.dataset_weights}.")
+        if not 0 < self.validation_split_percentage < 100:
+            raise ValueError(
+                f"--validation_split_percentage has to lie between 0 and 100, got {self.validation_split_percentage}."
+            )
+        if self.objective not in ("mlm", "mlm_nsp"):
+            raise ValueError(f"--objective has to be 'mlm' or 'mlm_nsp', got {self.objective!r}.")
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"--mlm_probability has to lie in (0, 1], got {self.mlm_probability}.")
+        # [CLS] a [SEP] b [SEP] is the shortest pair.
+        if self.max_seq_length < 5:
+            raise ValueError(f"--max_seq_length has to be at least 5, got {self.max_seq_length}.")
+        for flag in (
+            "shuffle_buffer_size",
+            "preprocessing_num_workers",
+            "max_train_samples",
+            "max_eval_samples",
+            "pad_to_multiple_of",
+            "vocab_size",
+        ):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag} has to be at least 1, got {value}.")

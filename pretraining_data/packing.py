@@ -1,0 +1,493 @@
+"""Documents to rows of token ids: blocks for masked language modelling, segment pairs for next sentence prediction."""
+
+import hashlib
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from .documents import AnyDataset
+
+logger = logging.getLogger(__name__)
+
+BLOCK_FEATURES = Features({"input_ids": List(Value("int32"))})
+PAIR_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "token_type_ids": List(Value("int8")),
+        "next_sentence_label": Value("int8"),
+    }
+)
+# Documents packed together. Every batch ends with one short row, so it must not be small.
+DOCUMENTS_PER_BATCH = 1000
+# Characters given to the tokenizer at once: its result takes about 100 bytes a token before only the ids remain.
+CHARACTERS_PER_CALL = 2_000_000
+# A sentence ends at .!? before white space and something other than a lower-case letter, or at a full-width mark.
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![a-z])|(?<=[。！？])\s*|\n+")
+# BERT's share of pairs that are built short, so that the model sees lengths other than the longest.
+SHORT_PAIR_PROBABILITY = 0.1
+# Rows of a stream that stand for all of it in its fingerprint.
+FINGERPRINTED_STREAM_ROWS = 1000
+ROWS_PER_READ = 10_000
+
+
+def pack_documents(
+    documents: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    objective: str = "mlm",
+    seed: int = 0,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+) -> AnyDataset:
+    """Tokenise documents and pack them into rows of at most `max_seq_length` tokens.
+
+    "mlm": ``[CLS] ... [SEP]``, filled with documents one after another, a ``[SEP]`` between two of them in a row. No
+    token is lost; the last row of every `DOCUMENTS_PER_BATCH` documents may be short. "mlm_nsp": BERT's pairs,
+    ``[CLS] a [SEP] b [SEP]`` with token_type_ids 0 and 1, b being what follows a (next_sentence_label 0) or, half of
+    the time, a passage of another document (label 1); pairs too long are cut at a random end, as BERT does. A pair
+    is a function of `seed` and the content of the documents packed together.
+
+    Rows are the same for every `num_proc`. Rows that are tokenised already are returned as they are. Special tokens
+    written out in the text are read as text.
+
+    Args:
+        documents: rows with column "text", or tokenised rows with "input_ids"; map-style or streamed.
+        tokenizer: a fast tokenizer with a classification and a separator token.
+        max_seq_length: most tokens in a row, special tokens included.
+        objective: "mlm" or "mlm_nsp".
+        seed: of the random choices of "mlm_nsp".
+        num_proc: processes; not used for a stream.
+        overwrite_cache: pack anew even if the same documents were packed the same way before.
+
+    Returns:
+        A dataset of the same kind with "input_ids" and, for pairs, "token_type_ids" and "next_sentence_label".
+
+    Raises:
+        ValueError: `max_seq_length` is too short, the tokenizer does not suit the objective, the documents hold no
+            token, or there is only one document where pairs need two.
+    """
+    if "input_ids" in documents.column_names:
+        return documents
+    settings = {
+        "backend": _serialise(tokenizer),
+        "cls_id": _special_id(tokenizer, "cls_token"),
+        "sep_id": _special_id(tokenizer, "sep_token"),
+    }
+    if objective == "mlm":
+        pack, features, special_tokens = _pack_blocks, BLOCK_FEATURES, 2
+    elif objective == "mlm_nsp":
+        pack, features, special_tokens = _pack_pairs, PAIR_FEATURES, 3
+        if "token_type_ids" not in tokenizer.model_input_names:
+            raise ValueError("Objective mlm_nsp needs a tokenizer with token_type_ids, which tell segments apart.")
+        # Partners for a batch that holds one document only: two different ones, as one may be that document.
+        settings |= {"partners": _two_different(documents), "seed": seed}
+    else:
+        raise ValueError(f"objective has to be 'mlm' or 'mlm_nsp', got {objective!r}.")
+    settings["room"] = max_seq_length - special_tokens
+    if settings["room"] < special_tokens - 1:
+        raise ValueError(f"max_seq_length {max_seq_length} leaves no room beside {special_tokens} special tokens.")
+    arguments = {
+        "function": pack,
+        "batched": True,
+        "batch_size": DOCUMENTS_PER_BATCH,
+        "remove_columns": ["text"],
+        "features": features,
+        "fn_kwargs": settings,
+    }
+    if isinstance(documents, IterableDataset):
+        return documents.with_format("arrow").map(**arguments).with_format(None)
+    arguments |= {"load_from_cache_file": not overwrite_cache, "desc": "Packing documents"}
+    packed = _map_in_aligned_shards(documents.with_format("arrow"), num_proc, arguments).with_format(None)
+    if not len(packed):
+        raise ValueError(f"None of the {len(documents)} documents holds a token.")
+    tokens = sum(int(pc.sum(pc.list_value_length(table["input_ids"])).as_py()) for table in _tables(packed))
+    logger.info("Packed %d documents into %d rows with %d tokens.", len(documents), len(packed), tokens)
+    return packed
+
+
+def _map_in_aligned_shards(documents: Dataset, num_proc: int | None, arguments: dict) -> Dataset:
+    # With several processes, map cuts the rows into equal shards and the shards into batches. Batches, and with them
+    # the packed rows, are those of a single process only if every shard is a whole number of batches.
+    step = (num_proc or 1) * arguments["batch_size"]
+    whole = len(documents) // step * step
+    if step == arguments["batch_size"] or not whole:
+        return documents.map(**arguments)
+    parts = [documents.select(range(whole)).map(num_proc=num_proc, **arguments)]
+    if whole < len(documents):
+        parts.append(documents.select(range(whole, len(documents))).map(**arguments))
+    return concatenate_datasets(parts)
+
+
+def _serialise(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer as a string, the same wherever it was loaded from and whatever it was used for before."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; packing needs one.")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.to_str()
+
+
+def _special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    token_id = getattr(tokenizer, f"{name}_id")
+    if token_id is None:
+        raise ValueError(f"The tokenizer has no {name}, which packing needs.")
+    return token_id
+
+
+@lru_cache(maxsize=2)
+def _backend(serialised: str) -> Tokenizer:
+    backend = Tokenizer.from_str(serialised)
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _tokenise(texts: Sequence[str], backend: str) -> list[np.ndarray]:
+    """Token ids of each text, int32 `[n]`, without special tokens."""
+    tokenizer = _backend(backend)
+    token_ids: list[np.ndarray] = []
+    start = size = 0
+    for end, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= CHARACTERS_PER_CALL or end == len(texts):
+            encodings = tokenizer.encode_batch(texts[start:end], add_special_tokens=False)
+            token_ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            start, size = end, 0
+    return token_ids
+
+
+def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: int) -> pa.Table:
+    cls, sep = np.array([cls_id], dtype=np.int32), np.array([sep_id], dtype=np.int32)
+    rows: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
+    used = 0
+
+    def close_row() -> None:
+        nonlocal parts, used
+        rows.append(np.concatenate([cls, *parts, sep]))
+        parts, used = [], 0
+
+    for token_ids in _tokenise(table["text"].to_pylist(), backend):
+        if used and len(token_ids):
+            # A separator needs room for at least one token behind it.
+            if used + 2 > room:
+                close_row()
+            else:
+                parts.append(sep)
+                used += 1
+        start = 0
+        while start < len(token_ids):
+            part = token_ids[start : start + room - used]
+            parts.append(part)
+            used += len(part)
+            start += len(part)
+            if used == room:
+                close_row()
+    if used:
+        close_row()
+    return pa.table({"input_ids": _list_array(rows, pa.int32())}, schema=BLOCK_FEATURES.arrow_schema)
+
+
+def _list_array(rows: list[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate(rows) if rows else np.array([], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=value_type))
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text by punctuation and line ends; good enough to choose where a segment may begin."""
+    return [sentence for sentence in SENTENCE_END.split(text) if sentence.strip()]
+
+
+def _two_different(documents: AnyDataset) -> list[str]:
+    first = next(iter(documents))["text"]
+    other = next((row["text"] for row in documents if row["text"] != first), None)
+    if other is None:
+        raise ValueError(
+            "Objective mlm_nsp draws segments from other documents, but there is only one document. In txt files a "
+            "blank line ends a document; or train with --objective mlm."
+        )
+    return [first, other]
+
+
+def _pack_pairs(
+    table: pa.Table, backend: str, cls_id: int, sep_id: int, room: int, partners: list[str], seed: int
+) -> pa.Table:
+    texts = table["text"].to_pylist()
+    digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16)
+    rng = np.random.default_rng([seed, int.from_bytes(digest.digest(), "little")])
+    documents = _sentences(texts, backend, room)
+    if len(documents) > 1:
+        pools = [(documents, index) for index in range(len(documents))]
+    else:
+        others = _sentences([text for text in partners if text != texts[0]], backend, room)
+        pools = [(others, None)] * len(documents)
+    rows, segments, labels = [], [], []
+    for document, (pool, own_index) in zip(documents, pools, strict=True):
+        for first, second, is_random in _pairs(document, pool, own_index, room, rng):
+            rows.append(np.concatenate([[cls_id], first, [sep_id], second, [sep_id]]))
+            segments.append(np.repeat([0, 1], [len(first) + 2, len(second) + 1]))
+            labels.append(is_random)
+    columns = {
+        "input_ids": _list_array(rows, pa.int32()),
+        "token_type_ids": _list_array(segments, pa.int8()),
+        "next_sentence_label": pa.array(labels, type=pa.int8()),
+    }
+    return pa.table(columns, schema=PAIR_FEATURES.arrow_schema)
+
+
+def _sentences(texts: list[str], backend: str, room: int) -> list[list[np.ndarray]]:
+    """Each text as a list of tokenised sentences; those longer than a row are cut, texts without tokens left out."""
+    split = [split_sentences(text) for text in texts]
+    token_ids = iter(_tokenise(list(itertools.chain.from_iterable(split)), backend))
+    documents = []
+    for sentences in split:
+        tokenised = itertools.islice(token_ids, len(sentences))
+        pieces = [ids[start : start + room] for ids in tokenised for start in range(0, len(ids), room)]
+        if pieces:
+            documents.append(pieces)
+    return documents
+
+
+def _pairs(
+    document: list[np.ndarray],
+    pool: list[list[np.ndarray]],
+    own_index: int | None,
+    room: int,
+    rng: np.random.Generator,
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """BERT's (segment, segment, is random) of one document, at most `room` tokens together.
+
+    `pool` holds the documents that random segments come from, except the one at `own_index`.
+    """
+    position = 0
+    while position < len(document):
+        target = room if rng.random() >= SHORT_PAIR_PROBABILITY else int(rng.integers(2, room + 1))
+        end, length = position, 0
+        while end < len(document) and length < target:
+            length += len(document[end])
+            end += 1
+        split = end if end - position == 1 else int(rng.integers(position + 1, end))
+        first = np.concatenate(document[position:split])
+        is_random = split == end or rng.random() < 0.5
+        if is_random:
+            second = _random_segment(pool, own_index, target - len(first), rng)
+            # What would have followed the first segment is not used up: the next pair begins with it.
+            end = split
+        else:
+            second = np.concatenate(document[split:end])
+        yield *_truncate(first, second, room, rng), int(is_random)
+        position = end
+
+
+def _random_segment(
+    pool: list[list[np.ndarray]], own_index: int | None, target: int, rng: np.random.Generator
+) -> np.ndarray:
+    if own_index is None:
+        index = int(rng.integers(len(pool)))
+    else:
+        index = int(rng.integers(len(pool) - 1))
+        index += index >= own_index
+    sentences = pool[index]
+    start = end = int(rng.integers(len(sentences)))
+    length = 0
+    while end < len(sentences) and (end == start or length < target):
+        length += len(sentences[end])
+        end += 1
+    return np.concatenate(sentences[start:end])
+
+
+def _truncate(
+    first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the longer segment, a token at a time at its front or its back, until both fit together."""
+    segments = [first, second]
+    while len(segments[0]) + len(segments[1]) > room:
+        longer = int(len(segments[1]) >= len(segments[0]))
+        segments[longer] = segments[longer][1:] if rng.random() < 0.5 else segments[longer][:-1]
+    return segments[0], segments[1]
+
+
+def _tables(dataset: AnyDataset) -> Iterator[pa.Table]:
+    yield from dataset.with_format("arrow").iter(batch_size=ROWS_PER_READ)
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column of numbers or of lists of numbers, one after another."""
+    if not pa.types.is_primitive(column.type):
+        column = pc.list_flatten(column)
+    return column.to_numpy()
+
+
+def check_token_ids(dataset: AnyDataset, vocab_size: int, max_seq_length: int, type_vocab_size: int = 2) -> AnyDataset:
+    """Check that a model can take the rows.
+
+    Args:
+        dataset: rows with "input_ids" and whatever else of `TOKEN_COLUMNS`.
+        vocab_size: ids have to lie in [0, vocab_size), labels there or at -100.
+        max_seq_length: most tokens in a row.
+        type_vocab_size: token_type_ids have to lie in [0, type_vocab_size).
+
+    Returns:
+        The dataset; a streamed one is checked row by row as it is read.
+
+    Raises:
+        ValueError: with the number and the fault of the first row that does not fit.
+    """
+    limits = {
+        "input_ids": (0, vocab_size),
+        "labels": (0, vocab_size),
+        "token_type_ids": (0, type_vocab_size),
+        "attention_mask": (0, 2),
+        "next_sentence_label": (0, 2),
+    }
+    checks = {"limits": limits, "max_seq_length": max_seq_length}
+    if isinstance(dataset, IterableDataset):
+        checked = dataset.with_format("arrow").map(
+            _check_table, batched=True, with_indices=True, features=dataset.features, fn_kwargs=checks
+        )
+        return checked.with_format(None)
+    first_row = 0
+    for table in _tables(dataset):
+        _check_table(table, range(first_row, first_row + len(table)), **checks)
+        first_row += len(table)
+    return dataset
+
+
+def _check_table(
+    table: pa.Table, indices: Sequence[int], limits: dict[str, tuple[int, int]], max_seq_length: int
+) -> pa.Table:
+    lengths = _lengths(table["input_ids"])
+
+    def refuse(is_bad: np.ndarray, fault: str) -> None:
+        if is_bad.any():
+            row = int(np.argmax(is_bad))
+            raise ValueError(f"Row {indices[row]} {fault.format(length=lengths[row])}.")
+
+    refuse(lengths == 0, "has no tokens")
+    refuse(
+        lengths > max_seq_length, f"has {{length}} tokens, more than {max_seq_length}; raise --max_seq_length or cut it"
+    )
+    for name, (low, high) in limits.items():
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        if pa.types.is_primitive(column.type):
+            owners = np.arange(len(table))
+        else:
+            refuse(_lengths(column) != lengths, f"has {{length}} input_ids but another number of {name}")
+            owners = np.repeat(np.arange(len(table)), lengths)
+        values = _flat(column)
+        is_bad = (values < low) | (values >= high)
+        if name == "labels":
+            is_bad &= values != -100
+        if is_bad.any():
+            fault = f"has {name} {values[np.argmax(is_bad)]}, outside [{low}, {high})"
+            refuse(np.bincount(owners[is_bad], minlength=len(table)) > 0, fault)
+    return table
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+
+
+def take_rows(dataset: AnyDataset, limit: int | None) -> AnyDataset:
+    """The first `limit` rows, or all if there are fewer or `limit` is None."""
+    if limit is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.take(limit)
+    return dataset.select(range(min(limit, len(dataset))))
+
+
+def numbered(dataset: AnyDataset) -> AnyDataset:
+    """Add "example_id" (int64): the number that, with seed and epoch, decides a row's masks.
+
+    It is the row's number; in a stream, where every worker process counts its own rows, 63 bits of a hash of the row's
+    input_ids, so that it is the same whichever process reads the row.
+    """
+    if isinstance(dataset, IterableDataset):
+        features = dataset.features and Features({**dataset.features, "example_id": Value("int64")})
+        return dataset.map(_content_number, features=features)
+    return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))
+
+
+def _content_number(row: dict) -> dict[str, int]:
+    content = np.asarray(row["input_ids"], dtype=np.int32).tobytes()
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return {"example_id": int.from_bytes(digest, "little") >> 1}
+
+
+def content_fingerprint(dataset: AnyDataset) -> str:
+    """A hash (32 hexadecimal digits) of the rows: names of columns, numbers and lengths of lists, in order.
+
+    It does not depend on where or in how many pieces the rows are stored, nor on the width of their integers. Of a
+    stream only the first `FINGERPRINTED_STREAM_ROWS` rows are read: a difference further on goes unseen.
+
+    Raises:
+        ValueError: a column holds something other than integers or lists of integers.
+    """
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.take(FINGERPRINTED_STREAM_ROWS)
+    digests: dict[str, list] = {}
+    for table in _tables(dataset):
+        for name in table.column_names:
+            column = table[name]
+            is_list = not pa.types.is_primitive(column.type)
+            values = _flat(column)
+            if values.dtype.kind not in "iu":
+                raise ValueError(f"Column {name!r} holds {column.type}; only rows of token ids have a fingerprint.")
+            # Values and lengths go into hashes of their own: how rows fall into tables then leaves no trace.
+            of_values, of_lengths = digests.setdefault(name, [hashlib.blake2b(), hashlib.blake2b()])
+            of_values.update(values.astype(np.int64).data)
+            if is_list:
+                of_lengths.update(_lengths(column).astype(np.int64).data)
+    total = hashlib.blake2b(digest_size=16)
+    for name, hashes in sorted(digests.items()):
+        total.update(name.encode() + b"\0" + b"".join(part.digest() for part in hashes))
+    return total.hexdigest()
+
+
+def unigram_loss(
+    train_dataset: AnyDataset, eval_dataset: AnyDataset, vocab_size: int, special_ids: Sequence[int] = ()
+) -> float:
+    """Cross-entropy in nats of a unigram model on masked positions: what a model that ignores context can reach.
+
+    The model counts the training tokens (the labels where a row has been masked already) and adds one to every count.
+
+    Args:
+        train_dataset: rows with "input_ids"; a stream is read to its end.
+        eval_dataset: rows with "labels", -100 where nothing is predicted.
+        vocab_size: number of counts.
+        special_ids: ids left out of the counts, as they are never predicted.
+
+    Raises:
+        ValueError: the evaluation rows predict nothing.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for table in _tables(train_dataset):
+        tokens = _flat(table["input_ids"])
+        if "labels" in table.column_names:
+            labels = _flat(table["labels"])
+            tokens = np.where(labels == -100, tokens, labels)
+        if "attention_mask" in table.column_names:
+            tokens = tokens[_flat(table["attention_mask"]) != 0]
+        counts += np.bincount(tokens, minlength=vocab_size)
+    counts[list(special_ids)] = 0
+    targets = np.zeros(vocab_size, dtype=np.int64)
+    for table in _tables(eval_dataset):
+        labels = _flat(table["labels"])
+        targets += np.bincount(labels[labels != -100], minlength=vocab_size)
+    if not targets.sum():
+        raise ValueError("The evaluation rows predict nothing: every label is -100.")
+    log_probabilities = np.log(counts + 1) - np.log(counts.sum() + vocab_size)
+    return float(-(targets @ log_probabilities) / targets.sum())

@@ -1,0 +1,252 @@
+"""Pre-trains a masked language model, SpikeLM or any other: text -> documents -> packed rows -> Trainer -> checkpoint.
+
+    python run_mlm.py --train_file corpus.txt --output_dir runs/pretrain
+    accelerate launch run_mlm.py recipes/pretrain_base.yaml --output_dir runs/base
+
+`python run_mlm.py --help` lists every flag.
+"""
+
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import DatasetDict, IterableDatasetDict
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from experiment.arguments import ModelArguments, parse_arguments
+from experiment.model_card import RunCard
+from experiment.models import load_config, load_model, load_tokenizer
+from experiment.publishing import Publisher, take_over_pushing
+from experiment.reporting import input_errors, set_up_logging
+from experiment.run_record import RunRecord, recorded_arguments
+from pretraining_data.arguments import DataArguments
+from pretraining_data.documents import load_documents
+from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically
+from pretraining_data.packing import check_token_ids, content_fingerprint, numbered, pack_documents, take_rows
+from pretraining_data.packing import unigram_loss as unigram_cross_entropy
+from pretraining_data.prepared import prepared_tokenizer, save_prepared
+from pretraining_data.tokenizers import train_wordpiece
+
+METRICS = {
+    "mlm_loss": "cross_entropy",
+    "perplexity": "perplexity",
+    "masked_accuracy": "accuracy",
+    "next_sentence_accuracy": "accuracy",
+}
+
+
+@dataclass
+class ScriptArguments:
+    prepare_only: bool = field(
+        default=False,
+        metadata={"help": "Only write the packed corpus into --output_dir, for later runs with --dataset_name."},
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    with input_errors():
+        script, model_arguments, data_arguments, training = parse_arguments(
+            (ScriptArguments, ModelArguments, DataArguments, TrainingArguments), argv
+        )
+        set_up_logging(training)
+        set_seed(training.seed)
+        with training.main_process_first(desc="reading and packing the corpus"):
+            documents = load_documents(data_arguments, training.seed)
+        tokenizer = load_tokenizer(model_arguments) or prepared_tokenizer(data_arguments)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(documents, data_arguments, training)
+        with training.main_process_first(desc="reading and packing the corpus"):
+            splits = pack(documents, tokenizer, data_arguments, training)
+        if script.prepare_only:
+            if training.process_index == 0:
+                save_prepared(splits, tokenizer, training.output_dir)
+                print(f"The packed corpus is in {training.output_dir}; train with --dataset_name {training.output_dir}")
+            return
+
+        config = load_config(model_arguments, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer)))
+        check_fit(config, tokenizer, data_arguments)
+        splits = check_rows(splits, config, data_arguments)
+        record = RunRecord(
+            training.output_dir,
+            recorded_arguments(model_arguments, data_arguments, training),
+            "+".join(content_fingerprint(splits[name]) for name in ("train", "validation")),
+        )
+        auto_class = AutoModelForPreTraining if data_arguments.objective == "mlm_nsp" else AutoModelForMaskedLM
+        model = load_model(auto_class, model_arguments, config)
+        inputs = inspect.signature(model.forward).parameters
+        if data_arguments.objective == "mlm_nsp" and "next_sentence_label" not in inputs:
+            raise ValueError(
+                f"{type(model).__name__} has no next-sentence head; choose --objective mlm or another --model_type."
+            )
+        repository = take_over_pushing(training)
+        checkpoint = record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+
+    seed = training.data_seed if training.data_seed is not None else training.seed
+    collator = MaskingCollator(
+        tokenizer, data_arguments.mlm_probability, seed, data_arguments.pad_to_multiple_of
+    )
+    collator.has_token_types &= "token_type_ids" in inputs
+    with training.main_process_first(desc="masking the validation rows"):
+        validation = mask_statically(splits["validation"], tokenizer, data_arguments.mlm_probability, seed)
+    card = RunCard(
+        model=model,
+        training=training,
+        pipeline_tag="fill-mask",
+        auto_class=auto_class.__name__,
+        training_data=describe(data_arguments),
+        datasets=[name for name in data_arguments.dataset_name or [] if "/" in name and name.count("/") == 1],
+        metrics=METRICS,
+        dataset_for_results="the validation split",
+        started_from=model_arguments.model_name_or_path,
+    )
+    publisher = Publisher(card, repository)
+    trainer = Trainer(
+        model=model,
+        args=training,
+        data_collator=collator,
+        train_dataset=numbered(splits["train"]),
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=masked_lm_metrics,
+        preprocess_logits_for_metrics=predictions_and_losses,
+        callbacks=[EpochCallback(collator), publisher],
+    )
+    if training.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    results = {}
+    if training.do_eval:
+        results = trainer.evaluate()
+        if not data_arguments.streaming:
+            results["eval_unigram_loss"] = unigram_cross_entropy(
+                splits["train"], validation, config.vocab_size, tokenizer.all_special_ids
+            )
+        trainer.save_metrics("eval", results)
+        if training.process_index == 0:
+            print(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=2))
+    if training.do_train:
+        publisher.publish(trainer, results)
+
+
+def train_tokenizer(
+    documents: DatasetDict | IterableDatasetDict, arguments: DataArguments, training: TrainingArguments
+) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer of the training documents, trained by the main process and sent to the others."""
+    tokenizer = None
+    if training.process_index == 0:
+        tokenizer = train_wordpiece(
+            documents["train"], arguments.vocab_size, arguments.lowercase, arguments.max_seq_length
+        )
+    return broadcast_object_list([tokenizer])[0]
+
+
+def pack(
+    documents: DatasetDict | IterableDatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: DataArguments,
+    training: TrainingArguments,
+) -> DatasetDict | IterableDatasetDict:
+    """Rows of token ids, the training rows of a stream shuffled (the Trainer shuffles the others)."""
+    packed = {
+        name: pack_documents(
+            split,
+            tokenizer,
+            arguments.max_seq_length,
+            arguments.objective,
+            training.seed,
+            arguments.preprocessing_num_workers,
+            arguments.overwrite_cache,
+        )
+        for name, split in documents.items()
+    }
+    packed["train"] = take_rows(packed["train"], arguments.max_train_samples)
+    packed["validation"] = take_rows(packed["validation"], arguments.max_eval_samples)
+    if arguments.streaming:
+        packed["train"] = packed["train"].shuffle(training.seed, buffer_size=arguments.shuffle_buffer_size)
+    return type(documents)(packed)
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+
+
+def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> None:
+    """Refuses a tokenizer with more ids than the model has embeddings, and rows longer than it has positions."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "
+            "tokenizer that belongs to the model with --tokenizer_name, or leave vocab_size to the script."
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and arguments.max_seq_length > longest:
+        raise ValueError(
+            f"--max_seq_length {arguments.max_seq_length} is more than the model's max_position_embeddings={longest}; "
+            "lower it, or raise max_position_embeddings with --config_overrides for a model from scratch."
+        )
+
+
+def check_rows(splits, config, arguments: DataArguments):
+    """Refuses token ids that the model has no embedding for (a stream is checked as it is read)."""
+    check = partial(
+        check_token_ids,
+        vocab_size=config.vocab_size,
+        max_seq_length=arguments.max_seq_length,
+        type_vocab_size=getattr(config, "type_vocab_size", 2),
+    )
+    return type(splits)({name: check(split) for name, split in splits.items()})
+
+
+def predictions_and_losses(logits, labels):
+    """What the metrics need of each batch, in place of all logits: predicted ids `(B, L)` and losses `(B, L)`."""
+    logits, *next_sentence = logits if isinstance(logits, tuple) else (logits,)
+    labels = labels[0] if isinstance(labels, tuple) else labels
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return (logits.argmax(-1), losses, *(scores.argmax(-1) for scores in next_sentence[:1]))
+
+
+def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss in nats per masked token, its exponential, and the share of masked (and next-sentence) labels met."""
+    predicted, losses, *next_sentence = prediction.predictions
+    labels, *next_sentence_labels = (
+        prediction.label_ids if isinstance(prediction.label_ids, tuple) else (prediction.label_ids,)
+    )
+    is_masked = labels != -100
+    loss = float(losses[is_masked].mean(dtype=np.float64))
+    metrics = {
+        "mlm_loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "masked_accuracy": float((predicted == labels)[is_masked].mean()),
+    }
+    if next_sentence and next_sentence_labels:
+        metrics["next_sentence_accuracy"] = float((next_sentence[0] == next_sentence_labels[0].reshape(-1)).mean())
+    return metrics
+
+
+def describe(arguments: DataArguments) -> str:
+    """One sentence for the card; local data by its file names only, for paths say nothing to a stranger."""
+    sources = arguments.dataset_name or [f"`{name.rstrip('/').rsplit('/', 1)[-1]}`" for name in arguments.train_file]
+    task = "masked language modelling and next-sentence prediction" if arguments.objective == "mlm_nsp" else (
+        "masked language modelling"
+    )
+    return (
+        f"Trained by {task} ({arguments.mlm_probability:.0%} of the tokens) on {', '.join(sources)}, in rows of "
+        f"{arguments.max_seq_length} tokens."
+    )
+
+
+if __name__ == "__main__":
+    main()
