@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
 
     seed = training.data_seed if training.data_seed is not None else training.seed
-    collator = MaskingCollator(
-        tokenizer, data_arguments.mlm_probability, seed, data_arguments.pad_to_multiple_of
-    )
+    collator = MaskingCollator(tokenizer, data_arguments.mlm_probability, seed, data_arguments.pad_to_multiple_of)
     collator.has_token_types &= "token_type_ids" in inputs
     with training.main_process_first(desc="masking the validation rows"):
         validation = mask_statically(splits["validation"], tokenizer, data_arguments.mlm_probability, seed)
@@ -239,8 +237,10 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def describe(arguments: DataArguments) -> str:
     """One sentence for the card; local data by its file names only, for paths say nothing to a stranger."""
     sources = arguments.dataset_name or [f"`{name.rstrip('/').rsplit('/', 1)[-1]}`" for name in arguments.train_file]
-    task = "masked language modelling and next-sentence prediction" if arguments.objective == "mlm_nsp" else (
-        "masked language modelling"
+    task = (
+        "masked language modelling and next-sentence prediction"
+        if arguments.objective == "mlm_nsp"
+        else ("masked language modelling")
     )
     return (
         f"Trained by {task} ({arguments.mlm_probability:.0%} of the tokens) on {', '.join(sources)}, in rows of "

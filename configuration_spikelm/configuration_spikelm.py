@@ -1,5 +1,6 @@
 """What a SpikeLM is: sizes, time steps and neuron. No torch, no model code."""
 
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -133,14 +134,14 @@ class SpikeLMConfig(PreTrainedConfig):
     membrane_reset: str = "reference"
     mlm_transform_act: str = "relu"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         # @strict runs the validators as well, but wraps what they raise; here the plain ValueError comes first.
         self.validate_architecture()
         self.validate_neuron()
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuses sizes, probabilities and activations that no encoder can have; also run before every save."""
         for field in (
             "vocab_size",
@@ -165,19 +166,21 @@ class SpikeLMConfig(PreTrainedConfig):
         for field in ("hidden_act", "mlm_transform_act"):
             self._require(field, getattr(self, field) in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
 
-    def validate_neuron(self):
+    def validate_neuron(self) -> None:
         """Refuses time steps and neuron constants for which the neuron's equations make no sense."""
         self._require("num_time_steps", self.num_time_steps >= 1, "a whole number of at least 1")
         self._require("membrane_decay", 0 <= self.membrane_decay <= 1, "a number in [0, 1]")
         self._require("amplitude_scale", 0 < self.amplitude_scale < float("inf"), "a finite number above 0")
         self._require("membrane_reset", self.membrane_reset in MEMBRANE_RESETS, f"one of {', '.join(MEMBRANE_RESETS)}")
 
-    def _require(self, field: str, holds: bool, allowed: str):
+    def _require(self, field: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"SpikeLMConfig: {field}={getattr(self, field)!r} is not possible; it must be {allowed}.")
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `PreTrainedConfig`, but a BERT configuration is translated and every other model type refused.
 
         Raises:

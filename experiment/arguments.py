@@ -19,7 +19,8 @@ class ModelArguments:
     """Which model, configuration and tokenizer, and what to do with an output folder that is not empty."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A checkpoint, on disk or on the Hub. Without it the model starts from scratch."}
+        default=None,
+        metadata={"help": "A checkpoint, on disk or on the Hub. Without it the model starts from scratch."},
     )
     model_type: str | None = field(
         default=None,

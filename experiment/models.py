@@ -35,7 +35,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
             trust_remote_code=arguments.trust_remote_code,
         )
     except (OSError, KeyError) as error:
-        raise ValueError(f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})") from error
+        raise ValueError(
+            f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})"
+        ) from error
     missing = [kind for kind in ("pad", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
         raise ValueError(f"The tokenizer of {name} has no {', '.join(missing)} token; an encoder like this needs it.")
@@ -110,7 +112,9 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             **options,
         )
     except SafetensorError as error:
-        raise ValueError(f"The weights of {name} are damaged ({error}); copy or download the checkpoint again.") from error
+        raise ValueError(
+            f"The weights of {name} are damaged ({error}); copy or download the checkpoint again."
+        ) from error
     except OSError as error:
         raise ValueError(f"{name} has no weights that can be loaded: {error}") from error
     without = [key for key in loaded["missing_keys"] if key.endswith(".amplitude")]

@@ -1,7 +1,8 @@
 """SpikeLM: a BERT encoder whose matrix products see ternary spikes (arXiv:2406.03287).
 
-Shapes: B sequences of L tokens, T time steps, width H. The embeddings `(B, L, H)` are repeated T times, the encoder works
-on `(T * B, L, H)`, time step major, and its output is averaged over the T steps. Module and parameter names are BERT's.
+Shapes: B sequences of L tokens, T time steps, width H. The embeddings `(B, L, H)` are repeated T times, the encoder
+works on `(T * B, L, H)`, time step major, and its output is averaged over the T steps. Module and parameter names are
+BERT's.
 """
 
 from collections import defaultdict
@@ -44,11 +45,11 @@ class _TapMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mean):
+    def forward(ctx: Any, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = gradient.sum(0)
         return gradient - total / gradient.shape[0], total
 
@@ -109,7 +110,7 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     output_attentions: bool | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`dropout(softmax(q k^T * scaling + mask)) v` on `(T * B, heads, L, d)`.
 
@@ -324,13 +325,15 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         # The embeddings are the state before the first layer; both recorders see `(B, L, H)`, never the T copies.
         "hidden_states": [
             OutputRecorder(SpikeLMEmbeddings, capture_initial_hidden_state=False),
-            OutputRecorder(SpikeLMStepMean, index=1, layer_name="encoder.step_mean", capture_initial_hidden_state=False),
+            OutputRecorder(
+                SpikeLMStepMean, index=1, layer_name="encoder.step_mean", capture_initial_hidden_state=False
+            ),
         ],
         "attentions": OutputRecorder(SpikeLMSelfAttention, index=1),
     }
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SpikingNeurons):
             init.zeros_(module.amplitude)
@@ -338,7 +341,9 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """As in `PreTrainedModel`; a BERT checkpoint is a warm start: its weights, with neurons not calibrated yet.
 
         Raises:
@@ -371,7 +376,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         weighted: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0))
         weights: dict[SpikingNeurons, int] = defaultdict(int)
 
-        def use_batch_amplitude(neurons: SpikingNeurons, args: tuple[torch.Tensor]):
+        def use_batch_amplitude(neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
             steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
             amplitude = neurons.batch_amplitude(steps)
             weighted[neurons] = weighted[neurons] + amplitude.double().cpu() * steps[0].numel()
@@ -421,7 +426,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 class SpikeLMModel(SpikeLMPreTrainedModel):
-    """The encoder: token ids `(B, L)` to `last_hidden_state` `(B, L, H)` and, with the pooler, `pooler_output` `(B, H)`."""
+    """The encoder: `(B, L)` token ids to `(B, L, H)` hidden states and, with the pooler, a `(B, H)` output."""
 
     def __init__(self, config: SpikeLMConfig, add_pooling_layer: bool = True):
         super().__init__(config)
@@ -433,8 +438,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.embeddings.word_embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]  # the base class says Module
 
     @merge_with_config_defaults
     @capture_outputs
@@ -466,10 +471,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         hidden_states = embeddings.repeat(steps, 1, 1)
         if attention_mask is not None:
             attention_mask = attention_mask.repeat(steps, *[1] * (attention_mask.dim() - 1))
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
-        last_hidden_state = self.encoder(hidden_states, attention_mask, **kwargs)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
 
@@ -495,6 +498,8 @@ class SpikeLMForPreTrainingOutput(ModelOutput):
 class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
     """A SpikeLM whose `cls.predictions.decoder` is tied to the word embeddings."""
 
+    cls: "SpikeLMOnlyMLMHead"
+
     _tied_weights_keys = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -503,7 +508,7 @@ class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear):
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.cls.predictions.decoder = new_embeddings
         self.cls.predictions.bias = new_embeddings.bias
 
@@ -517,7 +522,7 @@ class SpikeLMForPreTraining(SpikeLMWithMLMHead):
     def __init__(self, config: SpikeLMConfig):
         super().__init__(config)
         self.bert = SpikeLMModel(config)
-        self.cls = SpikeLMPreTrainingHeads(config)
+        self.cls: SpikeLMPreTrainingHeads = SpikeLMPreTrainingHeads(config)
         self.post_init()
 
     @can_return_tuple
@@ -609,10 +614,10 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.bert = SpikeLMModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -651,10 +656,10 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
 class SpikeLMForTokenClassification(SpikeLMPreTrainedModel):
     def __init__(self, config: SpikeLMConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.bert = SpikeLMModel(config, add_pooling_layer=False)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -764,7 +769,10 @@ class SpikeLMForMultipleChoice(SpikeLMPreTrainedModel):
             inputs_embeds: `(B, choices, L, H)`.
             labels: `(B,)` number of the right choice.
         """
-        num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        num_choices = given.shape[1]
 
         def flatten(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.flatten(0, 1)

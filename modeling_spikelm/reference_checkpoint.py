@@ -28,9 +28,7 @@ _GROUPS = {
 _IGNORED = re.compile(r"(.*\.)?(position_ids|weight_clip_val)$")
 
 
-def convert_reference_state_dict(
-    state_dict: dict[str, torch.Tensor], config: SpikeLMConfig
-) -> dict[str, torch.Tensor]:
+def convert_reference_state_dict(state_dict: dict[str, torch.Tensor], config: SpikeLMConfig) -> dict[str, torch.Tensor]:
     """Renames a reference state dict to what `SpikeLMForPreTraining(config).load_state_dict` takes, strictly.
 
     Args:

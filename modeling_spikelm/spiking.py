@@ -15,6 +15,9 @@ only the membrane carries gradient, what the reset keeps of it counts as a const
 with one byte per spike kept for the backward pass. `SpikingNeurons` is the layer that owns the amplitudes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,6 +42,11 @@ def kept_share(spike: torch.Tensor, amplitude: torch.Tensor, decay: float, reset
     return decay * (1 - spike.abs())
 
 
+def integrate(inputs: torch.Tensor, membrane: torch.Tensor | None, kept: torch.Tensor | None) -> torch.Tensor:
+    """The membrane of a step: its inputs and the kept share of the membrane before, if there is one."""
+    return inputs if membrane is None or kept is None else kept * membrane + inputs
+
+
 def spike_reference(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
@@ -57,9 +65,10 @@ def spike_reference(
     spikes = []
     membrane, kept = None, None
     for step_inputs, step_amplitude in zip(inputs.float(), amplitude, strict=True):
-        membrane = step_inputs if membrane is None or not has_membrane else kept * membrane + step_inputs
+        membrane = integrate(step_inputs, membrane, kept)
         emitted = ternary(membrane.detach(), step_amplitude)
-        kept = kept_share(emitted, step_amplitude, decay, reset)
+        if has_membrane:
+            kept = kept_share(emitted, step_amplitude, decay, reset)
         # The value is the spike's, the gradient that of the membrane clipped to the amplitude.
         clipped = torch.where(membrane.abs() <= step_amplitude, membrane, membrane.detach())
         spikes.append(step_amplitude * emitted + (clipped - clipped.detach()))
@@ -70,15 +79,16 @@ class _Spike(torch.autograd.Function):
     """`spike_reference` with its gradient written out; a spike and its gradient mask are kept in one int8."""
 
     @staticmethod
-    def forward(ctx, inputs, amplitude, decay, reset, has_membrane):
+    def forward(
+        ctx: Any, inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
+    ) -> torch.Tensor:
         spikes = torch.empty_like(inputs)
         # 0: no spike; +-1: a spike that passes gradient on; +-2: one whose membrane lies beyond the amplitude.
         codes = torch.empty(inputs.shape, dtype=torch.int8, device=inputs.device)
         membrane, kept = None, None
         for step in range(inputs.shape[0]):
             step_amplitude = amplitude[step]
-            step_inputs = inputs[step].float()
-            membrane = step_inputs if step == 0 or not has_membrane else kept * membrane + step_inputs
+            membrane = integrate(inputs[step].float(), membrane, kept)
             emitted = ternary(membrane, step_amplitude)
             spikes[step] = step_amplitude * emitted
             codes[step] = emitted * (1 + (membrane.abs() > step_amplitude))
@@ -89,7 +99,7 @@ class _Spike(torch.autograd.Function):
         return spikes
 
     @staticmethod
-    def backward(ctx, spikes_gradient):
+    def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         codes, amplitude = ctx.saved_tensors
         gradient = torch.empty_like(spikes_gradient)
         later = None
@@ -120,6 +130,8 @@ class SpikingNeurons(nn.Module):
         config: gives T, the decay, the amplitude's scale and the reset.
         has_membrane: without one every step stands alone, `m[t] = x[t]` (keys and values).
     """
+
+    amplitude: torch.Tensor
 
     def __init__(self, config: SpikeLMConfig, has_membrane: bool = True):
         super().__init__()
@@ -177,10 +189,11 @@ class SpikingNeurons(nn.Module):
         amplitudes = []
         membrane, kept = None, None
         for step_inputs in steps.float():
-            membrane = step_inputs if membrane is None or not self.has_membrane else kept * membrane + step_inputs
+            membrane = integrate(step_inputs, membrane, kept)
             amplitude = self.amplitude_scale * _mean(membrane.abs(), every_process)
             amplitude = amplitude.clamp(min=AMPLITUDE_FLOOR)
-            kept = kept_share(ternary(membrane, amplitude), amplitude, self.decay, self.reset)
+            if self.has_membrane:
+                kept = kept_share(ternary(membrane, amplitude), amplitude, self.decay, self.reset)
             amplitudes.append(amplitude)
         return torch.stack(amplitudes)
 
@@ -201,10 +214,10 @@ class SpikingNeurons(nn.Module):
             logger.warning(f"Spike amplitudes {values} are set for some time steps only: taken as not calibrated.")
 
     @staticmethod
-    def _read_after_load(module: nn.Module, incompatible_keys) -> None:
+    def _read_after_load(module: "SpikingNeurons", incompatible_keys: Any) -> None:
         module.read_calibration()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SpikingNeurons":
         # .to(torch.bfloat16), .half() and the like cast every floating buffer; the amplitudes stay float32.
         before = self.amplitude
         super()._apply(fn, recurse)
@@ -214,7 +227,7 @@ class SpikingNeurons(nn.Module):
 
 
 def _mean(values: torch.Tensor, every_process: bool) -> torch.Tensor:
-    """Mean of a float32 tensor, a float32 scalar; sums in float64, where the device has it, so that order matters less."""
+    """Mean of a float32 tensor, summed in float64 where the device has it, so that the order hardly matters."""
     total = values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
     count = torch.full_like(total, values.numel())
     if every_process and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

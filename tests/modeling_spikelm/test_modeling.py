@@ -1,0 +1,379 @@
+import copy
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
+)
+
+from modeling_spikelm import (
+    SpikeLMForMaskedLM,
+    SpikeLMForMultipleChoice,
+    SpikeLMForPreTraining,
+    SpikeLMForQuestionAnswering,
+    SpikeLMForSequenceClassification,
+    SpikeLMForTokenClassification,
+    SpikeLMModel,
+    SpikingNeurons,
+)
+
+LABELS = {
+    SpikeLMForPreTraining: lambda b, n: {"labels": b["input_ids"], "next_sentence_label": torch.arange(3) % 2},
+    SpikeLMForMaskedLM: lambda b, n: {"labels": b["input_ids"]},
+    SpikeLMForSequenceClassification: lambda b, n: {"labels": torch.arange(3) % n},
+    SpikeLMForTokenClassification: lambda b, n: {"labels": b["input_ids"] % n},
+    SpikeLMForQuestionAnswering: lambda b, n: {
+        "start_positions": torch.arange(3),
+        "end_positions": torch.arange(3) + 2,
+    },
+}
+every_head = pytest.mark.parametrize("model_class", LABELS, ids=lambda c: c.__name__)
+
+
+def with_labels(model_class, batch, config):
+    return {**batch, **LABELS[model_class](batch, config.num_labels)}
+
+
+def calibrated(model_class, config, batch, **options):
+    torch.manual_seed(0)
+    model = model_class._from_config(config, **options)
+    model.calibrate([batch])
+    return model.eval()
+
+
+def amplitudes(model) -> torch.Tensor:
+    return torch.stack([m.amplitude for m in model.modules() if isinstance(m, SpikingNeurons)])
+
+
+@every_head
+def test_every_head_trains(model_class, config, batch):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    model = model_class(config)
+    inputs = with_labels(model_class, batch, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_multiple_choice_scores_every_choice(config, batch):
+    model = SpikeLMForMultipleChoice(config)
+    inputs = {name: value.unsqueeze(0).repeat(2, 1, 1) for name, value in batch.items()}
+    output = model(**inputs, labels=torch.tensor([0, 2]))
+    assert output.logits.shape == (2, 3)
+    flat = model.eval()(**{name: value[:1] for name, value in inputs.items()}).logits
+    assert flat.shape == (1, 3)
+    output.loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_labels", "problem_type", "loss"),
+    [
+        (torch.tensor([0, 2, 1]), 3, "single_label_classification", torch.nn.functional.cross_entropy),
+        (torch.tensor([0.5, 1.5, -2.0]), 1, "regression", lambda x, y: torch.nn.functional.mse_loss(x[:, 0], y)),
+        (
+            torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]),
+            2,
+            "multi_label_classification",
+            torch.nn.functional.binary_cross_entropy_with_logits,
+        ),
+    ],
+)
+def test_sequence_classification_has_the_loss_of_its_problem(config, batch, labels, num_labels, problem_type, loss):
+    config.num_labels = num_labels
+    model = calibrated(SpikeLMForSequenceClassification, config, batch)
+    output = model(**batch, labels=labels)
+    assert model.config.problem_type == problem_type
+    torch.testing.assert_close(output.loss, loss(output.logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("ours", "berts"),
+    [
+        (SpikeLMModel, BertModel),
+        (SpikeLMForPreTraining, BertForPreTraining),
+        (SpikeLMForQuestionAnswering, BertForQuestionAnswering),
+        (SpikeLMForTokenClassification, BertForTokenClassification),
+        (SpikeLMForMultipleChoice, BertForMultipleChoice),
+    ],
+)
+def test_parameter_names_are_berts(config, ours, berts):
+    from transformers import BertConfig
+
+    fields = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    bert = berts(BertConfig(**fields, num_attention_heads=4, intermediate_size=37, max_position_embeddings=64))
+    names = {name: tuple(value.shape) for name, value in ours(config).named_parameters()}
+    assert names == {name: tuple(value.shape) for name, value in bert.named_parameters()}
+
+
+def per_step_tensors(model, module_class, batch, index):
+    """What modules of a class return for all T steps, caught outside the recording under test."""
+    caught = []
+    hooks = [
+        module.register_forward_hook(lambda *args: caught.append(args[-1] if index is None else args[-1][index]))
+        for module in model.modules()
+        if type(module).__name__ == module_class
+    ]
+    output = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return output, caught
+
+
+def test_hidden_states_are_means_over_the_steps(config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    _, layers = per_step_tensors(model, "SpikeLMLayer", batch, None)
+    output = model(**batch, output_hidden_states=True)
+    assert len(output.hidden_states) == config.num_hidden_layers + 1
+    for recorded, steps in zip(output.hidden_states[1:], layers, strict=True):
+        torch.testing.assert_close(recorded, steps.view(3, 3, 7, 32).mean(0))
+    torch.testing.assert_close(
+        output.hidden_states[0], model.embeddings(batch["input_ids"], batch["token_type_ids"], None, None)
+    )
+    assert output.hidden_states[-1] is output.last_hidden_state
+
+
+def test_attentions_are_means_over_the_steps(config, batch):
+    model = calibrated(SpikeLMModel, config, batch, attn_implementation="eager")
+    output = model(**batch, output_attentions=True)
+    assert [tuple(a.shape) for a in output.attentions] == [(3, 4, 7, 7)] * 2
+    attention = model.encoder.layer[0].attention.self
+    steps = model.embeddings(batch["input_ids"], batch["token_type_ids"], None, None).repeat(3, 1, 1)
+    spikes = attention.neurons(steps)
+    query = attention.query(spikes).view(9, 7, 4, 8).transpose(1, 2)
+    key = attention.key_neurons(attention.key(spikes)).view(9, 7, 4, 8).transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) / 8**0.5
+    scores = scores.masked_fill(batch["attention_mask"].repeat(3, 1)[:, None, None] == 0, float("-inf"))
+    expected = scores.softmax(-1).view(3, 3, 4, 7, 7).mean(0)
+    torch.testing.assert_close(output.attentions[0], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recorded", ["hidden_states", "attentions"])
+def test_recording_changes_neither_values_nor_gradients_and_retains_a_gradient(config, batch, recorded):
+    model = calibrated(SpikeLMForMaskedLM, config, batch, attn_implementation="eager")
+    plain = model(**batch)
+    plain.logits.square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    output = model(**batch, **{f"output_{recorded}": True})
+    assert torch.equal(output.logits, plain.logits)
+    kept = getattr(output, recorded)[1]
+    kept.retain_grad()
+    output.logits.square().mean().backward()
+    for name, value in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, value, rtol=1e-4, atol=1e-7)
+    assert kept.grad.abs().sum() > 0
+
+
+def test_eager_and_sdpa_agree(config, batch):
+    eager = calibrated(SpikeLMModel, config, batch, attn_implementation="eager")
+    sdpa = SpikeLMModel._from_config(config, attn_implementation="sdpa").eval()
+    sdpa.load_state_dict(eager.state_dict())
+    torch.testing.assert_close(eager(**batch)[0], sdpa(**batch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing_for_the_tokens_before_it(config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    row = {name: value[2:, :5] for name, value in batch.items()}
+    torch.testing.assert_close(model(**batch)[0][2:, :5], model(**row)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_embeds_stand_for_input_ids(config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    rest = {name: value for name, value in batch.items() if name != "input_ids"}
+    assert torch.equal(model(**batch)[0], model(inputs_embeds=embeds, **rest)[0])
+    for wrong in ({}, {"input_ids": batch["input_ids"], "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="exactly one"):
+            model(**wrong)
+
+
+def test_input_beyond_the_position_embeddings_is_refused(config):
+    with pytest.raises(ValueError, match="max_position_embeddings=64"):
+        SpikeLMModel(config)(torch.ones(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient_and_no_calibration(config, batch, use_reentrant):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    plain = SpikeLMForMaskedLM(config)
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for model in (plain, saving):
+        for _ in range(2):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert torch.equal(amplitudes(plain), amplitudes(saving))
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_embeddings_resize_and_stay_tied(config, batch):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    before = model(**batch).logits
+    model.resize_token_embeddings(120)
+    assert model.config.vocab_size == 120
+    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+    assert model(**batch).logits.shape == (3, 7, 120)
+    torch.testing.assert_close(model(**batch).logits[..., :99], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loading_keeps_the_amplitudes(config, batch, dtype, tmp_path):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    model.save_pretrained(tmp_path)
+    loaded = SpikeLMForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.bert.encoder.layer[0].output.dense.weight.dtype == dtype
+    assert torch.equal(amplitudes(loaded), amplitudes(model))
+    assert loaded(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks_once_calibrated(config, batch, training, tmp_path):
+    calibrated(SpikeLMForMaskedLM, config, batch).save_pretrained(tmp_path)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    model = SpikeLMForMaskedLM.from_pretrained(tmp_path, config=config).train(training)
+    torch._dynamo.reset()
+    # aot_eager traces forward and backward as inductor does, without the minutes that compiling C++ takes.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = {**batch, "labels": batch["input_ids"]}
+    output, expected = compiled(**inputs), model(**inputs)
+    torch.testing.assert_close(output.loss, expected.loss)
+    if training:
+        output.loss.backward()
+        gradient = model.bert.embeddings.word_embeddings.weight.grad.clone()
+        model.zero_grad()
+        expected.loss.backward()
+        torch.testing.assert_close(gradient, model.bert.embeddings.word_embeddings.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_lora_on_query_and_value_trains_and_reloads(config, batch, tmp_path):
+    model = get_peft_model(
+        calibrated(SpikeLMForSequenceClassification, config, batch),
+        LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=4, init_lora_weights=False),
+    )
+    model.train()
+    model(**batch, labels=torch.tensor([0, 1, 1])).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None and "lora" in name]
+    assert len(trained) == 2 * 2 * config.num_hidden_layers
+    expected = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path)
+    base = calibrated(SpikeLMForSequenceClassification, config, batch)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(**batch).logits, expected)
+
+
+def test_every_entry_of_the_state_survives_saving_and_loading(config, batch, tmp_path):
+    model = calibrated(SpikeLMForPreTraining, config, batch)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(torch.rand(value.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    loaded = SpikeLMForPreTraining.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_new_modules_of_a_loaded_model_are_initialised(config, batch, tmp_path):
+    calibrated(SpikeLMForMaskedLM, config, batch).save_pretrained(tmp_path)
+    loaded, info = SpikeLMForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {
+        "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"
+    }  # fmt: skip
+    assert loaded.classifier.weight.std().item() == pytest.approx(config.initializer_range, rel=0.5)
+    assert not loaded.classifier.bias.any()
+
+
+def test_calibrate_weighs_batches_by_their_positions_and_treats_each_as_the_first(config, batch):
+    torch.manual_seed(0)
+    model = SpikeLMForMaskedLM(config)
+    small = {name: value[:1, :4] for name, value in batch.items()}
+    alone = []
+    for one in (batch, small):
+        twin = copy.deepcopy(model)
+        twin.calibrate([one])
+        alone.append(amplitudes(twin))
+    model.train()
+    model.calibrate([batch, small])
+    torch.testing.assert_close(amplitudes(model), (21 * alone[0] + 4 * alone[1]) / 25)
+    assert model.training
+    model.calibrate([small])
+    torch.testing.assert_close(amplitudes(model), alone[1])
+
+
+def test_calibrate_equals_a_first_training_step_without_dropout(config, batch):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    model = SpikeLMForMaskedLM(config)
+    twin = copy.deepcopy(model)
+    model.calibrate([batch])
+    twin.train()(**batch)
+    assert torch.equal(amplitudes(model), amplitudes(twin))
+
+
+def test_calibrate_that_fails_leaves_the_amplitudes_alone(config, batch):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    before = amplitudes(model)
+
+    def broken():
+        yield {"input_ids": batch["input_ids"][:1]}
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        model.calibrate(broken())
+    with pytest.raises(ValueError, match="no batch"):
+        model.calibrate([])
+    assert torch.equal(amplitudes(model), before)
+
+
+def test_reset_calibration_returns_to_zero_and_the_next_step_calibrates_anew(config, batch):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    model.reset_calibration()
+    assert not amplitudes(model).any()
+    model.train()(**batch)
+    assert amplitudes(model).all()
+
+
+def test_uncalibrated_evaluation_says_so_once(config, batch, caplog):
+    from modeling_spikelm import spiking
+
+    spiking.logger.warning_once.cache_clear()
+    spiking.logger.parent.propagate = True
+    model = SpikeLMForMaskedLM(config).eval()
+    model(**batch)
+    model(**batch)
+    assert sum("not calibrated" in record.message for record in caplog.records) == 1
+    assert not amplitudes(model).any()
+
+
+def test_losses_that_ignore_num_items_in_batch_say_so():
+    declared = {c.__name__: getattr(c, "accepts_loss_kwargs", True) for c in [*LABELS, SpikeLMForMultipleChoice]}
+    assert {name for name, accepts in declared.items() if accepts} == {
+        "SpikeLMForMaskedLM", "SpikeLMForTokenClassification"
+    }  # fmt: skip
+
+
+def test_forward_arguments_begin_as_berts():
+    for model_class in (*LABELS, SpikeLMForMultipleChoice, SpikeLMModel):
+        arguments = list(inspect.signature(model_class.forward).parameters)
+        assert arguments[1:6] == ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"]
+
+
+def test_auto_class_finds_the_registered_model(config, tmp_path):
+    SpikeLMForMaskedLM(config).save_pretrained(tmp_path)
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is SpikeLMForMaskedLM
