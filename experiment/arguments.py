@@ -92,6 +92,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     if "output_dir" not in given:
         raise ValueError("--output_dir is missing: the folder for checkpoints and results.")
     parser.set_defaults(**recipe)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in recipe
     parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
     # By default the Trainer replaces a loss that is not finite by the average so far, and nobody sees it.

@@ -1,0 +1,95 @@
+"""Turns a run saved by the reference implementation into a checkpoint that AutoModel loads.
+
+    python convert_reference_checkpoint.py --reference run/checkpoint-100000 --output_dir spikelm-base
+
+The reference (github.com/Xingrun-Xing/SpikeLM) saves BERT's configuration and `pytorch_model.bin`; the file is read with
+`weights_only=True`, so nothing in it can run.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, HfArgumentParser
+
+from configuration_spikelm import SpikeLMConfig
+from experiment.reporting import input_errors
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, convert_reference_state_dict
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass
+class ConverterArguments:
+    reference: str = field(metadata={"help": "Folder with config.json and pytorch_model.bin or model.safetensors."})
+    output_dir: str = field(metadata={"help": "Where the converted checkpoint goes; must not exist or be empty."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer to save beside it (default: the reference folder's, if there)."}
+    )
+    masked_lm_only: bool = field(default=False, metadata={"help": "Leave the next-sentence head and pooler out."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = HfArgumentParser(ConverterArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    with input_errors():
+        output_dir = Path(arguments.output_dir)
+        if output_dir.exists() and any(output_dir.iterdir()):
+            raise ValueError(f"{output_dir} is not empty; choose another --output_dir.")
+        state_dict = read_weights(Path(arguments.reference))
+        config = read_config(Path(arguments.reference), state_dict)
+        model = SpikeLMForPreTraining(config)
+        load(model, convert_reference_state_dict(state_dict, config))
+        if arguments.masked_lm_only:
+            whole, model = model, SpikeLMForMaskedLM(config)
+            model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+        name = arguments.tokenizer_name or arguments.reference
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError):
+            if arguments.tokenizer_name:
+                raise
+            tokenizer = None
+    model.save_pretrained(output_dir)
+    if tokenizer is None:
+        print(f"{arguments.reference} has no tokenizer; save one beside the model with --tokenizer_name.", file=sys.stderr)
+    else:
+        tokenizer.save_pretrained(output_dir)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            if name.endswith(".safetensors"):
+                return load_file(folder / name)
+            return torch.load(folder / name, map_location="cpu", weights_only=True)
+    raise ValueError(f"{folder} holds none of {', '.join(WEIGHTS)}; --reference has to be a folder the reference saved.")
+
+
+def read_config(folder: Path, state_dict: dict[str, torch.Tensor]) -> SpikeLMConfig:
+    """BERT's fields from config.json; T from the amplitudes; the masked-LM transform's ReLU is fixed in the reference."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json.")
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("model_type", "bert") != "bert":
+        raise ValueError(f"{path} is of model type {fields['model_type']!r}; the reference saves 'bert'.")
+    steps = {name.rpartition(".")[2] for name in state_dict if ".intermediate.dense.act_clip_val." in name}
+    if not steps:
+        raise ValueError(f"The weights in {folder} have no spike amplitudes (act_clip_val): no SpikeLM run saved them.")
+    config = SpikeLMConfig.from_pretrained(folder, num_time_steps=len(steps))
+    config.mlm_transform_act = "relu"
+    return config
+
+
+def load(model: SpikeLMForPreTraining, state_dict: dict[str, torch.Tensor]) -> None:
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"The weights do not fit a SpikeLM pre-training model: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
