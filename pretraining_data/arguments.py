@@ -85,10 +85,9 @@ class DataArguments:
             values = getattr(self, flag)
             if values and not self.dataset_name:
                 raise ValueError(f"--{flag} needs --dataset_name.")
-            if values and len(values) != len(self.dataset_name):
-                raise ValueError(
-                    f"--{flag} has {len(values)} value(s) for {len(self.dataset_name)} --dataset_name; give one each."
-                )
+            names = self.dataset_name or []
+            if values and len(values) != len(names):
+                raise ValueError(f"--{flag} has {len(values)} value(s) for {len(names)} --dataset_name; give one each.")
         if self.dataset_revision and not self.dataset_name:
             raise ValueError("--dataset_revision needs --dataset_name.")
         if self.dataset_weights and not all(0 < weight < float("inf") for weight in self.dataset_weights):

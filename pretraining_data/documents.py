@@ -4,11 +4,12 @@ import csv
 import glob
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from datasets import (
     Dataset,
     DatasetDict,
@@ -28,7 +29,7 @@ from .arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 TOKEN_COLUMNS = (
     "input_ids",
@@ -39,7 +40,7 @@ TOKEN_COLUMNS = (
     "next_sentence_label",
 )
 TEXT_FEATURES = Features({"text": Value("string")})
-READERS = {
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
@@ -78,8 +79,8 @@ def load_documents(arguments: DataArguments, seed: int) -> DatasetDict | Iterabl
         sources = _local_sources(arguments.train_file, arguments.train_split_name, arguments)
     else:
         sources = []
-        configs = arguments.dataset_config_name or [None] * len(arguments.dataset_name)
-        for name, config in zip(arguments.dataset_name, configs, strict=True):
+        names = arguments.dataset_name or []
+        for name, config in zip(names, arguments.dataset_config_name or ["default"] * len(names), strict=True):
             sources += _named_source(name, None if config == "default" else config, arguments)
     trains, validations = [], []
     for name, train, validation in sources:
@@ -91,7 +92,7 @@ def load_documents(arguments: DataArguments, seed: int) -> DatasetDict | Iterabl
     if arguments.validation_file:
         local = _local_sources(arguments.validation_file, arguments.validation_split_name, arguments)
         validations = [(name, dataset) for name, dataset, _ in local]
-    kinds = {name: "text" if "text" in _columns(dataset) else "token ids" for name, dataset in trains + validations}
+    kinds = {name: "text" if "text" in dataset.column_names else "token ids" for name, dataset in trains + validations}
     if len(set(kinds.values())) > 1:
         listing = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise ValueError(f"Text and tokenised data cannot be mixed ({listing}); tokenise both or neither.")
@@ -129,7 +130,9 @@ def _local_sources(
     return sources
 
 
-def _named_source(name: str, config: str | None, arguments: DataArguments) -> list[tuple]:
+def _named_source(
+    name: str, config: str | None, arguments: DataArguments
+) -> list[tuple[str, AnyDataset, AnyDataset | None]]:
     if Path(name).exists():
         if config is not None:
             raise ValueError(f"{name} is a local path and has no configuration {config!r}; write 'default' for it.")
@@ -138,6 +141,7 @@ def _named_source(name: str, config: str | None, arguments: DataArguments) -> li
         raise FileNotFoundError(f"{name} does not exist.")
     where = {"path": name, "revision": arguments.dataset_revision}
     available = get_dataset_split_names(**where, config_name=config)
+    _require_splits(name, available, arguments.train_split_name, arguments)
     wanted = {arguments.train_split_name, arguments.validation_split_name} & set(available)
     splits = {
         split: load_dataset(
@@ -149,19 +153,23 @@ def _named_source(name: str, config: str | None, arguments: DataArguments) -> li
         )
         for split in sorted(wanted)
     }
-    return [_pick_splits(name, splits, arguments.train_split_name, arguments, available)]
+    return [_pick_splits(name, splits, arguments.train_split_name, arguments)]
 
 
-def _pick_splits(
-    name: str, splits: dict, split_name: str, arguments: DataArguments, available: list[str] | None = None
-) -> tuple[str, AnyDataset, AnyDataset | None]:
-    """The split asked for and, beside a training split, the validation split where there is one."""
+def _require_splits(name: str, available: Iterable[str], split_name: str, arguments: DataArguments) -> None:
     needed = [split_name]
     if not arguments.validation_file and arguments.validation_split_name != "validation":
         needed.append(arguments.validation_split_name)
     for needed_name in needed:
-        if needed_name not in splits:
-            raise ValueError(f"{name} has no split {needed_name!r}; its splits are {sorted(available or splits)}.")
+        if needed_name not in available:
+            raise ValueError(f"{name} has no split {needed_name!r}; its splits are {sorted(available)}.")
+
+
+def _pick_splits(
+    name: str, splits: dict[str, AnyDataset], split_name: str, arguments: DataArguments
+) -> tuple[str, AnyDataset, AnyDataset | None]:
+    """The split asked for and, beside a training split, the validation split where there is one."""
+    _require_splits(name, splits, split_name, arguments)
     validation = None
     if not arguments.validation_file and arguments.validation_split_name in splits:
         validation = _as_documents(name, splits[arguments.validation_split_name], arguments)
@@ -178,7 +186,8 @@ def _usable_files(path: Path, text_column: str) -> list[Path]:
         _check_file(path, text_column)
         return [path]
     entries = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
-    files, passed_over = [], []
+    files: list[Path] = []
+    passed_over: list[Path] = []
     for entry in entries:
         is_usable = entry.suffix.lower() in READERS and _check_file(entry, text_column, may_be_empty=True)
         (files if is_usable else passed_over).append(entry)
@@ -199,7 +208,7 @@ def _check_file(path: Path, text_column: str, may_be_empty: bool = False) -> boo
         try:
             row = next(_rows([path], suffix), None)
         except (ValueError, DatasetGenerationError) as error:
-            raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+            raise _unreadable(path, error) from error
     if row is None:
         if may_be_empty:
             return False
@@ -247,8 +256,13 @@ def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDatase
                 for _ in _rows([path], suffix):
                     pass
             except (ValueError, DatasetGenerationError) as reason:
-                raise ValueError(f"{path} cannot be read: {reason.__cause__ or reason}") from error
+                raise _unreadable(path, reason) from error
         raise ValueError(f"The {suffix} files do not fit together: {error.__cause__ or error}") from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = str(error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error)
+    return ValueError(reason if str(path) in reason else f"{path} cannot be read: {reason}")
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -277,11 +291,6 @@ def _read_text(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
             yield {"text": "\n".join(lines)}
 
 
-def _columns(dataset: AnyDataset) -> list[str]:
-    """Column names; a stream whose columns are not declared shows them in its first row."""
-    return dataset.column_names or list(next(iter(dataset), {}))
-
-
 def _check_columns(name: str, columns: list[str], text_column: str, may_be_tokenised: bool = True) -> None:
     if text_column not in columns and not (may_be_tokenised and "input_ids" in columns):
         raise ValueError(
@@ -294,12 +303,19 @@ def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments) -> A
     """The dataset reduced to the columns that matter, without blank documents."""
     if arguments.streaming and isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset))))
-    columns = _columns(dataset)
-    if not columns:
+    first_row = next(iter(dataset), None)
+    if first_row is None:
         raise ValueError(f"{name} is empty: it holds no document.")
+    if dataset.features is None:
+        # A stream that does not declare its columns: later steps ask for them.
+        dataset = dataset.cast(Features.from_arrow_schema(pa.Table.from_pylist([first_row]).schema))
+    columns = dataset.column_names
     _check_columns(name, columns, arguments.text_column_name)
     if "input_ids" in columns:
         dataset = dataset.select_columns([column for column in TOKEN_COLUMNS if column in columns])
+        ids = first_row["input_ids"]
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"Column 'input_ids' of {name} does not hold lists of token ids.")
         return _fit_objective(name, dataset, arguments.objective)
     text_column = arguments.text_column_name
     dataset = dataset.select_columns([text_column])
@@ -334,20 +350,14 @@ def _have_text(batch: dict[str, list[str | None]]) -> list[bool]:
 
 
 def _fit_objective(name: str, dataset: AnyDataset, objective: str) -> AnyDataset:
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"{name} is empty: it holds no document.")
-    ids = first["input_ids"]
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        raise ValueError(f"Column 'input_ids' of {name} does not hold lists of token ids.")
     if objective == "mlm_nsp":
-        missing = {"token_type_ids", "next_sentence_label"} - first.keys()
+        missing = {"token_type_ids", "next_sentence_label"} - set(dataset.column_names)
         if missing:
             raise ValueError(
                 f"{name} is tokenised but has no {' and no '.join(sorted(missing))}, which objective mlm_nsp needs; "
                 "train with --objective mlm or give the documents as text."
             )
-    elif "next_sentence_label" in first:
+    elif "next_sentence_label" in dataset.column_names:
         logger.warning("%s: next_sentence_label is not used by objective mlm.", name)
         dataset = dataset.remove_columns("next_sentence_label")
     return dataset
@@ -410,10 +420,10 @@ def _combine(parts: list[tuple[str, AnyDataset]], weights: list[float] | None, s
         return first
     datasets = [first]
     for name, dataset in others:
-        if set(_columns(dataset)) != set(_columns(first)):
+        if set(dataset.column_names) != set(first.column_names):
             raise ValueError(
-                f"{first_name} and {name} do not fit together: their columns are {_columns(first)} and "
-                f"{_columns(dataset)}."
+                f"{first_name} and {name} do not fit together: their columns are {first.column_names} and "
+                f"{dataset.column_names}."
             )
         datasets.append(dataset if dataset.features == first.features else dataset.cast(first.features))
     if weights is None:

@@ -4,8 +4,9 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +31,9 @@ PAIR_FEATURES = Features(
 DOCUMENTS_PER_BATCH = 1000
 # Characters given to the tokenizer at once: its result takes about 100 bytes a token before only the ids remain.
 CHARACTERS_PER_CALL = 2_000_000
-# A sentence ends at .!? before white space and something other than a lower-case letter, or at a full-width mark.
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![a-z])|(?<=[。！？])\s*|\n+")
+# A sentence ends at .!? (and a closing quote or bracket) before white space and something other than a lower-case
+# letter, at a full-width mark, and at the end of a line.
+SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+(?![a-z])|(?<=[。！？])\s*|\n+""")
 # BERT's share of pairs that are built short, so that the model sees lengths other than the longest.
 SHORT_PAIR_PROBABILITY = 0.1
 # Rows of a stream that stand for all of it in its fingerprint.
@@ -77,11 +79,12 @@ def pack_documents(
     """
     if "input_ids" in documents.column_names:
         return documents
-    settings = {
+    settings: dict[str, Any] = {
         "backend": _serialise(tokenizer),
         "cls_id": _special_id(tokenizer, "cls_token"),
         "sep_id": _special_id(tokenizer, "sep_token"),
     }
+    pack: Callable[..., pa.Table]
     if objective == "mlm":
         pack, features, special_tokens = _pack_blocks, BLOCK_FEATURES, 2
     elif objective == "mlm_nsp":
@@ -226,6 +229,7 @@ def _pack_pairs(
     digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16)
     rng = np.random.default_rng([seed, int.from_bytes(digest.digest(), "little")])
     documents = _sentences(texts, backend, room)
+    pools: list[tuple[list[list[np.ndarray]], int | None]]
     if len(documents) > 1:
         pools = [(documents, index) for index in range(len(documents))]
     else:
@@ -350,7 +354,7 @@ def check_token_ids(dataset: AnyDataset, vocab_size: int, max_seq_length: int, t
         "attention_mask": (0, 2),
         "next_sentence_label": (0, 2),
     }
-    checks = {"limits": limits, "max_seq_length": max_seq_length}
+    checks: dict[str, Any] = {"limits": limits, "max_seq_length": max_seq_length}
     if isinstance(dataset, IterableDataset):
         checked = dataset.with_format("arrow").map(
             _check_table, batched=True, with_indices=True, features=dataset.features, fn_kwargs=checks
@@ -443,9 +447,9 @@ def content_fingerprint(dataset: AnyDataset) -> str:
         for name in table.column_names:
             column = table[name]
             is_list = not pa.types.is_primitive(column.type)
-            values = _flat(column)
-            if values.dtype.kind not in "iu":
+            if not pa.types.is_integer(getattr(column.type, "value_type", column.type)):
                 raise ValueError(f"Column {name!r} holds {column.type}; only rows of token ids have a fingerprint.")
+            values = _flat(column)
             # Values and lengths go into hashes of their own: how rows fall into tables then leaves no trace.
             of_values, of_lengths = digests.setdefault(name, [hashlib.blake2b(), hashlib.blake2b()])
             of_values.update(values.astype(np.int64).data)

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -44,7 +45,7 @@ def train_wordpiece(
         raise ValueError("A tokenizer cannot be trained on tokenised data; name the one it was made with.")
     if vocab_size < 2 * len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size has to be at least {2 * len(SPECIAL_TOKENS)}, got {vocab_size}.")
-    settings = {"do_lower_case": lowercase, "model_max_length": model_max_length}
+    settings: dict[str, Any] = {"do_lower_case": lowercase, "model_max_length": model_max_length}
     rules = BertTokenizer(**settings).backend_tokenizer
     tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer

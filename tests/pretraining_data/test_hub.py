@@ -1,0 +1,125 @@
+"""Datasets by their Hub name, fetched by the real client from a Hub on this machine that serves one dataset."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAME = "someone/documents"
+COMMIT = "a" * 40
+CARD = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/train.jsonl
+  - split: test
+    path: en/test.jsonl
+---
+"""
+FILES = {
+    "README.md": CARD.encode(),
+    "en/train.jsonl": b"".join(b'{"text": "document %d"}\n' % number for number in range(40)),
+    "en/test.jsonl": b'{"text": "test document"}\n',
+}
+LOAD = """
+import json, sys
+from pretraining_data.arguments import DataArguments
+from pretraining_data.documents import load_documents
+results = []
+for values in json.loads(sys.argv[1]):
+    try:
+        splits = load_documents(DataArguments(**values), 0)
+        results.append({name: [row["text"] for row in split] for name, split in splits.items()})
+    except Exception as error:
+        results.append(f"{type(error).__name__}: {error}")
+print(json.dumps(results))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = urlsplit(self.path).path
+        if path.startswith(f"/api/datasets/{NAME}/tree/"):
+            self.answer([self.entry(name) for name in FILES])
+        elif path.startswith(f"/api/datasets/{NAME}"):
+            self.answer({"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
+        elif path.startswith(f"/datasets/{NAME}/resolve/"):
+            name = path.removeprefix(f"/datasets/{NAME}/resolve/").split("/", 1)[1]
+            self.answer(FILES.get(name), error="EntryNotFound")
+        else:
+            self.answer(None)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        folders = [path for path in asked if any(name.startswith(f"{path}/") for name in FILES)]
+        self.answer(
+            [self.entry(path) for path in asked if path in FILES]
+            + [{"type": "directory", "path": path, "oid": COMMIT, "size": 0} for path in folders]
+        )
+
+    def entry(self, name):
+        content = FILES[name]
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+    def answer(self, content, error="RepoNotFound"):
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", error)
+            content = b""
+        else:
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_datasets_by_name(endpoint, tmp_path):
+    requests = [
+        {"dataset_name": [NAME]},
+        {"dataset_name": [NAME], "dataset_config_name": ["en"], "validation_split_name": "test", "streaming": True},
+        {"dataset_name": [NAME], "train_split_name": "trian"},
+        {"dataset_name": [NAME], "dataset_config_name": ["de"]},
+        {"dataset_name": ["someone/else"]},
+    ]
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    # The variables that would keep the client from the network, or from this Hub's cache.
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", LOAD, json.dumps(requests)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    held_out, streamed, wrong_split, wrong_config, missing = json.loads(run.stdout)
+    documents = [f"document {number}" for number in range(40)]
+    assert sorted(held_out["train"] + held_out["validation"]) == sorted(documents)
+    assert len(held_out["validation"]) == 2
+    assert streamed == {"train": documents, "validation": ["test document"]}
+    assert wrong_split == f"ValueError: {NAME} has no split 'trian'; its splits are ['test', 'train']."
+    assert "'de' not found. Available: ['en']" in wrong_config
+    assert "'someone/else' doesn't exist on the Hub" in missing

@@ -1,0 +1,437 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+)
+
+import run_mlm
+from configuration_spikelm import SpikeLMConfig
+from modeling_spikelm import SpikeLMForMaskedLM
+from tests.corpus import TINY, write_corpus
+
+ROOT = Path(__file__).parent.parent
+SHORT = [
+    *("--per_device_train_batch_size", "4", "--learning_rate", "1e-3", "--max_steps", "4", "--save_steps", "2"),
+    *(
+        "--max_seq_length",
+        "64",
+        "--max_eval_samples",
+        "16",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "True",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.txt")
+
+
+def from_scratch(corpus, *more) -> list[str]:
+    return ["--train_file", str(corpus), "--vocab_size", "600", "--config_overrides", TINY, *SHORT, *more]
+
+
+def results(folder) -> dict[str, float]:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> Path:
+    """The output folder of one short run, shared by the tests that only look at it or start from it."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    run_mlm.main(from_scratch(corpus, "--output_dir", str(folder)))
+    return folder
+
+
+def test_a_run_reports_loss_perplexity_accuracy_and_the_unigram_baseline(trained):
+    reported = results(trained)
+    assert reported["eval_perplexity"] == pytest.approx(torch.tensor(reported["eval_mlm_loss"]).exp().item(), rel=1e-4)
+    assert reported["eval_mlm_loss"] == pytest.approx(reported["eval_loss"], rel=0.02)
+    assert 0 <= reported["eval_masked_accuracy"] <= 1
+    assert 4 < reported["eval_unigram_loss"] < 6.4
+
+
+@pytest.mark.parametrize("checkpoint", ["", "checkpoint-2", "checkpoint-4"])
+def test_every_checkpoint_has_code_weights_tokenizer_and_a_card(trained, checkpoint):
+    names = {path.name for path in (trained / checkpoint).iterdir()}
+    assert names >= {
+        "configuration_spikelm.py",
+        "modeling_spikelm.py",
+        "spiking.py",
+        "model.safetensors",
+        "config.json",
+    }
+    assert names >= {"tokenizer.json", "README.md"}
+    assert not [name for name in names if name.endswith(".bin") and name != "training_args.bin"]
+    card = ModelCard.load(trained / checkpoint / "README.md")
+    assert (card.data.pipeline_tag, card.data.license) == ("fill-mask", "apache-2.0")
+    assert "trust_remote_code=True" in card.text
+    assert "{{" not in card.content
+    model = AutoModelForMaskedLM.from_pretrained(trained / checkpoint)
+    assert all(m.amplitude.all() for m in model.modules() if hasattr(m, "amplitude"))
+
+
+def test_the_final_card_shows_the_runs_numbers(trained):
+    card = ModelCard.load(trained / "README.md")
+    shown = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert shown["mlm_loss"] == pytest.approx(results(trained)["eval_mlm_loss"], abs=1e-3)
+    assert f"{results(trained)['eval_mlm_loss']:.4f}" in card.text
+
+
+def test_the_same_command_resumes_to_the_same_weights(trained, corpus, tmp_path):
+    """Continued from step 2, the run ends as the one that was never interrupted."""
+    command = from_scratch(corpus, "--output_dir", str(tmp_path / "run"))
+    run_mlm.main([*command, "--save_total_limit", "1"])
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "away")
+    copy_tree(trained / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    run_mlm.main(command)
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4", tmp_path / "away"):
+        weights = load_file(folder / "model.safetensors")
+        for name, value in load_file(trained / "model.safetensors").items():
+            assert torch.equal(weights[name], value), name
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--learning_rate", "2e-3"], "learning_rate was 0.001 and is 0.002"),
+        (["--mlm_probability", "0.2"], "mlm_probability was 0.15 and is 0.2"),
+        (["--max_train_samples", "8"], "the data has changed"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_naming_the_difference(trained, corpus, change, named):
+    before = snapshot(trained)
+    with pytest.raises(SystemExit, match=re.escape(named)):
+        run_mlm.main(from_scratch(corpus, "--output_dir", str(trained), *change))
+    assert snapshot(trained) == before
+
+
+def test_overwrite_starts_anew_and_resume_from_checkpoint_goes_on_anyway(corpus, tmp_path):
+    folder = tmp_path / "run"
+    run_mlm.main(from_scratch(corpus, "--output_dir", str(folder)))
+    changed = from_scratch(corpus, "--output_dir", str(folder), "--learning_rate", "2e-3")
+    run_mlm.main([*changed, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
+    rates = [entry["learning_rate"] for entry in history(folder) if "learning_rate" in entry]
+    run_mlm.main([*changed, "--overwrite_output_dir", "--max_steps", "2"])
+    assert rates == [] or max(rates) <= 2e-3
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_prepared_corpus_trains_to_the_same_weights_as_the_text_it_was_made_of(trained, corpus, tmp_path):
+    prepared = tmp_path / "prepared"
+    run_mlm.main(
+        from_scratch(corpus, "--prepare_only", "--preprocessing_num_workers", "2", "--output_dir", str(prepared))
+    )
+    assert set(load_from_disk(prepared)) == {"train", "validation"}
+    command = [
+        "--dataset_name",
+        str(prepared),
+        "--config_overrides",
+        TINY,
+        *SHORT,
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    run_mlm.main(command)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in load_file(trained / "model.safetensors").items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_a_stream_trains(corpus, tmp_path):
+    run_mlm.main(
+        from_scratch(corpus, "--streaming", "--output_dir", str(tmp_path), "--validation_split_percentage", "20")
+    )
+    assert results(tmp_path)["eval_mlm_loss"] > 0
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+
+
+def test_dense_bert_trains_through_the_same_script(corpus, tmp_path):
+    overrides = TINY.rpartition(",")[0]
+    run_mlm.main(
+        [*from_scratch(corpus, "--model_type", "bert", "--output_dir", str(tmp_path)), "--config_overrides", overrides]
+    )
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is BertForMaskedLM
+    assert "trust_remote_code" not in (tmp_path / "README.md").read_text()
+
+
+def test_bert_checkpoint_is_warm_start_or_baseline_as_model_type_says(trained, corpus, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    bert = BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            hidden_act="gelu_new",
+        )
+    )
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(tmp_path / "bert")]
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "dense")])
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "spiking"), "--model_type", "spikelm"])
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "dense")) is BertForMaskedLM
+    spiking = AutoModelForMaskedLM.from_pretrained(tmp_path / "spiking")
+    assert type(spiking) is SpikeLMForMaskedLM
+    assert spiking.config.mlm_transform_act == "gelu_new"
+    moved = (spiking.bert.embeddings.word_embeddings.weight - bert.bert.embeddings.word_embeddings.weight).abs().max()
+    assert 0 < moved < 0.02
+
+
+def test_next_sentence_objective_trains_the_pre_training_model(corpus, tmp_path):
+    run_mlm.main(from_scratch(corpus, "--objective", "mlm_nsp", "--output_dir", str(tmp_path)))
+    assert type(AutoModelForPreTraining.from_pretrained(tmp_path)).__name__ == "SpikeLMForPreTraining"
+    assert 0 <= results(tmp_path)["eval_next_sentence_accuracy"] <= 1
+    assert results(tmp_path)["eval_loss"] > results(tmp_path)["eval_mlm_loss"]
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.architectures == ["SpikeLMForPreTraining"]
+
+
+def test_rows_with_labels_are_used_as_they_are(trained, tmp_path, monkeypatch):
+    rows = [{"input_ids": [2, 10 + n, 4, 3], "labels": [-100, -100, 30 + n, -100]} for n in range(40)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "static")
+    seen = []
+    forward = SpikeLMForMaskedLM.forward
+    monkeypatch.setattr(
+        SpikeLMForMaskedLM, "forward", lambda self, *args, **kw: seen.append(kw) or forward(self, *args, **kw)
+    )
+    run_mlm.main(
+        [
+            "--dataset_name",
+            str(tmp_path / "static"),
+            *SHORT,
+            "--model_name_or_path",
+            str(trained),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
+    for batch in seen:
+        for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            assert {"input_ids": tokens, "labels": labels} in rows
+
+
+def test_two_processes_train_what_one_trains(corpus, tmp_path):
+    overrides = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    shared = from_scratch(corpus, "--max_grad_norm", "0", "--logging_steps", "1")
+    shared[shared.index("--config_overrides") + 1] = overrides
+    run_mlm.main([*shared, "--output_dir", str(tmp_path / "one")])
+    two = [*shared, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/two_cpu_processes.yaml",
+    ]
+    port = ["--main_process_port", "0"]
+    done = subprocess.run([*launch, *port, "run_mlm.py", *two], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-5, msg=name)
+    assert results(tmp_path / "two")["eval_mlm_loss"] == pytest.approx(
+        results(tmp_path / "one")["eval_mlm_loss"], rel=1e-5
+    )
+
+
+def broken_checkpoint(trained: Path, folder: Path, damage) -> Path:
+    copy_tree(trained / "checkpoint-2", folder)
+    damage(folder)
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def drop_amplitudes(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = {
+        name: value for name, value in load_file(folder / "model.safetensors").items() if "amplitude" not in name
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+
+
+BAD_INPUT = {
+    "missing file": (lambda t, c, p: ["--train_file", str(p / "absent.txt")], "absent.txt does not exist"),
+    "empty file": (lambda t, c, p: ["--train_file", str(touch(p / "empty.txt"))], "empty"),
+    "csv without the text column": (
+        lambda t, c, p: ["--train_file", str(touch(p / "a.csv", "title,body\na,b\n"))],
+        "no column 'text'; its columns are ['title', 'body']",
+    ),
+    "wrong split name": (
+        lambda t, c, p: ["--dataset_name", saved(p / "set"), "--train_split_name", "trian"],
+        "no split 'trian'; its splits are ['train']",
+    ),
+    "truncated weights": (
+        lambda t, c, p: ["--train_file", str(c), "--model_name_or_path", str(broken_checkpoint(t, p / "x", truncate))],
+        "damaged",
+    ),
+    "no amplitudes": (
+        lambda t, c, p: [
+            "--train_file",
+            str(c),
+            "--model_name_or_path",
+            str(broken_checkpoint(t, p / "x", drop_amplitudes)),
+        ],
+        "without spike amplitudes",
+    ),
+    "another model type": (
+        lambda t, c, p: [
+            *("--train_file", str(c), "--model_type", "spikelm"),
+            *("--model_name_or_path", str(broken_checkpoint(t, p / "x", change_type))),
+        ],
+        "'roberta'",
+    ),
+    "vocabulary too small": (
+        lambda t, c, p: [*from_scratch(c), "--config_overrides", f"{TINY},vocab_size=100"],
+        "vocab_size=100",
+    ),
+    "token ids outside the vocabulary": (
+        lambda t, c, p: ["--dataset_name", saved(p / "set", ids=[5, 600]), "--model_name_or_path", str(t)],
+        "input_ids 600, outside [0, 600)",
+    ),
+    "blocks too long": (
+        lambda t, c, p: [*from_scratch(c), "--max_seq_length", "1024"],
+        "max_position_embeddings=512",
+    ),
+    "unknown field": (lambda t, c, p: [*from_scratch(c), "--config_overrides", "hiden_size=3"], "hiden_size"),
+    "impossible field": (
+        lambda t, c, p: [*from_scratch(c), "--config_overrides", "num_time_steps=0"],
+        "num_time_steps=0",
+    ),
+    "token on the command line": (lambda t, c, p: [*from_scratch(c), "--hub_token", "hf_secret"], "HF_TOKEN"),
+    "unknown key in a recipe": (
+        lambda t, c, p: [str(touch(p / "r.yaml", "learning_rat: 1\n")), *from_scratch(c)],
+        "learning_rat",
+    ),
+}
+
+
+def touch(path: Path, text: str = "") -> Path:
+    path.write_text(text)
+    return path
+
+
+def saved(folder: Path, ids: list[int] | None = None) -> str:
+    from datasets import DatasetDict
+
+    rows = [{"input_ids": ids}] * 40 if ids else [{"text": f"document {n}"} for n in range(40)]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+@pytest.mark.parametrize("exists", [True, False], ids=["into a folder", "into none"])
+def test_bad_input_is_one_clear_error_and_touches_nothing(case, exists, trained, corpus, tmp_path):
+    arguments, message = BAD_INPUT[case]
+    output = tmp_path / "output"
+    if exists:
+        output.mkdir()
+        (output / "precious.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        run_mlm.main([*SHORT, *arguments(trained, corpus, tmp_path), "--output_dir", str(output)])
+    assert message in str(stopped.value)
+    assert str(stopped.value).startswith("error: ")
+    assert "hf_secret" not in str(stopped.value)
+    assert [path.name for path in output.rglob("*")] == ["precious.txt"] if exists else not output.exists()
+
+
+def test_folder_with_other_files_is_refused(corpus, tmp_path):
+    touch(tmp_path / "thesis.tex", "precious")
+    with pytest.raises(SystemExit, match="holds no run of this script"):
+        run_mlm.main(from_scratch(corpus, "--output_dir", str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_error_leaves_the_shell_with_one_line_and_a_code(corpus, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "run_mlm.py", "--train_file", str(tmp_path / "absent.txt"), "--output_dir", str(tmp_path / "x")],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "TQDM_DISABLE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "absent.txt" in line] == [
+        f"error: {tmp_path}/absent.txt does not exist."
+    ]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_sets_flags_and_the_command_line_overrides_them(corpus, tmp_path):
+    recipe = touch(
+        tmp_path / "recipe.yaml", f"train_file: ['{corpus}']\nlearning_rate: 3e-4\nmax_steps: 2\nvocab_size: 600\n"
+    )
+    more = SHORT[: SHORT.index("--learning_rate")] + SHORT[SHORT.index("--save_steps") :]
+    run_mlm.main(
+        [str(recipe), *more, "--config_overrides", TINY, "--max_steps", "3", "--output_dir", str(tmp_path / "run")]
+    )
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert (recorded["learning_rate"], recorded["max_steps"], recorded["vocab_size"]) == (3e-4, 3, 600)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("pretrain_*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipe_is_understood(recipe, tmp_path):
+    from transformers import TrainingArguments
+
+    from experiment.arguments import ModelArguments, parse_arguments
+    from pretraining_data.arguments import DataArguments
+
+    data = [] if "two_cores" not in recipe.name else ["--train_file", "x.txt"]
+    _, model, arguments, training = parse_arguments(
+        (run_mlm.ScriptArguments, ModelArguments, DataArguments, TrainingArguments),
+        [str(recipe), "--output_dir", str(tmp_path), "--use_cpu", *data],
+    )
+    assert training.max_steps > 0
+    assert SpikeLMConfig.model_type == model.model_type
+    assert arguments.max_seq_length == 128
+
+
+def test_tokenizer_trained_on_the_corpus_is_saved_and_used(trained):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert isinstance(tokenizer, BertTokenizer)
+    assert len(tokenizer) == AutoModelForMaskedLM.from_pretrained(trained).config.vocab_size == 600
