@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -80,7 +81,9 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclasses, allow_abbrev=False)
-    parser.set_defaults(report_to=["tensorboard"])
+    has_accelerator = torch.accelerator.is_available()
+    # Without use_cpu the processes of a launch on CPUs would each train alone, and nobody would notice.
+    parser.set_defaults(report_to=["tensorboard"], use_cpu=not has_accelerator, dataloader_pin_memory=has_accelerator)
     recipe = _read_recipe(argv.pop(0), parser) if argv and argv[0].endswith(RECIPE_SUFFIXES) else {}
     given = {argument.lstrip("-").split("=")[0] for argument in argv if argument.startswith("--")} | recipe.keys()
     if not given.intersection(PHASES):

@@ -1,0 +1,97 @@
+import pytest
+from transformers import AutoTokenizer, BertConfig
+
+from glue_tasks.encoding import check_labels, encode, label_fields
+from glue_tasks.loading import load_task
+from glue_tasks.tasks import TASKS
+
+
+@pytest.fixture
+def tokenizer(tiny_bert):
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+def test_only_the_longer_sentence_of_a_pair_is_truncated(write_glue, tokenizer):
+    data = write_glue("RTE", test=0)
+    for name in ("train", "dev"):
+        (data / "RTE" / f"{name}.tsv").write_text(
+            "index\tsentence1\tsentence2\tlabel\n0\trow row row row row row row row\tof dev\tentailment\n"
+        )
+    row = encode(load_task(TASKS["rte"], data), tokenizer, BertConfig(), max_length=8)["train"][0]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["[CLS]", *["row"] * 3, "[SEP]", "of", "dev", "[SEP]"]
+    assert row["token_type_ids"] == [0] * 5 + [1] * 3
+
+
+def test_rows_are_padded_only_if_asked_for(write_glue, tokenizer):
+    raw = load_task(TASKS["sst2"], write_glue("SST-2"))
+    lengths = {len(ids) for ids in encode(raw, tokenizer, BertConfig(), max_length=32)["train"]["input_ids"]}
+    padded = encode(raw, tokenizer, BertConfig(), max_length=32, pad_to_max_length=True)["train"]
+    assert max(lengths) < 32
+    assert {len(ids) for ids in padded["input_ids"]} == {32}
+    assert sum(padded[0]["attention_mask"]) in lengths
+
+
+def test_a_limit_takes_the_first_rows_of_its_split(write_glue, tokenizer):
+    raw = load_task(TASKS["sst2"], write_glue("SST-2"))
+    limits = {"train": 5, "validation": 100, "test": None}
+    splits = encode(raw, tokenizer, BertConfig(), max_length=32, sample_limit=limits.get)
+    assert {name: split.num_rows for name, split in splits.items()} == {"train": 5, "validation": 6, "test": 4}
+    assert splits["train"]["label"][:] == raw["train"]["label"][:5]
+    assert set(splits["test"].column_names) == {"input_ids", "token_type_ids", "attention_mask"}
+
+
+def test_inputs_longer_than_the_model_takes_are_refused(write_glue, tokenizer):
+    raw = load_task(TASKS["sst2"], write_glue("SST-2"))
+    with pytest.raises(ValueError, match="max_seq_length is 33, but the model takes at most 32"):
+        encode(raw, tokenizer, BertConfig(max_position_embeddings=32), max_length=33)
+
+
+def test_ids_outside_the_vocabulary_are_refused(write_glue, tokenizer):
+    raw = load_task(TASKS["sst2"], write_glue("SST-2"))
+    largest = max(tokenizer("label of train row sentence")["input_ids"])
+    encode(raw, tokenizer, BertConfig(vocab_size=len(tokenizer)), max_length=32)
+    with pytest.raises(ValueError, match=rf"token id \d+, but the model has only {largest - 1} embeddings"):
+        encode(raw, tokenizer, BertConfig(vocab_size=largest - 1), max_length=32)
+
+
+def test_the_configuration_names_the_classes():
+    rte = BertConfig(**label_fields(TASKS["rte"]))
+    assert (rte.num_labels, rte.id2label) == (2, {0: "entailment", 1: "not_entailment"})
+    assert rte.label2id == {"entailment": 0, "not_entailment": 1}
+    stsb = BertConfig(**label_fields(TASKS["stsb"]))
+    assert (stsb.num_labels, stsb.problem_type) == (1, "regression")
+
+
+def _classifier(**fields) -> BertConfig:
+    return BertConfig(architectures=["BertForSequenceClassification"], **fields)
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        ("rte", BertConfig(architectures=["BertForMaskedLM"], num_labels=7)),
+        ("rte", _classifier(num_labels=2)),
+        ("rte", _classifier(**label_fields(TASKS["qnli"]))),
+        ("mnli", _classifier(num_labels=3)),
+        ("stsb", _classifier(num_labels=1)),
+    ],
+    ids=["no-classifier", "unnamed", "same-names", "three-unnamed", "regression"],
+)
+def test_labels_that_agree_are_accepted(task, config):
+    check_labels(TASKS[task], config)
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        ("rte", _classifier(num_labels=3)),
+        ("rte", _classifier(id2label={0: "not_entailment", 1: "entailment"})),
+        ("rte", _classifier(**label_fields(TASKS["cola"]))),
+        ("stsb", _classifier(num_labels=2)),
+        ("cola", _classifier(**label_fields(TASKS["stsb"]))),
+    ],
+    ids=["number", "order", "names", "class-for-score", "score-for-class"],
+)
+def test_labels_that_conflict_are_refused(task, config):
+    with pytest.raises(ValueError, match=f"classifies .* but {task} asks for"):
+        check_labels(TASKS[task], config)

@@ -1,0 +1,320 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from configuration_spikelm import SpikeLMConfig
+from experiment.publishing import Publisher
+from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS
+from modeling_spikelm import SpikeLMForMaskedLM
+from run_glue import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """A command line on the fixtures; what `more` says again wins."""
+    argv = ["--model_name_or_path", str(model), "--data_dir", str(data), "--output_dir", str(output)]
+    argv += ["--max_seq_length", "32", "--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
+    return [*argv, "--learning_rate", "0.01", "--report_to", "none", *more]
+
+
+def results(output: Path) -> dict:
+    return json.loads((output / "glue_results.json").read_text())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def tiny_spikelm(tiny_bert, tmp_path_factory) -> Path:
+    """A calibrated SpikeLM with its masked LM head, of the size and with the tokenizer of `tiny_bert`."""
+    folder = tmp_path_factory.mktemp("spikelm")
+    bert = AutoConfig.from_pretrained(tiny_bert).to_dict()
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    config = SpikeLMConfig(num_time_steps=2, max_position_embeddings=64, **{name: bert[name] for name in kept})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    model = SpikeLMForMaskedLM(config)
+    model.calibrate([dict(tokenizer(["row of train", "sentence of test row"], padding=True, return_tensors="pt"))])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_all_nine_tasks_and_the_probe_end_in_one_table(write_glue, tiny_bert, tmp_path, capsys):
+    output = tmp_path / "out"
+    main(command(tiny_bert, write_glue(), output, "--task_name", "all", "bigram_shift", "--num_train_epochs", "1"))
+    printed = capsys.readouterr().out
+    assert (output / "glue_results.md").read_text() in printed
+    table = results(output)
+    assert set(table["columns"]) == {*GLUE_AVERAGE_COLUMNS, "WNLI", "BigramShift"}
+    assert table["average"]["columns"] == list(GLUE_AVERAGE_COLUMNS)
+    assert table["columns"]["MRPC"]["metric"] == "f1"
+    assert set(table["columns"]["STS-B"]["metrics"]) == {"pearson", "spearmanr"}
+    for name in GLUE_TASKS:
+        assert (output / name / "all_results.json").is_file()
+        assert (output / name / "README.md").is_file()
+    submissions = {path.name: path.read_text().splitlines() for path in (output / "submission").iterdir()}
+    assert set(submissions) == {f"{column}.tsv" for column in table["columns"]}
+    assert all([line.split("\t")[0] for line in lines] == ["index", *"0123"] for lines in submissions.values())
+    assert submissions["QNLI.tsv"][1].split("\t")[1] in ("entailment", "not_entailment")
+    rte = AutoConfig.from_pretrained(output / "rte")
+    assert rte.label2id == {"entailment": 0, "not_entailment": 1}
+    stsb = AutoModelForSequenceClassification.from_pretrained(output / "stsb")
+    assert (stsb.config.problem_type, stsb.num_labels) == ("regression", 1)
+
+
+def test_a_spikelm_starts_from_its_masked_lm_and_the_kept_model_has_the_shown_score(write_glue, tiny_spikelm, tmp_path):
+    output, data = tmp_path / "out", write_glue("MRPC", test=0)
+    main(command(tiny_spikelm, data, output, "--task_name", "mrpc", "--num_train_epochs", "3"))
+    shown = results(output)["columns"]["MRPC"]
+    history = json.loads((output / "mrpc" / "trainer_state.json").read_text())["log_history"]
+    epochs = [entry for entry in history if "eval_accuracy" in entry]
+    # The first epoch with the highest accuracy, and that epoch's F1, whichever F1 is the highest.
+    best = max(epochs, key=lambda entry: entry["eval_accuracy"])
+    assert (shown["epoch_shown"], shown["epochs"], shown["epochs_trained"]) == ("best", [best["epoch"]], 3)
+    assert shown["metrics"]["accuracy"]["median"] == pytest.approx(100 * best["eval_accuracy"])
+    assert shown["score"] == pytest.approx(100 * best["eval_f1"])
+    model = AutoModelForSequenceClassification.from_pretrained(output / "mrpc").eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "mrpc")
+    rows = [line.split("\t") for line in (data / "MRPC" / "dev.tsv").read_text("utf-8-sig").splitlines()[1:]]
+    inputs = tokenizer([row[3] for row in rows], [row[4] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        correct = model(**inputs).logits.argmax(-1) == torch.tensor([int(row[0]) for row in rows])
+    assert 100 * correct.float().mean().item() == pytest.approx(shown["metrics"]["accuracy"]["median"])
+
+
+def test_amplitudes_calibrated_in_pretraining_stay_as_they_are(write_glue, tiny_spikelm, tmp_path):
+    main(command(tiny_spikelm, write_glue("RTE", test=0), tmp_path / "out", "--task_name", "rte"))
+    before = load_file(tiny_spikelm / "model.safetensors")
+    after = load_file(tmp_path / "out" / "rte" / "model.safetensors")
+    names = [name for name in before if name.endswith("amplitude")]
+    assert names and all(torch.equal(before[name], after[name]) for name in names)
+    changed = "bert.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(before[changed], after[changed])
+
+
+def test_mnli_shows_matched_from_the_best_and_mismatched_from_the_last_epoch(write_glue, tiny_bert, tmp_path):
+    output, data = tmp_path / "out", write_glue("MNLI", test=0)
+    main(command(tiny_bert, data, output, "--task_name", "mnli"))
+    columns = results(output)["columns"]
+    history = json.loads((output / "mnli" / "trainer_state.json").read_text())["log_history"]
+    matched = [entry["eval_matched_accuracy"] for entry in history if "eval_matched_accuracy" in entry]
+    mismatched = [entry["eval_mismatched_accuracy"] for entry in history if "eval_mismatched_accuracy" in entry]
+    assert columns["MNLI-m"]["epoch_shown"] == "best"
+    assert columns["MNLI-m"]["score"] == pytest.approx(100 * max(matched))
+    assert (columns["MNLI-mm"]["epoch_shown"], columns["MNLI-mm"]["epochs"]) == ("last", [2.0])
+    assert columns["MNLI-mm"]["score"] == pytest.approx(100 * mismatched[-1])
+
+
+def test_the_last_epoch_is_shown_if_asked_for(write_glue, tiny_bert, tmp_path):
+    output, data = tmp_path / "out", write_glue("CoLA", test=0)
+    main(command(tiny_bert, data, output, "--task_name", "cola", "--report_epoch", "last", "--save_strategy", "no"))
+    shown = results(output)["columns"]["CoLA"]
+    assert (shown["epoch_shown"], shown["epochs"]) == ("last", [2.0])
+    assert not list((output / "cola").glob("checkpoint-*"))
+
+
+def test_the_epochs_of_a_task_go_before_those_of_all_and_those_before_the_published(write_glue, tiny_bert, tmp_path):
+    data = write_glue("RTE", "WNLI", test=0)
+    both = command(tiny_bert, data, tmp_path / "both", "--task_name", "rte", "wnli", "--task_epochs", "rte=1")
+    main(both)
+    assert [c["epochs_trained"] for c in results(tmp_path / "both")["columns"].values()] == [1, 2]
+    position = both.index("--num_train_epochs")
+    published = [*both[:position], *both[position + 2 :], "--task_epochs", "wnli=1", "--output_dir"]
+    main([*published, str(tmp_path / "published"), "--report_epoch", "last"])
+    assert [c["epochs_trained"] for c in results(tmp_path / "published")["columns"].values()] == [20, 1]
+
+
+def test_several_seeds_are_runs_of_their_own(write_glue, tiny_bert, tmp_path):
+    output, data = tmp_path / "out", write_glue("RTE")
+    main(command(tiny_bert, data, output, "--task_name", "rte", "--num_seeds", "2", "--seed", "7"))
+    column = results(output)["columns"]["RTE"]
+    assert column["seeds"] == [7, 8]
+    assert column["score"] == pytest.approx(sum(column["metrics"]["accuracy"]["values"]) / 2)
+    first, second = (load_file(output / "rte" / f"seed_{seed}" / "model.safetensors") for seed in (7, 8))
+    assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+    assert (output / "submission" / "seed_8" / "RTE.tsv").is_file()
+
+
+def test_a_fine_tuned_model_can_be_evaluated_alone(write_glue, tiny_bert, tmp_path):
+    data = write_glue("RTE", test=0)
+    main(command(tiny_bert, data, tmp_path / "trained", "--task_name", "rte"))
+    main(command(tmp_path / "trained" / "rte", data, tmp_path / "seen", "--task_name", "rte", "--do_eval"))
+    trained, seen = (results(tmp_path / name)["columns"]["RTE"] for name in ("trained", "seen"))
+    assert seen["score"] == trained["score"]
+    assert (seen["epoch_shown"], seen["epochs_trained"], seen["train_examples"]) == ("as loaded", 0, 0)
+    assert not (tmp_path / "seen" / "rte" / "model.safetensors").exists()
+
+
+def test_the_same_command_again_does_nothing_twice(write_glue, tiny_bert, tmp_path, capsys):
+    argv = command(tiny_bert, write_glue("RTE"), tmp_path / "out", "--task_name", "rte")
+    main(argv)
+    first = capsys.readouterr().out.splitlines()
+    before = snapshot(tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rte").rglob("*")}
+    main(argv)
+    assert snapshot(tmp_path / "out") == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rte").rglob("*")} == times
+    assert capsys.readouterr().out.splitlines()[-5:] == first[-5:]
+
+
+def test_an_interrupted_command_goes_on_and_ends_as_if_it_had_not_been(write_glue, tiny_bert, tmp_path, monkeypatch):
+    data = write_glue("RTE", "WNLI")
+    tasks = ("--task_name", "rte", "wnli", "--num_train_epochs", "3")
+    main(command(tiny_bert, data, tmp_path / "whole", *tasks))
+    on_save = Publisher.on_save
+
+    def interrupt(self, args, state, control, **kwargs):
+        on_save(self, args, state, control, **kwargs)
+        if "wnli" in args.output_dir:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "interrupted"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Publisher, "on_save", interrupt)
+        main(command(tiny_bert, data, output, *tasks))
+    assert [path.name for path in (output / "wnli").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (output / "glue_results.json").exists()
+    finished = (output / "rte" / "model.safetensors").stat().st_mtime_ns
+    main(command(tiny_bert, data, output, *tasks))
+    assert (output / "rte" / "model.safetensors").stat().st_mtime_ns == finished
+    assert results(output) == results(tmp_path / "whole")
+    weights, expected = (load_file(folder / "wnli" / "model.safetensors") for folder in (output, tmp_path / "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_another_command_is_refused_by_name_until_it_may_overwrite(write_glue, tiny_bert, tmp_path):
+    output, data = tmp_path / "out", write_glue("RTE", "WNLI")
+    main(command(tiny_bert, data, output, "--task_name", "rte", "wnli"))
+    before = snapshot(output)
+    changed = command(tiny_bert, data, output, "--task_name", "rte", "--learning_rate", "0.5")
+    with pytest.raises(SystemExit, match=r"another run: learning_rate was 0\.01 and is 0\.5"):
+        main(changed)
+    assert snapshot(output) == before
+    main([*changed, "--overwrite_output_dir"])
+    assert set(results(output)["columns"]) == {"RTE"}
+    # Nothing of the earlier run is left to be taken for this one's.
+    assert not (output / "wnli").exists()
+    assert [path.name for path in (output / "submission").iterdir()] == ["RTE.tsv"]
+
+
+def test_changed_data_are_refused(write_glue, tiny_bert, tmp_path):
+    data = write_glue("RTE")
+    argv = command(tiny_bert, data, tmp_path / "out", "--task_name", "rte")
+    main(argv)
+    path = data / "RTE" / "dev.tsv"
+    path.write_text(path.read_text().replace("row 1", "row 7"))
+    with pytest.raises(SystemExit, match="the data has changed"):
+        main(argv)
+
+
+def _bad_label(data: Path, model: Path) -> list[str]:
+    path = data / "WNLI" / "dev.tsv"
+    path.write_text(path.read_text() + "6\ta\tb\t2\n")
+    return []
+
+
+def _missing_file(data: Path, model: Path) -> list[str]:
+    (data / "WNLI" / "train.tsv").unlink()
+    return []
+
+
+def _empty_file(data: Path, model: Path) -> list[str]:
+    (data / "WNLI" / "train.tsv").write_text("")
+    return []
+
+
+def _truncated_weights(data: Path, model: Path) -> list[str]:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return []
+
+
+def _no_amplitudes(data: Path, model: Path) -> list[str]:
+    bert = AutoModelForMaskedLM.from_pretrained(model)
+    bert.save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "spikelm"}))
+    return []
+
+
+def _small_vocabulary(data: Path, model: Path) -> list[str]:
+    bert = AutoModelForMaskedLM.from_pretrained(model)
+    bert.resize_token_embeddings(9)
+    bert.save_pretrained(model)
+    return []
+
+
+def _other_classes(data: Path, model: Path) -> list[str]:
+    labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    AutoModelForSequenceClassification.from_pretrained(model, **labels).save_pretrained(model)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data, model: ["--task_name", "colla"], "unknown task 'colla'"),
+        (lambda data, model: ["--data_dir", str(data / "nowhere")], "no folder .*nowhere.RTE"),
+        (_missing_file, r"no file .*WNLI.train\.tsv"),
+        (_empty_file, r"WNLI.train\.tsv is empty"),
+        (_bad_label, r"WNLI.dev\.tsv:8: label '2' is outside the labels of wnli: 0, 1"),
+        (_truncated_weights, "weights of .* are damaged"),
+        (_no_amplitudes, "without spike amplitudes"),
+        (_small_vocabulary, r"token id \d+, but the model has only 9 embeddings"),
+        (_other_classes, r"classifies \['cat', 'dog'\], but rte asks for"),
+        (lambda data, model: ["--max_seq_length", "65"], "max_seq_length is 65, but the model takes at most 64"),
+        (lambda data, model: ["--task_epochs", "rte:3"], "--task_epochs rte:3: write <task>=<epochs>"),
+        (lambda data, model: ["--num_seeds", "0"], "--num_seeds is 0"),
+        (lambda data, model: ["--resume_from_checkpoint", str(model)], "one task and one seed"),
+    ],
+    ids=[
+        "task", "folder", "missing-file", "empty-file", "label", "truncated-weights", "no-amplitudes", "token-ids",
+        "classes", "too-long", "epochs", "seeds", "resume",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_error_and_leaves_no_trace(spoil, message, write_glue, tiny_bert, tmp_path):
+    data, model, output = write_glue("RTE", "WNLI"), tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_bert, model)
+    argv = command(model, data, output, "--task_name", "rte", "wnli")
+    with pytest.raises(SystemExit, match=message) as stopped:
+        main([*argv, *spoil(data, model)])
+    assert str(stopped.value).startswith("error: ")
+    assert not output.exists()
+
+
+def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path):
+    data = write_glue("MNLI", dev=7, test=5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # With --cpu (or MULTI_CPU) accelerate starts one process only, unless MPI is installed.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(port), str(ROOT / "run_glue.py")]
+    run = subprocess.run(
+        [*launch, *command(tiny_bert, data, tmp_path / "out", "--task_name", "mnli", "--use_cpu")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| MNLI-mm |") == 1
+    columns = results(tmp_path / "out")["columns"]
+    assert {name: column["validation_examples"] for name, column in columns.items()} == {"MNLI-m": 7, "MNLI-mm": 7}
+    state = json.loads((tmp_path / "out" / "mnli" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4  # 12 rows, 2 epochs, 2 processes x 4 rows
+    for column in ("MNLI-m", "MNLI-mm"):
+        lines = (tmp_path / "out" / "submission" / f"{column}.tsv").read_text().splitlines()
+        assert [line.split("\t")[0] for line in lines[1:]] == list("01234")

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+from transformers import EvalPrediction
+
+from glue_tasks.scoring import evaluation_at, make_compute_metrics, metric_key, predicted_values, scores_of
+from glue_tasks.tasks import TASKS
+
+
+def test_the_class_is_that_of_the_largest_logit_and_a_score_stays_as_it_is():
+    logits = np.array([[0.1, 0.2, -1.0], [3.0, 0.0, 1.0]])
+    assert predicted_values(TASKS["mnli"], logits).tolist() == [1, 0]
+    assert predicted_values(TASKS["mnli"], (logits, "hidden states")).tolist() == [1, 0]
+    assert predicted_values(TASKS["stsb"], np.array([[4.2], [0.5]])).tolist() == [4.2, 0.5]
+
+
+def test_metrics_of_the_trainers_predictions():
+    logits = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    prediction = EvalPrediction(predictions=logits, label_ids=np.array([1, 0, 1, 0]))
+    assert make_compute_metrics(TASKS["mrpc"])(prediction) == {"accuracy": 0.5, "f1": pytest.approx(0.5)}
+    scores = EvalPrediction(predictions=np.array([[1.0], [2.0], [3.0]]), label_ids=np.array([5.0, 4.0, 3.0]))
+    assert make_compute_metrics(TASKS["stsb"])(scores)["pearson"] == pytest.approx(-1.0)
+
+
+def test_mnli_keeps_its_two_sets_apart():
+    mnli = TASKS["mnli"]
+    logged = {"eval_matched_accuracy": 0.7, "eval_mismatched_accuracy": 0.6, "eval_matched_loss": 1.0}
+    assert metric_key(TASKS["rte"], "validation", "accuracy") == "eval_accuracy"
+    assert scores_of(mnli, "validation_matched", logged) == {"accuracy": 0.7}
+    assert scores_of(mnli, "validation_mismatched", logged) == {"accuracy": 0.6}
+
+
+def test_the_evaluation_of_a_step_or_the_last_one_is_found_in_the_log():
+    history = [
+        {"loss": 0.9, "step": 5},
+        {"eval_matched_accuracy": 0.7, "step": 10},
+        {"eval_mismatched_accuracy": 0.6, "step": 10},
+        {"eval_matched_accuracy": 0.5, "step": 20},
+        {"eval_mismatched_accuracy": 0.65, "step": 20},
+        {"train_loss": 0.8, "step": 20},
+    ]
+    assert evaluation_at(TASKS["mnli"], "validation_matched", history, step=10) == history[1]
+    assert evaluation_at(TASKS["mnli"], "validation_mismatched", history) == history[4]
