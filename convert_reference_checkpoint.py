@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = None
     model.save_pretrained(output_dir)
     if tokenizer is None:
-        print(f"{arguments.reference} has no tokenizer; save one beside the model with --tokenizer_name.", file=sys.stderr)
+        print(
+            f"{arguments.reference} has no tokenizer; save one beside the model with --tokenizer_name.", file=sys.stderr
+        )
     else:
         tokenizer.save_pretrained(output_dir)
 
@@ -65,7 +67,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             if name.endswith(".safetensors"):
                 return load_file(folder / name)
             return torch.load(folder / name, map_location="cpu", weights_only=True)
-    raise ValueError(f"{folder} holds none of {', '.join(WEIGHTS)}; --reference has to be a folder the reference saved.")
+    raise ValueError(
+        f"{folder} holds none of {', '.join(WEIGHTS)}; --reference has to be a folder the reference saved."
+    )
 
 
 def read_config(folder: Path, state_dict: dict[str, torch.Tensor]) -> SpikeLMConfig:

@@ -11,15 +11,19 @@ def tokenizer(tiny_bert):
     return AutoTokenizer.from_pretrained(tiny_bert)
 
 
-def test_only_the_longer_sentence_of_a_pair_is_truncated(write_glue, tokenizer):
+@pytest.mark.parametrize("long", [0, 1])
+def test_the_longer_sentence_of_a_pair_is_truncated(long, write_glue, tokenizer):
     data = write_glue("RTE", test=0)
+    pair = ["of dev", "of dev"]
+    pair[long] = "row row row row row row row"
     for name in ("train", "dev"):
-        (data / "RTE" / f"{name}.tsv").write_text(
-            "index\tsentence1\tsentence2\tlabel\n0\trow row row row row row row row\tof dev\tentailment\n"
-        )
+        text = "\t".join(["index\tsentence1\tsentence2\tlabel\n0", *pair, "entailment\n"])
+        (data / "RTE" / f"{name}.tsv").write_text(text)
     row = encode(load_task(TASKS["rte"], data), tokenizer, BertConfig(), max_length=8)["train"][0]
-    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["[CLS]", *["row"] * 3, "[SEP]", "of", "dev", "[SEP]"]
-    assert row["token_type_ids"] == [0] * 5 + [1] * 3
+    pair[long] = "row row row"
+    assert tokenizer.decode(row["input_ids"]) == f"[CLS] {pair[0]} [SEP] {pair[1]} [SEP]"
+    first = 2 + len(pair[0].split())
+    assert row["token_type_ids"] == [0] * first + [1] * (8 - first)
 
 
 def test_rows_are_padded_only_if_asked_for(write_glue, tokenizer):
@@ -48,10 +52,11 @@ def test_inputs_longer_than_the_model_takes_are_refused(write_glue, tokenizer):
 
 def test_ids_outside_the_vocabulary_are_refused(write_glue, tokenizer):
     raw = load_task(TASKS["sst2"], write_glue("SST-2"))
-    largest = max(tokenizer("label of train row sentence")["input_ids"])
-    encode(raw, tokenizer, BertConfig(vocab_size=len(tokenizer)), max_length=32)
-    with pytest.raises(ValueError, match=rf"token id \d+, but the model has only {largest - 1} embeddings"):
-        encode(raw, tokenizer, BertConfig(vocab_size=largest - 1), max_length=32)
+    splits = encode(raw, tokenizer, BertConfig(), max_length=32)
+    largest = max(max(ids) for split in splits.values() for ids in split["input_ids"])
+    encode(raw, tokenizer, BertConfig(vocab_size=largest + 1), max_length=32)
+    with pytest.raises(ValueError, match=f"token id {largest}, but the model has only {largest} embeddings"):
+        encode(raw, tokenizer, BertConfig(vocab_size=largest), max_length=32)
 
 
 def test_the_configuration_names_the_classes():

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from configuration_spikelm import SpikeLMConfig
 from experiment.publishing import Publisher
-from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS
+from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
 from modeling_spikelm import SpikeLMForMaskedLM
-from run_glue import main
+from run_glue import TaskData, column_results, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +30,10 @@ def command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 def results(output: Path) -> dict:
     return json.loads((output / "glue_results.json").read_text())
+
+
+def log_history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -77,7 +82,7 @@ def test_a_spikelm_starts_from_its_masked_lm_and_the_kept_model_has_the_shown_sc
     output, data = tmp_path / "out", write_glue("MRPC", test=0)
     main(command(tiny_spikelm, data, output, "--task_name", "mrpc", "--num_train_epochs", "3"))
     shown = results(output)["columns"]["MRPC"]
-    history = json.loads((output / "mrpc" / "trainer_state.json").read_text())["log_history"]
+    history = log_history(output / "mrpc")
     epochs = [entry for entry in history if "eval_accuracy" in entry]
     # The first epoch with the highest accuracy, and that epoch's F1, whichever F1 is the highest.
     best = max(epochs, key=lambda entry: entry["eval_accuracy"])
@@ -103,17 +108,50 @@ def test_amplitudes_calibrated_in_pretraining_stay_as_they_are(write_glue, tiny_
     assert not torch.equal(before[changed], after[changed])
 
 
+def test_of_several_epochs_the_highest_score_is_kept(write_glue, tiny_bert, tmp_path):
+    output, data = tmp_path / "out", write_glue("SST-2", test=0)
+    rows = [f"row of {word}\t{label}" for label, word in enumerate(("train", "test"))]
+    for split in ("train", "dev"):
+        (data / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows * 8, ""]))
+    main(command(tiny_bert, data, output, "--task_name", "sst2", "--num_train_epochs", "8"))
+    scores = [entry["eval_accuracy"] for entry in log_history(output / "sst2") if "eval_accuracy" in entry]
+    assert scores[0] < max(scores), "the example has to be learnt, but not in one epoch"
+    shown = results(output)["columns"]["SST-2"]
+    assert shown["score"] == pytest.approx(100 * max(scores))
+    assert shown["epochs"] == [1 + scores.index(max(scores))]
+
+
 def test_mnli_shows_matched_from_the_best_and_mismatched_from_the_last_epoch(write_glue, tiny_bert, tmp_path):
     output, data = tmp_path / "out", write_glue("MNLI", test=0)
     main(command(tiny_bert, data, output, "--task_name", "mnli"))
     columns = results(output)["columns"]
-    history = json.loads((output / "mnli" / "trainer_state.json").read_text())["log_history"]
+    history = log_history(output / "mnli")
     matched = [entry["eval_matched_accuracy"] for entry in history if "eval_matched_accuracy" in entry]
     mismatched = [entry["eval_mismatched_accuracy"] for entry in history if "eval_mismatched_accuracy" in entry]
     assert columns["MNLI-m"]["epoch_shown"] == "best"
     assert columns["MNLI-m"]["score"] == pytest.approx(100 * max(matched))
     assert (columns["MNLI-mm"]["epoch_shown"], columns["MNLI-mm"]["epochs"]) == ("last", [2.0])
     assert columns["MNLI-mm"]["score"] == pytest.approx(100 * mismatched[-1])
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "mismatched", "epochs"), [(True, 0.61, [1.0, 3.0]), (False, 0.67, [3.0, 3.0])], ids=["best", "last"]
+)
+def test_each_column_of_mnli_has_the_score_of_its_epoch(keep_best, mismatched, epochs):
+    scores = {1.0: (0.75, 0.67), 2.0: (0.65, 0.63), 3.0: (0.70, 0.61)}
+    history = [
+        {f"eval_{name}_accuracy": score, "epoch": epoch, "step": int(10 * epoch)}
+        for epoch, pair in scores.items()
+        for name, score in zip(("matched", "mismatched"), pair, strict=True)
+    ]
+    splits = dict.fromkeys(["train", "validation_matched", "validation_mismatched"], [0])
+    run = SimpleNamespace(do_train=True, load_best_model_at_end=keep_best, seed=1)
+    trainer = SimpleNamespace(args=run, state=SimpleNamespace(best_global_step=10, epoch=3.0))
+    # The model that was kept, evaluated at the end.
+    kept = {"eval_matched_accuracy": 0.75, "eval_mismatched_accuracy": 0.67, "epoch": 3.0}
+    shown = column_results(TaskData(TASKS["mnli"], None, splits, {}, ""), trainer, kept, history)
+    assert [column.metrics["accuracy"] for column in shown] == [0.75, mismatched]
+    assert [column.epoch for column in shown] == epochs
 
 
 def test_the_last_epoch_is_shown_if_asked_for(write_glue, tiny_bert, tmp_path):
@@ -137,7 +175,9 @@ def test_the_epochs_of_a_task_go_before_those_of_all_and_those_before_the_publis
 
 def test_several_seeds_are_runs_of_their_own(write_glue, tiny_bert, tmp_path):
     output, data = tmp_path / "out", write_glue("RTE")
-    main(command(tiny_bert, data, output, "--task_name", "rte", "--num_seeds", "2", "--seed", "7"))
+    seeds = ("--num_seeds", "2", "--seed", "7")
+    # Without learning the classifier stays as its seed made it.
+    main(command(tiny_bert, data, output, "--task_name", "rte", *seeds, "--learning_rate", "0"))
     column = results(output)["columns"]["RTE"]
     assert column["seeds"] == [7, 8]
     assert column["score"] == pytest.approx(sum(column["metrics"]["accuracy"]["values"]) / 2)
@@ -185,10 +225,13 @@ def test_an_interrupted_command_goes_on_and_ends_as_if_it_had_not_been(write_glu
         main(command(tiny_bert, data, output, *tasks))
     assert [path.name for path in (output / "wnli").glob("checkpoint-*")] == ["checkpoint-3"]
     assert not (output / "glue_results.json").exists()
+    log_before = log_history(output / "wnli" / "checkpoint-3")
     finished = (output / "rte" / "model.safetensors").stat().st_mtime_ns
     main(command(tiny_bert, data, output, *tasks))
     assert (output / "rte" / "model.safetensors").stat().st_mtime_ns == finished
     assert results(output) == results(tmp_path / "whole")
+    # Run times are in the log: the first epoch was not run again.
+    assert log_history(output / "wnli")[: len(log_before)] == log_before
     weights, expected = (load_file(folder / "wnli" / "model.safetensors") for folder in (output, tmp_path / "whole"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -298,12 +341,10 @@ def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # With --cpu (or MULTI_CPU) accelerate starts one process only, unless MPI is installed.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), str(ROOT / "run_glue.py")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    launch += ["--config_file", str(ROOT / "accelerate_configs" / "two_cpu_processes.yaml"), str(ROOT / "run_glue.py")]
     run = subprocess.run(
-        [*launch, *command(tiny_bert, data, tmp_path / "out", "--task_name", "mnli", "--use_cpu")],
+        [*launch, *command(tiny_bert, data, tmp_path / "out", "--task_name", "mnli")],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,0 +1,93 @@
+"""From a task's sentences and labels to what a model takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from glue_tasks.loading import SENTENCES
+from glue_tasks.tasks import GlueTask
+
+
+def encode(
+    raw: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    max_length: int,
+    pad_to_max_length: bool = False,
+    sample_limit: Callable[[str], int | None] = lambda split: None,
+    num_workers: int | None = None,
+) -> DatasetDict:
+    """Tokenise every split of `load_task`; pairs are truncated longest first.
+
+    Args:
+        sample_limit: from the name of a split to the number of rows used at most.
+        num_workers: processes that tokenise.
+
+    Returns:
+        The splits with only the tokenizer's columns and `label`.
+
+    Raises:
+        ValueError: `max_length` is more than the model or the tokenizer takes, or the tokenizer makes ids that the
+            model has no embedding for.
+    """
+    limit = min(getattr(config, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length)
+    if max_length > limit:
+        raise ValueError(f"--max_seq_length is {max_length}, but the model takes at most {limit} tokens.")
+
+    def tokenize(batch: dict[str, list[str]]) -> Any:
+        encoded = tokenizer(
+            *(batch[name] for name in SENTENCES if name in batch),
+            padding="max_length" if pad_to_max_length else False,
+            truncation=True,
+            max_length=max_length,
+        )
+        largest = max(max(ids, default=0) for ids in encoded["input_ids"])
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"The tokenizer makes the token id {largest}, but the model has only {config.vocab_size} embeddings: "
+                "tokenizer and model do not belong together."
+            )
+        return encoded
+
+    splits = DatasetDict()
+    for name, dataset in raw.items():
+        rows = min(sample_limit(name) or len(dataset), len(dataset))
+        splits[name] = dataset.select(range(rows)).map(
+            tokenize,
+            batched=True,
+            num_proc=num_workers,
+            remove_columns=[column for column in dataset.column_names if column != "label"],
+            desc=f"Tokenising {name}",
+        )
+    return splits
+
+
+def label_fields(task: GlueTask) -> dict[str, Any]:
+    """The fields of a model's configuration that say what the task's classes are."""
+    if task.labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {label: number for number, label in enumerate(task.labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def check_labels(task: GlueTask, config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint that is a classifier already, but not of this task's labels in this order.
+
+    Raises:
+        ValueError: the labels conflict. A checkpoint without a classifier, or whose labels have no names, never does.
+    """
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        return
+    found = [config.id2label[number] for number in range(config.num_labels)]
+    unnamed = [f"LABEL_{number}" for number in range(1 if task.labels is None else len(task.labels))]
+    if found != unnamed and found != list(task.labels or []):
+        wanted = "a single score" if task.labels is None else f"{list(task.labels)} in this order"
+        raise ValueError(
+            f"The checkpoint {config.name_or_path} classifies {found}, but {task.name} asks for {wanted}; start from "
+            "the checkpoint that it was fine-tuned from."
+        )

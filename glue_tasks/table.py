@@ -1,0 +1,174 @@
+"""From the scores of single runs to one table, as Markdown for people and as JSON for programs."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, TASKS
+
+_METRIC_TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews_correlation": "Matthews",
+    "pearson": "Pearson",
+    "spearmanr": "Spearman",
+}
+
+
+@dataclass(frozen=True)
+class ColumnResult:
+    """What one run reached on one validation set, that is, in one column of the paper's table.
+
+    Attributes:
+        task: name of the task, e.g. "mnli".
+        column: one of the task's columns, e.g. "MNLI-mm".
+        seed: the run's seed.
+        metrics: every metric of the task, as fractions.
+        epochs_trained: epochs of fine-tuning; 0 for a model evaluated as it was loaded.
+        epoch_shown: "best" (chosen by the task's first metric on the validation set itself), "last", or "as loaded".
+        epoch: the epoch whose scores these are; `None` for "as loaded".
+        train_examples: number of training examples; 0 for "as loaded".
+        validation_examples: number of examples scored.
+    """
+
+    task: str
+    column: str
+    seed: int
+    metrics: dict[str, float]
+    epochs_trained: float
+    epoch_shown: str
+    epoch: float | None
+    train_examples: int
+    validation_examples: int
+
+
+def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
+    """Gather the results of all runs into one JSON-able table, scores times 100.
+
+    With several seeds a score is the median over the seeds, beside its lowest and highest value. The average is the
+    unweighted mean of the shown scores over those of `GLUE_AVERAGE_COLUMNS` that are present.
+
+    Returns:
+        `{"columns": {column: {...}}, "average": {"score", "columns", "missing", "by_seed"}}`; the average's score is
+        `None` when no column of the paper's average is present.
+
+    Raises:
+        ValueError: no result at all, two results of one column and seed, or runs of one column that show different
+            kinds of epoch.
+    """
+    runs: dict[str, dict[int, ColumnResult]] = {}
+    for result in results:
+        if result.seed in runs.setdefault(result.column, {}):
+            raise ValueError(f"two results for {result.column} with seed {result.seed}.")
+        runs[result.column][result.seed] = result
+    if not runs:
+        raise ValueError("no result to show.")
+    columns = {column: _column(list(by_seed.values())) for column, by_seed in runs.items()}
+    present = [column for column in GLUE_AVERAGE_COLUMNS if column in columns]
+    seeds = set.intersection(*(set(runs[column]) for column in present)) if present else set()
+    by_seed = {
+        str(seed): fmean(100 * runs[column][seed].metrics[columns[column]["metric"]] for column in present)
+        for seed in sorted(seeds)
+    }
+    average = {
+        "score": fmean(columns[column]["score"] for column in present) if present else None,
+        "columns": present,
+        "missing": [column for column in GLUE_AVERAGE_COLUMNS if column not in columns],
+        "by_seed": by_seed,
+    }
+    return {"columns": columns, "average": average}
+
+
+def _column(runs: list[ColumnResult]) -> dict[str, Any]:
+    first = runs[0]
+    shown = {run.epoch_shown for run in runs}
+    if len(shown) > 1:
+        raise ValueError(f"the runs of {first.column} show different epochs: {', '.join(sorted(shown))}.")
+    metrics = {}
+    for name in first.metrics:
+        values = [100 * run.metrics[name] for run in runs]
+        metrics[name] = {"median": median(values), "lowest": min(values), "highest": max(values), "values": values}
+    metric = TASKS[first.task].shown_metric
+    return {
+        "task": first.task,
+        "metric": metric,
+        "score": metrics[metric]["median"],
+        "metrics": metrics,
+        "epochs_trained": first.epochs_trained,
+        "epoch_shown": first.epoch_shown,
+        "epochs": [run.epoch for run in runs],
+        "seeds": [run.seed for run in runs],
+        "train_examples": first.train_examples,
+        "validation_examples": first.validation_examples,
+    }
+
+
+def render_markdown(table: dict[str, Any]) -> str:
+    """The table of `build_table` as Markdown; the score in bold is the one the paper's table shows."""
+    lines = [
+        "| task | metric | score | other metrics | epochs trained | epoch shown | seeds | train / dev examples |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, column in table["columns"].items():
+        scores = {metric: _score(values) for metric, values in column["metrics"].items()}
+        others = [f"{_METRIC_TITLES[metric]} {text}" for metric, text in scores.items() if metric != column["metric"]]
+        epochs = [f"{epoch:g}" for epoch in column["epochs"] if epoch is not None]
+        epochs = epochs[:1] if len(set(epochs)) == 1 else epochs
+        cells = [
+            name,
+            _METRIC_TITLES[column["metric"]],
+            f"**{scores[column['metric']]}**",
+            ", ".join(others) or "-",
+            f"{column['epochs_trained']:g}",
+            f"{column['epoch_shown']} ({', '.join(epochs)})" if epochs else column["epoch_shown"],
+            ", ".join(map(str, column["seeds"])),
+            f"{column['train_examples']} / {column['validation_examples']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "\n\n".join(_notes(table)), ""])
+
+
+def write_table(table: dict[str, Any], output_dir: str | Path) -> str:
+    """Write `glue_results.json` and `glue_results.md` to an existing folder; return the Markdown."""
+    markdown = render_markdown(table)
+    for name, text in (("glue_results.json", json.dumps(table, indent=2) + "\n"), ("glue_results.md", markdown)):
+        path = Path(output_dir) / name
+        unfinished = path.with_name(f"{name}.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    return markdown
+
+
+def _score(values: dict[str, Any]) -> str:
+    text = f"{values['median']:.1f}"
+    several = len(values["values"]) > 1
+    return f"{text} ({values['lowest']:.1f} to {values['highest']:.1f})" if several else text
+
+
+def _notes(table: dict[str, Any]) -> list[str]:
+    average, columns = table["average"], table["columns"].values()
+    notes = []
+    if average["score"] is not None:
+        count, of = len(average["columns"]), len(GLUE_AVERAGE_COLUMNS)
+        which = f"all {of}" if count == of else f"{count} of the {of}"
+        missing = f"; not run: {', '.join(average['missing'])}" if average["missing"] else ""
+        several = len(average["by_seed"]) > 1
+        spread = f" ({min(average['by_seed'].values()):.1f} to {max(average['by_seed'].values()):.1f})"
+        notes.append(
+            f"Average: **{average['score']:.1f}**{spread if several else ''}, the unweighted mean of {which} columns of"
+            f" the paper's average ({', '.join(average['columns'])}{missing})."
+        )
+    else:
+        notes.append("Average: none, since no column of the paper's average was run.")
+    if any(column["epoch_shown"] == "best" for column in columns):
+        notes.append(
+            'Epoch "best": chosen by the task\'s first metric on the validation set that is shown, as the paper does;'
+            " such scores are optimistic."
+        )
+    if any(len(column["seeds"]) > 1 for column in columns):
+        notes.append("Several seeds: median (lowest to highest).")
+    return notes

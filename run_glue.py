@@ -1,0 +1,310 @@
+"""Fine-tune any AutoModel on GLUE and print one table.
+
+    python run_glue.py --model_name_or_path CHECKPOINT --task_name cola rte --data_dir GLUE --output_dir OUT
+
+Every task (and seed) is one stock Trainer run in a folder of its own, OUT/<task>[/seed_<seed>]; the table is
+OUT/glue_results.md and .json, the test predictions are in OUT/submission. The same command again goes on where it
+stopped.
+"""
+
+import importlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import DatasetDict
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+
+from experiment.arguments import ModelArguments, parse_arguments
+from experiment.model_card import RunCard
+from experiment.models import load_config, load_model, load_tokenizer
+from experiment.publishing import HubRepository, Publisher, take_over_pushing
+from experiment.reporting import input_errors, set_up_logging
+from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
+from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
+from glue_tasks.encoding import check_labels, encode, label_fields
+from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
+from glue_tasks.scoring import evaluation_at, make_compute_metrics, metric_key, predicted_values, scores_of
+from glue_tasks.submission import write_submission
+from glue_tasks.table import ColumnResult, build_table, write_table
+from glue_tasks.tasks import GlueTask, resolve_task_names
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "task_result.json"
+SUBMISSION_FOLDER = "submission"
+DEFAULT_EPOCHS = 3
+HUB_METRICS = {"pearson": "pearsonr"}
+
+
+@dataclass
+class TaskData:
+    """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data."""
+
+    task: GlueTask
+    config: PreTrainedConfig
+    splits: DatasetDict
+    test_rows: dict[str, list[int]]
+    fingerprint: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # Whatever can be wrong with the input is found in here, before anything is written.
+    with input_errors():
+        model_arguments, arguments, training = parse_arguments(
+            (ModelArguments, GlueArguments, GlueTrainingArguments), argv
+        )
+        set_up_logging(training)
+        tasks = resolve_task_names(arguments.task_name)
+        plans = {task.name: plan_runs(task, arguments, training, len(tasks)) for task in tasks}
+        runs = [run for plan in plans.values() for run in plan]
+        if training.resume_from_checkpoint and len(runs) > 1:
+            raise ValueError("--resume_from_checkpoint goes on with one run; name one task and one seed.")
+        tokenizer = load_tokenizer(model_arguments)
+        if tokenizer is None:
+            raise ValueError("A model from scratch needs --tokenizer_name.")
+        ready = [prepare(task, tokenizer, model_arguments, arguments) for task in tasks]
+        # Loaded once for nothing, so that a damaged checkpoint is found now.
+        load_model(AutoModelForSequenceClassification, model_arguments, ready[0].config)
+        repositories = {run.output_dir: take_over_pushing(run) for run in runs}
+        record = RunRecord(
+            training.output_dir,
+            recorded_arguments(model_arguments, arguments, training),
+            ", ".join(f"{data.task.name} {data.fingerprint}" for data in ready),
+        )
+        record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+    if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:
+        delete_earlier_runs(training.output_dir)
+
+    results: list[ColumnResult] = []
+    for data in ready:
+        for run in plans[data.task.name]:
+            result_file = Path(run.output_dir, RESULT_FILE)
+            if result_file.is_file() and not run.resume_from_checkpoint:
+                logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
+                results += [ColumnResult(**entry) for entry in json.loads(result_file.read_text(encoding="utf-8"))]
+                continue
+            with input_errors():
+                record = RunRecord(
+                    run.output_dir, recorded_arguments(model_arguments, arguments, run), data.fingerprint
+                )
+                checkpoint = record.open(resume_from_checkpoint=run.resume_from_checkpoint)
+            submission_dir = Path(
+                training.output_dir, SUBMISSION_FOLDER, f"seed_{run.seed}" if arguments.num_seeds > 1 else ""
+            )
+            results += run_task(
+                data, run, checkpoint, tokenizer, model_arguments, repositories[run.output_dir], submission_dir
+            )
+    if results and training.process_index == 0:
+        print(write_table(build_table(results), training.output_dir))
+
+
+def plan_runs(
+    task: GlueTask, arguments: GlueArguments, training: GlueTrainingArguments, task_count: int
+) -> list[GlueTrainingArguments]:
+    """The training arguments of every seed: its folder, epochs, seed, name and Hub repository."""
+    epochs = arguments.epochs_by_task().get(task.name, training.num_train_epochs)
+    if epochs is None:
+        epochs = float(task.published_epochs or DEFAULT_EPOCHS)
+    # The Trainer leaves out what a tokenizer makes and a model does not take, such as token types.
+    changes: dict[str, Any] = {"num_train_epochs": epochs, "remove_unused_columns": True}
+    if training.do_train and arguments.report_epoch == "best":
+        changes |= {
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": training.save_total_limit or 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": metric_key(task, task.validation_splits[0], task.metrics[0]),
+            "greater_is_better": True,
+        }
+    runs = []
+    for seed in range(training.seed, training.seed + arguments.num_seeds):
+        parts = [task.name] if arguments.num_seeds == 1 else [task.name, f"seed_{seed}"]
+        repository = training.hub_model_id or Path(training.output_dir).resolve().name
+        changes |= {
+            "seed": seed,
+            "output_dir": str(Path(training.output_dir, *parts)),
+            "hub_model_id": repository if task_count * arguments.num_seeds == 1 else "-".join([repository, *parts]),
+            "run_name": "-".join([training.run_name, *parts]) if training.run_name else None,
+        }
+        runs.append(replace(training, **changes))
+    return runs
+
+
+def prepare(
+    task: GlueTask, tokenizer: PreTrainedTokenizerBase, model_arguments: ModelArguments, arguments: GlueArguments
+) -> TaskData:
+    """Load and tokenise a task and make its configuration; raises what is wrong with any of them."""
+    raw = load_task(task, arguments.data_dir, model_arguments.cache_dir)
+    fields = label_fields(task)
+    if model_arguments.model_name_or_path is None and model_arguments.config_name is None:
+        fields |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    else:
+        check_labels(task, load_config(model_arguments))
+    config = load_config(model_arguments, **fields)
+    splits = encode(
+        raw,
+        tokenizer,
+        config,
+        max_length=arguments.max_seq_length,
+        pad_to_max_length=arguments.pad_to_max_length,
+        sample_limit=arguments.sample_limit,
+        num_workers=arguments.preprocessing_num_workers,
+    )
+    test_rows = {name: raw[name]["idx"][: len(splits[name])] for name in task.test_splits if name in splits}
+    return TaskData(task, config, splits, test_rows, fingerprint(raw))
+
+
+def run_task(
+    data: TaskData,
+    run: GlueTrainingArguments,
+    checkpoint: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
+    repository: HubRepository | None,
+    submission_dir: Path,
+) -> list[ColumnResult]:
+    """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder."""
+    task, splits = data.task, data.splits
+    set_seed(run.seed)
+    model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
+    publisher = Publisher(make_card(data, run, model, model_arguments), repository)
+    validation = {name.removeprefix("validation_"): splits[name] for name in task.validation_splits}
+    trainer = Trainer(
+        model=model,
+        args=run,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=splits["train"],
+        eval_dataset=validation if len(validation) > 1 else validation["validation"],
+        processing_class=tokenizer,
+        compute_metrics=make_compute_metrics(task),
+        callbacks=[publisher],
+    )
+    history: list[dict[str, float]] = []
+    if run.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        history = list(trainer.state.log_history)
+        report(trainer, "train", metrics | {"train_samples": len(splits["train"])})
+        trainer.save_state()
+    metrics = {}
+    if run.do_eval:
+        metrics = trainer.evaluate()
+        report(trainer, "eval", metrics | {"eval_samples": sum(map(len, validation.values()))})
+    if run.do_train:
+        publisher.publish(trainer, metrics)
+    if run.do_predict:
+        predict(data, trainer, submission_dir)
+    results = column_results(data, trainer, metrics, history) if run.do_eval else []
+    if trainer.is_world_process_zero():
+        unfinished = Path(run.output_dir, f"{RESULT_FILE}.unfinished")
+        unfinished.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, unfinished.with_name(RESULT_FILE))
+    if "wandb" in run.report_to:
+        # The Trainer leaves the W&B run open, and the next task would be logged into it.
+        importlib.import_module("wandb").finish()
+    return results
+
+
+def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:
+    trainer.log_metrics(phase, metrics)
+    trainer.save_metrics(phase, metrics)
+
+
+def predict(data: TaskData, trainer: Trainer, folder: Path) -> None:
+    """Write a submission file for every test split there is, and say so where there is none."""
+    for split, column in zip(data.task.test_splits, data.task.columns, strict=True):
+        if split not in data.splits:
+            logger.warning("%s has no test split here: no submission file for it.", column)
+            continue
+        outputs = trainer.predict(data.splits[split], metric_key_prefix="predict").predictions
+        if trainer.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            values = predicted_values(data.task, outputs).tolist()
+            logger.info("Wrote %s", write_submission(data.task, column, data.test_rows[split], values, folder))
+
+
+def column_results(
+    data: TaskData, trainer: Trainer, metrics: Mapping[str, float], history: list[dict[str, float]]
+) -> list[ColumnResult]:
+    """What the table shows: the kept model's scores, but MNLI-mm from the last epoch, as in the paper.
+
+    Args:
+        metrics: the last evaluation, that of the kept model.
+        history: the Trainer's log of the training, with an evaluation of every epoch if the best was to be kept.
+    """
+    task, run, results = data.task, trainer.args, []
+    for number, (split, column) in enumerate(zip(task.validation_splits, task.columns, strict=True)):
+        shown, epoch, scores = "last", metrics.get("epoch"), metrics
+        if not run.do_train:
+            shown, epoch = "as loaded", None
+        elif run.load_best_model_at_end and number == 0:
+            shown, epoch = "best", evaluation_at(task, split, history, trainer.state.best_global_step)["epoch"]
+        elif run.load_best_model_at_end:
+            scores = evaluation_at(task, split, history)
+        results.append(
+            ColumnResult(
+                task=task.name,
+                column=column,
+                seed=run.seed,
+                metrics=scores_of(task, split, scores),
+                epochs_trained=round(trainer.state.epoch or 0.0, 2),
+                epoch_shown=shown,
+                epoch=epoch,
+                train_examples=len(data.splits["train"]) if run.do_train else 0,
+                validation_examples=len(data.splits[split]),
+            )
+        )
+    return results
+
+
+def make_card(
+    data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel, model_arguments: ModelArguments
+) -> RunCard:
+    task = data.task
+    name = f"GLUE {task.folder}" if task.on_hub else task.folder
+    kept = f"the best by {task.metrics[0]} on the validation set" if run.load_best_model_at_end else "the last"
+    return RunCard(
+        model=model,
+        training=run,
+        pipeline_tag="text-classification",
+        auto_class="AutoModelForSequenceClassification",
+        training_data=f"Fine-tuned on {name} ({len(data.splits['train'])} examples); the epoch kept is {kept}.",
+        dataset_for_results=f"{name}, validation set",
+        datasets=[HUB_DATASET] if task.on_hub else [],
+        metrics={
+            metric_key(task, split, metric).removeprefix("eval_"): HUB_METRICS.get(metric, metric)
+            for split in task.validation_splits
+            for metric in task.metrics
+        },
+        started_from=model_arguments.model_name_or_path,
+    )
+
+
+def delete_earlier_runs(output_dir: str) -> None:
+    """Delete what an earlier command left in the output folder. Every process has to call."""
+    state, folder = PartialState(), Path(output_dir)
+    if state.is_main_process:
+        for record in [*folder.glob(f"*/{RECORD_NAME}"), *folder.glob(f"*/seed_*/{RECORD_NAME}")]:
+            shutil.rmtree(record.parent)
+        shutil.rmtree(folder / SUBMISSION_FOLDER, ignore_errors=True)
+        for table in folder.glob("glue_results.*"):
+            table.unlink()
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
