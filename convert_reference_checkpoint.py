@@ -2,8 +2,8 @@
 
     python convert_reference_checkpoint.py --reference run/checkpoint-100000 --output_dir spikelm-base
 
-The reference (github.com/Xingrun-Xing/SpikeLM) saves BERT's configuration and `pytorch_model.bin`; the file is read with
-`weights_only=True`, so nothing in it can run.
+The reference (github.com/Xingrun-Xing/SpikeLM) saves BERT's configuration and `pytorch_model.bin`; the file is read
+with `weights_only=True`, so nothing in it can run.
 """
 
 import json
@@ -73,7 +73,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_config(folder: Path, state_dict: dict[str, torch.Tensor]) -> SpikeLMConfig:
-    """BERT's fields from config.json; T from the amplitudes; the masked-LM transform's ReLU is fixed in the reference."""
+    """BERT's fields from config.json, T from the amplitudes, and the ReLU that the reference has in its masked-LM head."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")

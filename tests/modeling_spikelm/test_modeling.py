@@ -377,3 +377,30 @@ def test_forward_arguments_begin_as_berts():
 def test_auto_class_finds_the_registered_model(config, tmp_path):
     SpikeLMForMaskedLM(config).save_pretrained(tmp_path)
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is SpikeLMForMaskedLM
+
+
+@every_head
+def test_outputs_come_as_tuples_when_the_configuration_says_so(model_class, config, batch):
+    model = calibrated(model_class, config, batch)
+    named = model(**with_labels(model_class, batch, config))
+    config.return_dict = False
+    plain = model_class(config).eval()
+    plain.load_state_dict(model.state_dict())
+    for one, other in zip(named.to_tuple(), plain(**with_labels(model_class, batch, config)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weights_may_come_as_a_state_dict_without_a_checkpoint(config, batch):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    loaded = SpikeLMForMaskedLM.from_pretrained(None, config=config, state_dict=model.state_dict()).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_materialised_model_forgets_its_calibration(config, batch):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers(), *model.modules()):
+        tensor._is_hf_initialized = False
+    model.init_weights()
+    assert model(**batch).logits.isfinite().all()
+    assert not amplitudes(model).any()

@@ -191,3 +191,17 @@ def test_a_data_parallel_replica_refuses_to_calibrate():
     group._is_replica = True
     with pytest.raises(RuntimeError, match="DataParallel"):
         group(torch.randn(4, 2, 3))
+
+
+def test_amplitudes_written_behind_the_neurons_back_are_found():
+    """As an EMA copy, a broadcast of buffers or a sharded loader writes them: into the buffer, past load_state_dict."""
+    group = neurons(num_time_steps=1).eval()
+    group(torch.randn(1, 2, 3))
+    group.amplitude.copy_(torch.tensor([10.0]))
+    assert group(torch.full((1, 1, 1), 6.0)).item() == 10.0
+
+
+def test_loading_by_assignment_keeps_float32():
+    group = neurons(num_time_steps=1)
+    group.load_state_dict({"amplitude": torch.tensor([1.5], dtype=torch.bfloat16)}, assign=True)
+    assert group.amplitude.dtype == torch.float32
