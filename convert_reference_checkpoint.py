@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
@@ -66,14 +67,17 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         if (folder / name).is_file():
             if name.endswith(".safetensors"):
                 return load_file(folder / name)
-            return torch.load(folder / name, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(folder / name, map_location="cpu", weights_only=True)
+            except UnpicklingError as error:
+                raise ValueError(f"{folder / name} holds more than tensors and is not read: {error}") from error
     raise ValueError(
         f"{folder} holds none of {', '.join(WEIGHTS)}; --reference has to be a folder the reference saved."
     )
 
 
 def read_config(folder: Path, state_dict: dict[str, torch.Tensor]) -> SpikeLMConfig:
-    """BERT's fields from config.json, T from the amplitudes, and the ReLU that the reference has in its masked-LM head."""
+    """BERT's fields from config.json, T from the amplitudes, and the ReLU of the reference's masked-LM head."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")

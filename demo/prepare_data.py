@@ -203,9 +203,9 @@ def docstrings(source: str) -> Iterator[str]:
         return
 
     def visit(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if docstring := ast.get_docstring(node, clean=False):
-                yield docstring
+        is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_documented and (docstring := ast.get_docstring(node, clean=False)):
+            yield docstring
         for child in ast.iter_child_nodes(node):
             # Expressions hold no docstrings, and are most of a tree.
             if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):

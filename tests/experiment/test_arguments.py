@@ -1,0 +1,70 @@
+from dataclasses import dataclass
+
+import pytest
+from transformers import TrainingArguments
+
+from experiment.arguments import ModelArguments, parse_arguments
+
+
+@dataclass
+class Needed:
+    name: str
+    numbers: list[int] | None = None
+
+
+def parse(*argv, dataclasses=(ModelArguments, TrainingArguments)):
+    return parse_arguments(dataclasses, list(argv))
+
+
+def test_without_phases_a_run_does_everything():
+    _, training = parse("--output_dir", "x")
+    assert (training.do_train, training.do_eval, training.do_predict) == (True, True, True)
+
+
+@pytest.mark.parametrize("flag", ["--do_eval", "--do_eval=True"])
+def test_named_phases_are_the_only_ones(flag):
+    _, training = parse("--output_dir", "x", flag)
+    assert (training.do_train, training.do_eval, training.do_predict) == (False, True, False)
+
+
+def test_recipe_fills_required_flags_and_converts_numbers(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: a\nnumbers: [1, 2]\nlearning_rate: 2e-4\nbf16: false\n")
+    needed, training = parse(str(recipe), "--output_dir", "x", dataclasses=(Needed, TrainingArguments))
+    assert (needed.name, needed.numbers) == ("a", [1, 2])
+    assert training.learning_rate == 2e-4
+
+
+def test_json_recipes_are_read_too(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"output_dir": "y", "seed": 7}')
+    assert parse(str(recipe))[1].seed == 7
+
+
+@pytest.mark.parametrize("content", ["- 1\n- 2\n", "just words\n"])
+def test_recipe_has_to_be_a_mapping(tmp_path, content):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ValueError, match="mapping"):
+        parse(str(recipe), "--output_dir", "x")
+
+
+def test_missing_recipe_and_missing_output_dir_are_named():
+    with pytest.raises(ValueError, match="no recipe file absent.yaml"):
+        parse("absent.yaml", "--output_dir", "x")
+    with pytest.raises(ValueError, match="--output_dir"):
+        parse("--seed", "1")
+
+
+def test_tensorboard_is_the_default_and_can_be_replaced():
+    assert parse("--output_dir", "x")[1].report_to == ["tensorboard"]
+    assert parse("--output_dir", "x", "--report_to", "none")[1].report_to == []
+
+
+def test_non_finite_losses_are_not_hidden():
+    assert not parse("--output_dir", "x")[1].logging_nan_inf_filter
+
+
+def test_checkpoint_and_configuration_exclude_each_other():
+    with pytest.raises(ValueError, match="--config_name"):
+        parse("--output_dir", "x", "--model_name_or_path", "a", "--config_name", "b")

@@ -1,0 +1,82 @@
+import json
+
+import pytest
+from transformers import TrainingArguments
+
+from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
+
+
+def record(folder, fingerprint="f", **arguments):
+    return RunRecord(folder, {"learning_rate": 1e-3, **arguments}, fingerprint)
+
+
+def checkpoint(folder, step):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def test_new_and_empty_folders_start_at_the_beginning(tmp_path):
+    assert record(tmp_path / "new").open() is None
+    (tmp_path / "empty").mkdir()
+    assert record(tmp_path / "empty").open() is None
+    assert json.loads((tmp_path / "new" / RECORD_NAME).read_text())["data_fingerprint"] == "f"
+
+
+def test_the_same_run_goes_on_from_its_last_checkpoint(tmp_path):
+    record(tmp_path).open()
+    assert record(tmp_path).open() is None
+    for step in (5, 10):
+        latest = checkpoint(tmp_path, step)
+    assert record(tmp_path).open() == str(latest)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
+        ({"seed": 3}, "seed was None and is 3"),
+        ({"fingerprint": "g"}, "the data has changed"),
+    ],
+)
+def test_another_run_is_refused_and_nothing_is_written(tmp_path, other, named):
+    record(tmp_path).open()
+    before = (tmp_path / RECORD_NAME).read_bytes()
+    with pytest.raises(ValueError, match=named):
+        record(tmp_path, **other).open()
+    assert (tmp_path / RECORD_NAME).read_bytes() == before
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no run of this script"):
+        record(tmp_path).open()
+
+
+def test_overwrite_deletes_checkpoints_and_nothing_else(tmp_path):
+    record(tmp_path).open()
+    checkpoint(tmp_path, 5)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert record(tmp_path, seed=1).open(overwrite=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", RECORD_NAME]
+
+
+def test_named_checkpoint_overrides_the_record(tmp_path):
+    record(tmp_path).open()
+    path = checkpoint(tmp_path, 5)
+    assert record(tmp_path, seed=1).open(resume_from_checkpoint=str(path)) == str(path)
+    with pytest.raises(ValueError, match="no checkpoint of the Trainer"):
+        record(tmp_path).open(resume_from_checkpoint=str(tmp_path / "absent"))
+
+
+def test_only_what_decides_the_result_is_recorded(tmp_path):
+    def recorded(**changes):
+        return recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes))
+
+    plain = recorded()
+    assert plain == recorded(logging_steps=7, save_steps=9, report_to="tensorboard", disable_tqdm=True, run_name="x")
+    assert plain != recorded(learning_rate=1.0)
+    assert plain != recorded(per_device_train_batch_size=3)
+    assert plain != recorded(num_train_epochs=1)
+    assert json.loads(json.dumps(plain)) == plain

@@ -1,0 +1,139 @@
+"""Pushing and pulling with the real huggingface_hub client, against a Hub on 127.0.0.1."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.clean_machine import run_on_clean_machine
+from tests.corpus import TINY, write_corpus
+from tests.hub_server import HubServer, check_card
+
+ROOT = Path(__file__).parent.parent
+CODE_FILES = {"configuration_spikelm.py", "modeling_spikelm.py", "spiking.py"}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def run_script(hub: HubServer, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "run_mlm.py", *arguments],
+        cwd=ROOT,
+        env=hub.environment(cache) | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory) -> Path:
+    """A short pre-training run that pushed at every save and at its end."""
+    folder = tmp_path_factory.mktemp("pushed")
+    corpus = write_corpus(folder / "topics.txt")
+    done = run_script(
+        hub,
+        folder / "cache",
+        *("--train_file", str(corpus), "--vocab_size", "600", "--max_seq_length", "64", "--config_overrides", TINY),
+        *("--max_steps", "6", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"),
+        *("--max_eval_samples", "8", "--per_device_train_batch_size", "2", "--save_total_limit", "1"),
+        *("--push_to_hub", "--hub_model_id", "tester/tiny", "--hub_always_push", "--output_dir", str(folder / "run")),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert hub.token not in done.stdout + done.stderr
+    return folder / "run"
+
+
+def test_every_pushed_commit_is_a_complete_model_and_holds_no_pickle(hub, pushed):
+    commits = [commit for commit in hub.commits("tester/tiny") if "model.safetensors" in commit.files]
+    assert [commit.message for commit in commits] == [
+        "Training in progress, step 2",
+        "Training in progress, step 4",
+        "Training in progress, step 6",
+        "End of training",
+    ]
+    for commit in commits:
+        names = set(commit.files) - {".gitattributes"}
+        assert names >= CODE_FILES | {"config.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pth")) or "/" in name]
+        assert not names & {"run.json", "trainer_state.json"}
+        errors, _ = check_card(commit.files["README.md"].decode())
+        assert errors == []
+        card = ModelCard(commit.files["README.md"].decode())
+        assert {result.metric_name for result in card.data.eval_results} >= {"mlm_loss", "masked_accuracy"}
+        assert 'from_pretrained("tester/tiny", trust_remote_code=True)' in card.text
+
+
+def test_the_token_is_in_no_file_of_the_run(hub, pushed):
+    secret = hub.token.encode()
+    assert [path for path in pushed.rglob("*") if path.is_file() and secret in path.read_bytes()] == []
+    assert not list(pushed.glob(".publishing-*"))
+
+
+def test_pulled_on_a_clean_machine_it_fills_masks_and_becomes_a_classifier(hub, pushed, tmp_path):
+    done = run_on_clean_machine(
+        """
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+model = AutoModelForMaskedLM.from_pretrained("tester/tiny", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("tester/tiny", trust_remote_code=True)
+print(len(pipeline("fill-mask", model=model, tokenizer=tokenizer)("the [MASK] is an object")))
+classifier = AutoModelForSequenceClassification.from_pretrained("tester/tiny", trust_remote_code=True, num_labels=3)
+classifier.push_to_hub("tester/classifier")
+again = AutoModelForSequenceClassification.from_pretrained("tester/classifier", trust_remote_code=True)
+print(type(again).__name__, again.config.num_labels)
+""",
+        env=hub.environment(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["5", "SpikeLMForSequenceClassification", "3"]
+    assert set(hub.commits("tester/classifier")[-1].files) >= CODE_FILES
+
+
+def test_revision_pins_weights_and_code(hub, pushed, tmp_path):
+    first, *_, last = [commit for commit in hub.commits("tester/tiny") if "model.safetensors" in commit.files]
+    load = """
+from transformers import AutoModelForMaskedLM
+model = AutoModelForMaskedLM.from_pretrained("tester/tiny", trust_remote_code=True, revision={!r})
+print(model.bert.embeddings.word_embeddings.weight.double().sum().item())
+"""
+    sums = []
+    for commit in (first, last):
+        done = run_on_clean_machine(load.format(commit.oid), env=hub.environment(tmp_path / commit.oid))
+        assert done.returncode == 0, done.stderr[-3000:]
+        sums.append(float(done.stdout))
+    assert sums[0] != sums[1]
+
+
+def test_a_wrong_token_is_an_error_before_the_training_starts(hub, tmp_path):
+    corpus = write_corpus(tmp_path / "topics.txt")
+    done = run_script(
+        hub,
+        tmp_path / "cache",
+        *("--train_file", str(corpus), "--vocab_size", "600", "--config_overrides", TINY),
+        *("--push_to_hub", "--hub_model_id", "tester/other", "--output_dir", str(tmp_path / "run")),
+        HF_TOKEN="hf_wrongwrongwrong",
+    )
+    assert done.returncode == 1
+    assert "error: --push_to_hub: the Hub refuses tester/other" in done.stderr
+    assert "hf_wrongwrongwrong" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_strategies_that_would_push_resume_files_are_refused(hub, tmp_path):
+    corpus = write_corpus(tmp_path / "topics.txt")
+    done = run_script(
+        hub,
+        tmp_path / "cache",
+        *("--train_file", str(corpus), "--vocab_size", "600", "--config_overrides", TINY),
+        *("--push_to_hub", "--hub_strategy", "all_checkpoints", "--output_dir", str(tmp_path / "run")),
+    )
+    assert done.returncode == 1
+    assert "choose every_save or end" in done.stderr
+    assert not os.path.exists(tmp_path / "run")
