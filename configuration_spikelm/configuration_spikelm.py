@@ -94,6 +94,10 @@ class SpikeLMConfig(PreTrainedConfig):
             Activation of the encoder's feed-forward layers.
         mlm_transform_act (`str`, *optional*, defaults to `"relu"`):
             Activation in the masked-LM head's transform (the reference uses ReLU there, BERT its `hidden_act`).
+        sparse_prediction (`bool`, *optional*, defaults to `False`):
+            Whether a masked-LM head in training mode computes logits only where there are labels, which saves most of
+            its time and memory. The loss is the same; the logits that come out are then `(number of labels,
+            vocab_size)`. In evaluation mode logits are always complete.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and what is allowed.
@@ -133,6 +137,7 @@ class SpikeLMConfig(PreTrainedConfig):
     amplitude_scale: float | int = 2.0
     membrane_reset: str = "reference"
     mlm_transform_act: str = "relu"
+    sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("auto_map", dict(AUTO_MAP))

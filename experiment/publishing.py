@@ -101,7 +101,8 @@ class Publisher(TrainerCallback):
         self.latest_results: dict[str, float] = {}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.latest_results = dict(metrics or {})
+        # A task with several validation sets is evaluated once per set.
+        self.latest_results |= metrics or {}
 
     def on_save(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:

@@ -507,6 +507,16 @@ class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
 
+    def predict_tokens(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits `(B, L, vocab_size)` and labels `(B, L)`; with `config.sparse_prediction`, in training mode, only the
+        `N` positions that have a label: `(N, vocab_size)` and `(N,)`."""
+        if labels is not None and self.training and self.config.sparse_prediction:
+            is_predicted = labels != -100
+            hidden_states, labels = hidden_states[is_predicted], labels[is_predicted]
+        return self.cls(hidden_states), labels
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder
 
@@ -553,11 +563,12 @@ class SpikeLMForPreTraining(SpikeLMWithMLMHead):
             return_dict=True,
             **kwargs,
         )
-        prediction_logits = self.cls(outputs.last_hidden_state)
+        prediction_logits, labels = self.predict_tokens(outputs.last_hidden_state, labels)
         seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
         loss = None
         if labels is not None and next_sentence_label is not None:
-            loss = nn.functional.cross_entropy(prediction_logits.float().flatten(0, 1), labels.flatten())
+            scores = prediction_logits.float().view(-1, self.config.vocab_size)
+            loss = nn.functional.cross_entropy(scores, labels.view(-1))
             loss = loss + nn.functional.cross_entropy(seq_relationship_logits.float(), next_sentence_label.flatten())
         return SpikeLMForPreTrainingOutput(
             loss=loss,
@@ -599,7 +610,7 @@ class SpikeLMForMaskedLM(SpikeLMWithMLMHead):
             return_dict=True,
             **kwargs,
         )
-        logits = self.cls(outputs.last_hidden_state)
+        logits, labels = self.predict_tokens(outputs.last_hidden_state, labels)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -159,7 +159,8 @@ class SpikingNeurons(nn.Module):
     @torch.compiler.disable
     def _first_amplitude(self, steps: torch.Tensor) -> torch.Tensor:
         """Amplitude of a group not known to be calibrated: found set after all, or set by a training batch, or lent."""
-        self.read_calibration()
+        if not torch.compiler.is_compiling():  # an exporter traces through here, and a traced buffer has no values
+            self.read_calibration()
         if self.is_calibrated:
             return self.amplitude
         if not self.training:

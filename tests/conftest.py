@@ -1,5 +1,13 @@
+import atexit
 import os
+import shutil
+import tempfile
 
+# A fresh Hugging Face home for every test process: `datasets` caches by arguments, not by our code, so with a cache of
+# yesterday a test would look at yesterday's code. It has to be set before the libraries are imported.
+_home = tempfile.mkdtemp(prefix="spikelm-tests-")
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
+os.environ["HF_HOME"] = _home
 # Nothing on a hub can be reached from a test, and nothing should try; tests with a Hub of their own say so.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -404,3 +404,21 @@ def test_materialised_model_forgets_its_calibration(config, batch):
     model.init_weights()
     assert model(**batch).logits.isfinite().all()
     assert not amplitudes(model).any()
+
+
+@pytest.mark.parametrize("model_class", [SpikeLMForMaskedLM, SpikeLMForPreTraining])
+def test_sparse_prediction_changes_neither_loss_nor_gradients_and_only_training(model_class, config, batch):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    inputs = with_labels(model_class, batch, config)
+    inputs["labels"] = torch.where(torch.arange(7) % 3 == 0, inputs["labels"], -100)
+    full = calibrated(model_class, config, batch).train()
+    sparse = copy.deepcopy(full)
+    sparse.config.sparse_prediction = True
+    outputs = [model(**inputs) for model in (full, sparse)]
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+    assert outputs[1][1].shape == (9, config.vocab_size)
+    for output in outputs:
+        output.loss.backward()
+    for (name, parameter), other in zip(full.named_parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
+    assert sparse.eval()(**inputs)[1].shape == (3, 7, config.vocab_size)

@@ -1,0 +1,27 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else is touched.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DEMO := .demo
+# glibc gives freed memory back to the system and asks for it again in every training step; keeping it saves CPU time.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+
+.PHONY: demo test lint clean
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(KEEP_MEMORY) $(PYTHON) -m demo.run --output_dir $(DEMO)
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis
