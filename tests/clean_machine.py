@@ -14,7 +14,7 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 _PROLOGUE = """
-import importlib, importlib.abc, os, sys
+import importlib, importlib.abc, os, runpy, sys
 
 class _NotInstalled(importlib.abc.MetaPathFinder):
     names = frozenset({names!r})
@@ -33,7 +33,7 @@ for _name in sorted(_NotInstalled.names):
     except ModuleNotFoundError:
         continue
     sys.exit(f"not a clean machine: {{_name}} can be imported")
-exec(compile({code!r}, "<clean machine>", "exec"), {{"__name__": "__main__", "__builtins__": __builtins__}})
+runpy.run_path({program!r}, run_name="__main__")
 """
 
 
@@ -61,9 +61,15 @@ def run_on_clean_machine(
     `HubServer.environment(...)`; `cwd` is by default an empty temporary folder. Both temporary folders are deleted
     afterwards. Processes that `code` starts itself are not protected.
     """
-    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as empty:
+    with (
+        tempfile.TemporaryDirectory() as home,
+        tempfile.TemporaryDirectory() as empty,
+        tempfile.TemporaryDirectory() as script,
+    ):
         environment = neutral_environment() | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"} | dict(env or {})
-        program = _PROLOGUE.format(names=own_module_names(), root=str(PROJECT_ROOT), code=code)
+        program = Path(script, "program.py")
+        program.write_text(code, encoding="utf-8")
+        prologue = _PROLOGUE.format(names=own_module_names(), root=str(PROJECT_ROOT), program=str(program))
         return subprocess.run(
-            [sys.executable, "-I", "-c", program], env=environment, cwd=cwd or empty, capture_output=True, text=True
+            [sys.executable, "-I", "-c", prologue], env=environment, cwd=cwd or empty, capture_output=True, text=True
         )
