@@ -78,6 +78,9 @@ def main(argv: list[str] | None = None) -> None:
 
         config = load_config(model_arguments, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer)))
         check_fit(config, tokenizer, data_arguments)
+        # The tokenizer that is saved beside a model must not let through what the model cannot take.
+        longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         splits = check_rows(splits, config, data_arguments)
         record = RunRecord(
             training.output_dir,
@@ -146,9 +149,7 @@ def train_tokenizer(
     """A WordPiece tokenizer of the training documents, trained by the main process and sent to the others."""
     tokenizer = None
     if training.process_index == 0:
-        tokenizer = train_wordpiece(
-            documents["train"], arguments.vocab_size, arguments.lowercase, arguments.max_seq_length
-        )
+        tokenizer = train_wordpiece(documents["train"], arguments.vocab_size, arguments.lowercase)
     return broadcast_object_list([tokenizer])[0]
 
 
