@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             (ScriptArguments, ModelArguments, DataArguments, TrainingArguments), argv
         )
         set_up_logging(training)
+        check_streaming(script, data_arguments, training)
         set_seed(training.seed)
         with training.main_process_first(desc="reading and packing the corpus"):
             documents = load_documents(data_arguments, training.seed)
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         pipeline_tag="fill-mask",
         auto_class=auto_class.__name__,
         training_data=describe(data_arguments),
-        datasets=[name for name in data_arguments.dataset_name or [] if "/" in name and name.count("/") == 1],
+        datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
         metrics=METRICS,
         dataset_for_results="the validation split",
         started_from=model_arguments.model_name_or_path,
@@ -141,6 +143,14 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=2))
     if training.do_train:
         publisher.publish(trainer, results)
+
+
+def check_streaming(script: ScriptArguments, arguments: DataArguments, training: TrainingArguments) -> None:
+    """Refuses what makes no sense for a stream, which has no length and is never written as a whole."""
+    if arguments.streaming and script.prepare_only:
+        raise ValueError("--prepare_only writes the whole corpus; leave out --streaming.")
+    if arguments.streaming and training.do_train and training.max_steps <= 0:
+        raise ValueError("A stream has no length, so --streaming needs --max_steps.")
 
 
 def train_tokenizer(
@@ -191,10 +201,13 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArgumen
             "tokenizer that belongs to the model with --tokenizer_name, or leave vocab_size to the script."
         )
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and arguments.max_seq_length > longest:
+    multiple = arguments.pad_to_multiple_of or 1
+    length = math.ceil(arguments.max_seq_length / multiple) * multiple
+    if longest is not None and length > longest:
         raise ValueError(
-            f"--max_seq_length {arguments.max_seq_length} is more than the model's max_position_embeddings={longest}; "
-            "lower it, or raise max_position_embeddings with --config_overrides for a model from scratch."
+            f"Rows of up to {length} tokens (--max_seq_length, padded to --pad_to_multiple_of) are more than the "
+            f"model's max_position_embeddings={longest}; lower it, or raise max_position_embeddings with "
+            "--config_overrides for a model from scratch."
         )
 
 
@@ -237,7 +250,8 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def describe(arguments: DataArguments) -> str:
     """One sentence for the card; local data by its file names only, for paths say nothing to a stranger."""
-    sources = arguments.dataset_name or [f"`{name.rstrip('/').rsplit('/', 1)[-1]}`" for name in arguments.train_file]
+    names = arguments.dataset_name or arguments.train_file or []
+    sources = [f"`{Path(name).resolve().name}`" if Path(name).exists() else name for name in names]
     task = (
         "masked language modelling and next-sentence prediction"
         if arguments.objective == "mlm_nsp"

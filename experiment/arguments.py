@@ -92,12 +92,12 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
         raise ValueError(
             "--hub_token would be written into the run's files. Log in once with `hf auth login`, or set HF_TOKEN."
         )
-    if "output_dir" not in given:
-        raise ValueError("--output_dir is missing: the folder for checkpoints and results.")
     parser.set_defaults(**recipe)
     for action in parser._actions:
         action.required = action.required and action.dest not in recipe
     parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    if "output_dir" not in given:
+        raise ValueError("--output_dir is missing: the folder for checkpoints and results.")
     training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
     # By default the Trainer replaces a loss that is not finite by the average so far, and nobody sees it.
     training.logging_nan_inf_filter = False

@@ -93,7 +93,7 @@ class RunCard:
             auto_class=self.auto_class,
             architecture=type(self.model).__name__,
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            started_from=self.started_from,
+            started_from=self._started_from(),
             training_data=self.training_data,
             hyperparameters=self._hyperparameters(),
             progress=_progress(state),
@@ -103,6 +103,11 @@ class RunCard:
         path = Path(folder) / "README.md"
         card.save(path)
         return path
+
+    def _started_from(self) -> str | None:
+        """A Hub id as it is, a folder by its name: the rest of its path is nobody's business."""
+        name = self.started_from
+        return Path(name).resolve().name if name and Path(name).exists() else name
 
     def _base_model(self) -> str | None:
         # The Hub refuses a card whose base model is a path.

@@ -346,6 +346,12 @@ BAD_INPUT = {
         lambda t, c, p: [*from_scratch(c), "--max_seq_length", "1024"],
         "max_position_embeddings=512",
     ),
+    "padded blocks too long": (
+        lambda t, c, p: [*from_scratch(c), "--max_seq_length", "510", "--pad_to_multiple_of", "100"],
+        "Rows of up to 600 tokens",
+    ),
+    "stream without an end": (lambda t, c, p: [*from_scratch(c), "--streaming", "--max_steps", "-1"], "--max_steps"),
+    "stream to be prepared": (lambda t, c, p: [*from_scratch(c), "--streaming", "--prepare_only"], "--prepare_only"),
     "unknown field": (lambda t, c, p: [*from_scratch(c), "--config_overrides", "hiden_size=3"], "hiden_size"),
     "impossible field": (
         lambda t, c, p: [*from_scratch(c), "--config_overrides", "num_time_steps=0"],
@@ -440,3 +446,19 @@ def test_tokenizer_trained_on_the_corpus_is_saved_and_used(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert isinstance(tokenizer, BertTokenizer)
     assert len(tokenizer) == AutoModelForMaskedLM.from_pretrained(trained).config.vocab_size == 600
+
+
+def test_help_lists_the_flags_of_every_part():
+    with pytest.raises(SystemExit) as stopped:
+        run_mlm.main(["--help"])
+    assert stopped.value.code == 0
+
+
+def test_cards_show_no_path_of_this_machine(trained, corpus, tmp_path):
+    command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(trained), "--output_dir"]
+    run_mlm.main([*command, str(tmp_path / "next")])
+    card = (tmp_path / "next" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert str(trained.parent) not in card
+    assert "| started from | trained |" in card
+    assert "`topics.txt`" in card
