@@ -92,7 +92,8 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
     """The model of `--model_name_or_path`, or a new one, as `auto_class` (an Auto class) has it for this config.
 
     Raises:
-        ValueError: the weights are damaged or missing, or a SpikeLM checkpoint has no spike amplitudes.
+        ValueError: the weights are damaged, missing or those of another architecture or size, or a SpikeLM checkpoint
+            has no spike amplitudes.
     """
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     name = arguments.model_name_or_path
@@ -117,6 +118,17 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
         ) from error
     except OSError as error:
         raise ValueError(f"{name} has no weights that can be loaded: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"
+        ) from error
+    # Heads and poolers may be new; an encoder that is new means that the weights were those of something else.
+    encoder = [key for key in loaded["missing_keys"] if ".encoder." in key and not key.endswith(".amplitude")]
+    if encoder:
+        raise ValueError(
+            f"The weights of {name} are not those of a model of type {config.model_type!r}, as its config.json says: "
+            f"{encoder[0]} and {len(encoder) - 1} more are missing."
+        )
     without = [key for key in loaded["missing_keys"] if key.endswith(".amplitude")]
     if without and config.model_type == SpikeLMConfig.model_type and not _is_bert(arguments):
         raise ValueError(

@@ -334,6 +334,20 @@ BAD_INPUT = {
         ],
         "'roberta'",
     ),
+    "weights of another model type": (
+        lambda t, c, p: [
+            *("--train_file", str(c)),
+            *("--model_name_or_path", str(broken_checkpoint(t, p / "x", change_type))),
+        ],
+        "not those of a model of type 'roberta'",
+    ),
+    "weights of another size": (
+        lambda t, c, p: [
+            *("--train_file", str(c), "--model_name_or_path", str(t)),
+            *("--config_overrides", "intermediate_size=48"),
+        ],
+        "do not fit its configuration",
+    ),
     "vocabulary too small": (
         lambda t, c, p: [*from_scratch(c), "--config_overrides", f"{TINY},vocab_size=100"],
         "vocab_size=100",
