@@ -41,7 +41,7 @@ from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
 from glue_tasks.scoring import evaluation_at, make_compute_metrics, metric_key, predicted_values, scores_of
 from glue_tasks.submission import write_submission
 from glue_tasks.table import ColumnResult, build_table, write_table
-from glue_tasks.tasks import GlueTask, resolve_task_names
+from glue_tasks.tasks import TASKS, GlueTask, resolve_task_names
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ready = [prepare(task, tokenizer, model_arguments, arguments) for task in tasks]
         # Loaded once for nothing, so that a damaged checkpoint is found now.
         load_model(AutoModelForSequenceClassification, model_arguments, ready[0].config)
-        repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record = RunRecord(
             training.output_dir,
             recorded_arguments(model_arguments, arguments, training),
             ", ".join(f"{data.task.name} {data.fingerprint}" for data in ready),
         )
+        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
     if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:
         delete_earlier_runs(training.output_dir)
@@ -298,8 +299,10 @@ def delete_earlier_runs(output_dir: str) -> None:
     """Delete what an earlier command left in the output folder. Every process has to call."""
     state, folder = PartialState(), Path(output_dir)
     if state.is_main_process:
-        for record in [*folder.glob(f"*/{RECORD_NAME}"), *folder.glob(f"*/seed_*/{RECORD_NAME}")]:
-            shutil.rmtree(record.parent)
+        # Only folders of tasks: beside them may lie other people's runs, with records of their own.
+        for task in TASKS:
+            for record in [*folder.glob(f"{task}/{RECORD_NAME}"), *folder.glob(f"{task}/seed_*/{RECORD_NAME}")]:
+                shutil.rmtree(record.parent)
         shutil.rmtree(folder / SUBMISSION_FOLDER, ignore_errors=True)
         for table in folder.glob("glue_results.*"):
             table.unlink()
@@ -308,3 +311,4 @@ def delete_earlier_runs(output_dir: str) -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

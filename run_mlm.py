@@ -1,7 +1,7 @@
 """Pre-trains a masked language model, SpikeLM or any other: text -> documents -> packed rows -> Trainer -> checkpoint.
 
     python run_mlm.py --train_file corpus.txt --output_dir runs/pretrain
-    accelerate launch run_mlm.py recipes/pretrain_base.yaml --output_dir runs/base
+    accelerate launch run_mlm.py recipes/pretrain_base_nominal.yaml --output_dir runs/base
 
 `python run_mlm.py --help` lists every flag.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import (
@@ -38,7 +39,7 @@ from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically
 from pretraining_data.packing import check_token_ids, content_fingerprint, numbered, pack_documents, take_rows
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
-from pretraining_data.prepared import prepared_tokenizer, save_prepared
+from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
 from pretraining_data.tokenizers import train_wordpiece
 
 METRICS = {
@@ -64,10 +65,12 @@ def main(argv: list[str] | None = None) -> None:
         )
         set_up_logging(training)
         check_streaming(script, data_arguments, training)
+        if script.prepare_only:
+            check_prepared_folder(training.output_dir)
         set_seed(training.seed)
         with training.main_process_first(desc="reading and packing the corpus"):
             documents = load_documents(data_arguments, training.seed)
-        tokenizer = load_tokenizer(model_arguments) or prepared_tokenizer(data_arguments)
+        tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments))
         if tokenizer is None:
             tokenizer = train_tokenizer(documents, data_arguments, training)
         with training.main_process_first(desc="reading and packing the corpus"):
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{type(model).__name__} has no next-sentence head; choose --objective mlm or another --model_type."
             )
+        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
         checkpoint = record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
 
@@ -103,7 +107,14 @@ def main(argv: list[str] | None = None) -> None:
     collator = MaskingCollator(tokenizer, data_arguments.mlm_probability, seed, data_arguments.pad_to_multiple_of)
     collator.has_token_types &= "token_type_ids" in inputs
     with training.main_process_first(desc="masking the validation rows"):
-        validation = mask_statically(splits["validation"], tokenizer, data_arguments.mlm_probability, seed)
+        validation = mask_statically(
+            splits["validation"],
+            tokenizer,
+            data_arguments.mlm_probability,
+            seed,
+            num_proc=data_arguments.preprocessing_num_workers,
+            overwrite_cache=data_arguments.overwrite_cache,
+        )
     card = RunCard(
         model=model,
         training=training,
@@ -114,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics=METRICS,
         dataset_for_results="the validation split",
         started_from=model_arguments.model_name_or_path,
+        mask_token=tokenizer.mask_token,
     )
     publisher = Publisher(card, repository)
     trainer = Trainer(
@@ -265,3 +277,4 @@ def describe(arguments: DataArguments) -> str:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

@@ -85,7 +85,9 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     # Without use_cpu the processes of a launch on CPUs would each train alone, and nobody would notice.
     parser.set_defaults(report_to=["tensorboard"], use_cpu=not has_accelerator, dataloader_pin_memory=has_accelerator)
     recipe = _read_recipe(argv.pop(0), parser) if argv and argv[0].endswith(RECIPE_SUFFIXES) else {}
-    given = {argument.lstrip("-").split("=")[0] for argument in argv if argument.startswith("--")} | recipe.keys()
+    # The parser takes --hub-token for --hub_token, so both have to be seen here.
+    flags = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
+    given = flags | recipe.keys()
     if not given.intersection(PHASES):
         parser.set_defaults(**dict.fromkeys(PHASES, True))
     if "hub_token" in given:

@@ -26,6 +26,7 @@ class RunCard:
         metrics: names of the metrics, from result key (without "eval_") to the Hub's metric type.
         dataset_for_results: name of the data that the results are on.
         started_from: the checkpoint the model started from, if any.
+        mask_token: what stands for a masked word.
     """
 
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class RunCard:
     datasets: list[str] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     started_from: str | None = None
+    mask_token: str = "[MASK]"
 
     @property
     def model_id(self) -> str:
@@ -60,7 +62,8 @@ class RunCard:
         spiking = config.model_type == "spikelm"
         data = ModelCardData(
             language="en",
-            license="apache-2.0",
+            # Others' checkpoints have licences of their own.
+            license="apache-2.0" if spiking else None,
             library_name="transformers",
             pipeline_tag=self.pipeline_tag,
             tags=["spikelm", "spiking-neural-network", "custom_code"] if spiking else [config.model_type],
@@ -91,6 +94,8 @@ class RunCard:
             spiking=spiking,
             config=config,
             auto_class=self.auto_class,
+            pipeline_tag=self.pipeline_tag,
+            mask_token=self.mask_token,
             architecture=type(self.model).__name__,
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             started_from=self._started_from(),

@@ -6,6 +6,8 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -98,7 +100,8 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     name = arguments.model_name_or_path
     if name is None:
-        return auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
+        model = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
+        return _with_mean_loss(auto_class, model)
     is_warm_start = arguments.model_type == SpikeLMConfig.model_type
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
@@ -136,6 +139,16 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             "missing), so it was not saved by a SpikeLM model. Load it in Python, call model.calibrate(batches) and "
             "save it again."
         )
+    return _with_mean_loss(auto_class, model)
+
+
+def _with_mean_loss(auto_class: Any, model: PreTrainedModel) -> PreTrainedModel:
+    """Tells the Trainer which losses are means over the batch, so that it averages over accumulation steps itself.
+
+    Our classes say so themselves; BERT's and others' do not, and would train with gradients N times too large.
+    """
+    if auto_class in (AutoModelForPreTraining, AutoModelForSequenceClassification):
+        model.accepts_loss_kwargs = False
     return model
 
 

@@ -133,6 +133,7 @@ def take_over_pushing(training: TrainingArguments) -> HubRepository | None:
     for leftover in Path(training.output_dir).glob(f"{_STAGING_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not training.push_to_hub:
+        training.hub_model_id = None  # the card then names the folder, not a repository that does not exist
         return None
     if training.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
@@ -140,7 +141,12 @@ def take_over_pushing(training: TrainingArguments) -> HubRepository | None:
             "every_save or end. The files to resume from stay in the output folder."
         )
     training.push_to_hub = False
-    return HubRepository(training) if training.process_index == 0 else None
+    if training.process_index != 0:
+        return None
+    repository = HubRepository(training)
+    # With the owner's name, which may have come from the token only: the card says how to load the model.
+    training.hub_model_id = repository.repo_id
+    return repository
 
 
 def _link(source: str, target: str) -> None:

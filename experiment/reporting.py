@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 
 def set_up_logging(arguments: TrainingArguments) -> None:
-    """The main process logs at `--log_level`, the others only warnings that are errors."""
+    """The main process logs at `--log_level`, the others at `--log_level_replica`."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     level = arguments.get_process_log_level()
     logging.getLogger().setLevel(level)

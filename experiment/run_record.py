@@ -8,7 +8,8 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 RECORD_NAME = "run.json"
 
@@ -29,13 +30,17 @@ _NOT_RECORDED = {
     "ddp_backend",
     "ddp_timeout",
     "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
     "report_to",
     "run_name",
     "project",
     "trackio_space_id",
     "push_to_hub",
 }
-_NOT_RECORDED_PREFIXES = ("hub_", "log", "dataloader_", "save_", "push_to_hub_")
+_NOT_RECORDED_PREFIXES = ("hub_", "log", "save_", "push_to_hub_")
 
 
 def recorded_arguments(*arguments: Any) -> dict[str, Any]:
@@ -78,7 +83,7 @@ class RunRecord:
                 checkpoint to resume from does not exist.
         """
         folder, state = Path(self.output_dir), PartialState()
-        checkpoint = self._checkpoint(folder, overwrite, resume_from_checkpoint)
+        checkpoint = self.check(overwrite, resume_from_checkpoint)
         state.wait_for_everyone()
         if state.is_main_process:
             if overwrite and not resume_from_checkpoint:
@@ -89,7 +94,9 @@ class RunRecord:
         state.wait_for_everyone()
         return checkpoint
 
-    def _checkpoint(self, folder: Path, overwrite: bool, resume_from_checkpoint: str | None) -> str | None:
+    def check(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
+        """What `open` does, arguments, return value and errors, without writing anything."""
+        folder = Path(self.output_dir)
         if resume_from_checkpoint:
             if not Path(resume_from_checkpoint, "trainer_state.json").is_file():
                 raise ValueError(f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint of the Trainer.")
@@ -108,7 +115,7 @@ class RunRecord:
                 f"The output folder {folder} holds another run: {'; '.join(differences)}. Repeat its command to resume "
                 "it, choose another --output_dir, or give --overwrite_output_dir to start anew."
             )
-        return get_last_checkpoint(str(folder))
+        return _last_complete_checkpoint(folder)
 
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
         before = earlier["arguments"]
@@ -122,7 +129,17 @@ class RunRecord:
         return differences
 
 
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The latest checkpoint that has its trainer_state.json, which the Trainer writes last; None if there is none."""
+    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    steps = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdecimal()}
+    return str(steps[max(steps)]) if steps else None
+
+
 def _delete_run(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
+    """Deletes checkpoints, model and results, so that nothing of the earlier run is taken for the new one's."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(checkpoint)
-    (folder / RECORD_NAME).unlink(missing_ok=True)
+    for pattern in (RECORD_NAME, TRAINER_STATE_NAME, "*_results.json", "model*.safetensors*", "README.md"):
+        for path in folder.glob(pattern):
+            path.unlink()

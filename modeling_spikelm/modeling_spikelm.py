@@ -381,7 +381,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         def use_batch_amplitude(neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
             steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
             amplitude = neurons.batch_amplitude(steps)
-            weighted[neurons] = weighted[neurons] + amplitude.double().cpu() * steps[0].numel()
+            weighted[neurons] = weighted[neurons] + amplitude.cpu().double() * steps[0].numel()
             weights[neurons] += steps[0].numel()
             neurons.set_amplitude(amplitude)
 

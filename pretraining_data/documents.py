@@ -140,7 +140,10 @@ def _named_source(
     if name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS:
         raise FileNotFoundError(f"{name} does not exist.")
     where = {"path": name, "revision": arguments.dataset_revision}
-    available = get_dataset_split_names(**where, config_name=config)
+    try:
+        available = get_dataset_split_names(**where, config_name=config)
+    except RuntimeError as error:  # a dataset that is a loading script
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
     _require_splits(name, available, arguments.train_split_name, arguments)
     wanted = {arguments.train_split_name, arguments.validation_split_name} & set(available)
     splits = {

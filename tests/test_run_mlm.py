@@ -476,3 +476,27 @@ def test_cards_show_no_path_of_this_machine(trained, corpus, tmp_path):
     assert str(trained.parent) not in card
     assert "| started from | trained |" in card
     assert "`topics.txt`" in card
+
+
+def test_corpus_prepared_with_another_tokenizer_is_refused(trained, corpus, tmp_path):
+    other = [*from_scratch(corpus), "--vocab_size", "500", "--prepare_only", "--output_dir", str(tmp_path / "prepared")]
+    run_mlm.main(other)
+    command = ["--dataset_name", str(tmp_path / "prepared"), *SHORT, "--model_name_or_path", str(trained)]
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        run_mlm.main([*command, "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model_type", ["spikelm", "bert"])
+def test_accumulated_steps_weigh_as_much_as_one_large_step(model_type, corpus, tmp_path):
+    """With a mean over the batch as its loss, a model that took N small steps for one would move N times too far."""
+    overrides = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64"
+    overrides += ",hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    shared = from_scratch(corpus, "--objective", "mlm_nsp", "--model_type", model_type, "--max_steps", "1")
+    shared += ["--logging_steps", "1", "--config_overrides", overrides]
+    norms = []
+    for number, (rows, steps) in enumerate([("4", "1"), ("2", "2")]):
+        sizes = ["--per_device_train_batch_size", rows, "--gradient_accumulation_steps", steps]
+        run_mlm.main([*shared, *sizes, "--output_dir", str(tmp_path / str(number))])
+        norms.append(next(entry["grad_norm"] for entry in history(tmp_path / str(number)) if "grad_norm" in entry))
+    assert norms[1] == pytest.approx(norms[0], rel=0.35)

@@ -27,6 +27,13 @@ def test_named_phases_are_the_only_ones(flag):
     assert (training.do_train, training.do_eval, training.do_predict) == (False, True, False)
 
 
+def test_hyphens_are_seen_as_the_parser_sees_them():
+    _, training = parse("--output-dir", "x", "--do-eval")
+    assert (training.output_dir, training.do_train) == ("x", False)
+    with pytest.raises(ValueError, match="HF_TOKEN"):
+        parse("--output-dir", "x", "--hub-token", "hf_secret")
+
+
 def test_recipe_fills_required_flags_and_converts_numbers(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: a\nnumbers: [1, 2]\nlearning_rate: 2e-4\nbf16: false\n")

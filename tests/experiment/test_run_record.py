@@ -70,6 +70,18 @@ def test_named_checkpoint_overrides_the_record(tmp_path):
         record(tmp_path).open(resume_from_checkpoint=str(tmp_path / "absent"))
 
 
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    record(tmp_path).open()
+    whole = checkpoint(tmp_path, 5)
+    (tmp_path / "checkpoint-10").mkdir()
+    assert record(tmp_path).open() == str(whole)
+
+
+def test_check_writes_nothing(tmp_path):
+    record(tmp_path / "new").check()
+    assert not (tmp_path / "new").exists()
+
+
 def test_only_what_decides_the_result_is_recorded(tmp_path):
     def recorded(**changes):
         return recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes))

@@ -386,3 +386,14 @@ def test_every_task_is_pushed_complete_to_a_repository_of_its_own(write_glue, ti
         )
     assert loaded.returncode == 0, loaded.stderr
     assert "{0: 'entailment', 1: 'not_entailment'}" in loaded.stdout
+
+
+def test_overwriting_leaves_other_runs_in_the_folder_alone(write_glue, tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    argv = command(tiny_bert, write_glue("RTE"), out, "--task_name", "rte")
+    main(argv)
+    (out / "pretrained").mkdir()
+    (out / "pretrained" / "run.json").write_text("{}")
+    (out / "pretrained" / "model.safetensors").write_text("weeks of work")
+    main([*argv, "--overwrite_output_dir"])
+    assert (out / "pretrained" / "model.safetensors").read_text() == "weeks of work"
