@@ -59,11 +59,6 @@ class GlueTask:
         return self._splits("test")
 
     @property
-    def submission_files(self) -> tuple[str, ...]:
-        """The file names GLUE's server expects, in the order of `columns`."""
-        return tuple(f"{column}.tsv" for column in self.columns)
-
-    @property
     def is_regression(self) -> bool:
         return self.labels is None
 
