@@ -31,7 +31,7 @@ from transformers import (
 
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
-from experiment.models import load_config, load_model, load_tokenizer
+from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.reporting import input_errors, set_up_logging
 from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ready = [prepare(task, tokenizer, model_arguments, arguments) for task in tasks]
         # Loaded once for nothing, so that a damaged checkpoint is found now.
         load_model(AutoModelForSequenceClassification, model_arguments, ready[0].config)
+        # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
+        start = {"checkpoint_digest": checkpoint_digest(model_arguments)}
         record = RunRecord(
             training.output_dir,
-            recorded_arguments(model_arguments, arguments, training),
+            recorded_arguments(model_arguments, arguments, training) | start,
             ", ".join(f"{data.task.name} {data.fingerprint}" for data in ready),
         )
         record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             with input_errors():
                 record = RunRecord(
-                    run.output_dir, recorded_arguments(model_arguments, arguments, run), data.fingerprint
+                    run.output_dir, recorded_arguments(model_arguments, arguments, run) | start, data.fingerprint
                 )
                 checkpoint = record.open(resume_from_checkpoint=run.resume_from_checkpoint)
             submission_dir = Path(

@@ -30,7 +30,7 @@ from transformers import (
 
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
-from experiment.models import load_config, load_model, load_tokenizer
+from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer
 from experiment.publishing import Publisher, take_over_pushing
 from experiment.reporting import input_errors, set_up_logging
 from experiment.run_record import RunRecord, recorded_arguments
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         splits = check_rows(splits, config, data_arguments)
         record = RunRecord(
             training.output_dir,
-            recorded_arguments(model_arguments, data_arguments, training),
+            recorded_arguments(model_arguments, data_arguments, training)
+            | {"checkpoint_digest": checkpoint_digest(model_arguments)},
             "+".join(content_fingerprint(splits[name]) for name in ("train", "validation")),
         )
         auto_class = AutoModelForPreTraining if data_arguments.objective == "mlm_nsp" else AutoModelForMaskedLM

@@ -1,5 +1,7 @@
 """From ModelArguments to a tokenizer, a configuration and a model, with every mistake reported before training."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -88,6 +90,17 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
         raise ValueError(f"--config_overrides {overrides}: {error}; write it as name=value,name=value.") from error
     # Built anew, because only a new configuration is validated as a whole.
     return type(config).from_dict(config.to_dict(), attn_implementation=config._attn_implementation)
+
+
+def checkpoint_digest(arguments: ModelArguments) -> str | None:
+    """What tells one content of a local `--model_name_or_path` from another: its weights' sizes and times of change.
+
+    None without a checkpoint, and for one on the Hub, which `--model_revision` pins.
+    """
+    folder = Path(arguments.model_name_or_path or "")
+    weights = sorted(folder.glob("*.safetensors")) if arguments.model_name_or_path else []
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weights]
+    return hashlib.blake2b("\n".join(stamps).encode(), digest_size=8).hexdigest() if stamps else None
 
 
 def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:

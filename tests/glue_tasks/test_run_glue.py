@@ -397,3 +397,14 @@ def test_overwriting_leaves_other_runs_in_the_folder_alone(write_glue, tiny_bert
     (out / "pretrained" / "model.safetensors").write_text("weeks of work")
     main([*argv, "--overwrite_output_dir"])
     assert (out / "pretrained" / "model.safetensors").read_text() == "weeks of work"
+
+
+def test_scores_of_a_checkpoint_that_has_changed_since_are_not_shown_again(write_glue, tiny_bert, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_bert, checkpoint)
+    argv = command(checkpoint, write_glue("RTE"), tmp_path / "out", "--task_name", "rte")
+    main(argv)
+    weights = checkpoint / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    with pytest.raises(SystemExit, match="checkpoint_digest"):
+        main(argv)
