@@ -102,3 +102,39 @@ Trainer(model, arguments, train_dataset=rows).train()
 from transformers import AutoModelForMaskedLM
 AutoModelForMaskedLM.from_pretrained({str(saved)!r}, trust_remote_code=True)
 """)
+
+
+def test_a_stock_fine_tuning_script_takes_the_checkpoint_without_us(checkpoint, tmp_path):
+    """The calls of a GLUE script with --trust_remote_code: configuration, tokenizer, classifier, Trainer, saving."""
+    saved = tmp_path / "classifier"
+    printed = clean_run(f"""
+from datasets import Dataset
+from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding,
+                          Trainer, TrainingArguments)
+name = {str(checkpoint)!r}
+config = AutoConfig.from_pretrained(name, num_labels=2, finetuning_task="rte", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=True)
+model = AutoModelForSequenceClassification.from_pretrained(name, config=config, trust_remote_code=True,
+                                                           ignore_mismatched_sizes=True)
+model.config.label2id, model.config.id2label = {{"yes": 0, "no": 1}}, {{0: "yes", 1: "no"}}
+sentences = ["the capital of france", "is paris ."] * 4
+rows = Dataset.from_dict({{"sentence": sentences, "label": [0, 1] * 4, "idx": range(8)}})
+rows = rows.map(lambda row: tokenizer(row["sentence"], truncation=True, max_length=32))
+trainer = Trainer(
+    model,
+    TrainingArguments({str(saved)!r}, max_steps=2, use_cpu=True, disable_tqdm=True, gradient_accumulation_steps=2),
+    train_dataset=rows,
+    eval_dataset=rows,
+    processing_class=tokenizer,
+    data_collator=DataCollatorWithPadding(tokenizer),
+    compute_metrics=lambda p: {{"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}},
+)
+trainer.train()
+metrics = trainer.evaluate()
+assert trainer.predict(rows.remove_columns("label")).predictions.shape == (8, 2)
+trainer.save_model()
+print("accuracy", metrics["eval_accuracy"])
+""")
+    assert "accuracy" in printed.splitlines()[-1]
+    assert {path.name for path in saved.glob("*.py")} == CODE_FILES
+    assert json.loads((saved / "config.json").read_text())["label2id"] == {"no": 1, "yes": 0}
