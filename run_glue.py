@@ -4,7 +4,7 @@
 
 Every task (and seed) is one stock Trainer run in a folder of its own, OUT/<task>[/seed_<seed>]; the table is
 OUT/glue_results.md and .json, the test predictions are in OUT/submission. The same command again goes on where it
-stopped.
+stopped; with other tasks it adds them to the folder and to the table.
 """
 
 import importlib
@@ -33,7 +33,7 @@ from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
 from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
-from experiment.reporting import input_errors, set_up_logging
+from experiment.reporting import errors_only, input_errors, set_up_logging
 from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
@@ -48,6 +48,16 @@ logger = logging.getLogger(__name__)
 RESULT_FILE = "task_result.json"
 SUBMISSION_FOLDER = "submission"
 DEFAULT_EPOCHS = 3
+# Arguments that `plan_runs` gives each run of its own.
+SET_BY_PLAN = {
+    "num_train_epochs",
+    "remove_unused_columns",
+    "eval_strategy",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "seed",
+}
 HUB_METRICS = {"pearson": "pearsonr"}
 
 
@@ -82,38 +92,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_model(AutoModelForSequenceClassification, model_arguments, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
         start = {"checkpoint_digest": checkpoint_digest(model_arguments)}
-        record = RunRecord(
-            training.output_dir,
-            recorded_arguments(model_arguments, arguments, training) | start,
-            ", ".join(f"{data.task.name} {data.fingerprint}" for data in ready),
-        )
-        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        # Which tasks the folder has, and their data, is a matter of the runs' own records.
+        record = RunRecord(training.output_dir, common_arguments(model_arguments, arguments, training) | start, "")
+        overwrite = model_arguments.overwrite_output_dir
+        record.check(overwrite, training.resume_from_checkpoint)
+        records = {}
+        for data in ready:
+            for run in plans[data.task.name]:
+                run_arguments = common_arguments(model_arguments, arguments, run) | start
+                records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
+                records[run.output_dir].check(overwrite, run.resume_from_checkpoint)
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
-        record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        record.open(overwrite, training.resume_from_checkpoint)
     if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:
         delete_earlier_runs(training.output_dir)
 
-    results: list[ColumnResult] = []
     for data in ready:
         for run in plans[data.task.name]:
-            result_file = Path(run.output_dir, RESULT_FILE)
-            if result_file.is_file() and not run.resume_from_checkpoint:
+            if records[run.output_dir].is_finished:
                 logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
-                results += [ColumnResult(**entry) for entry in json.loads(result_file.read_text(encoding="utf-8"))]
                 continue
-            with input_errors():
-                record = RunRecord(
-                    run.output_dir, recorded_arguments(model_arguments, arguments, run) | start, data.fingerprint
-                )
-                checkpoint = record.open(resume_from_checkpoint=run.resume_from_checkpoint)
+            checkpoint = records[run.output_dir].open(resume_from_checkpoint=run.resume_from_checkpoint)
             submission_dir = Path(
                 training.output_dir, SUBMISSION_FOLDER, f"seed_{run.seed}" if arguments.num_seeds > 1 else ""
             )
-            results += run_task(
-                data, run, checkpoint, tokenizer, model_arguments, repositories[run.output_dir], submission_dir
-            )
+            run_task(data, run, checkpoint, tokenizer, model_arguments, repositories[run.output_dir], submission_dir)
+            records[run.output_dir].record_end()
+    results = finished_results(record)
     if results and training.process_index == 0:
         print(write_table(build_table(results), training.output_dir))
+    record.record_end()
+
+
+def common_arguments(
+    model_arguments: ModelArguments, arguments: GlueArguments, training: GlueTrainingArguments
+) -> dict[str, Any]:
+    """What all runs in an output folder have to have in common, and a run with itself when it is resumed."""
+    recorded = recorded_arguments(model_arguments, arguments, training)
+    # Which tasks a command names is no part of their results; the epochs of a run are in its num_train_epochs.
+    return {name: value for name, value in recorded.items() if name not in ("task_name", "task_epochs")}
+
+
+def finished_results(record: RunRecord) -> list[ColumnResult]:
+    """The results of the finished runs in the output folder with these arguments, in the order of tasks and seeds."""
+    results = []
+    folder = Path(record.output_dir)
+    for file in [*folder.glob(f"*/{RESULT_FILE}"), *folder.glob(f"*/seed_*/{RESULT_FILE}")]:
+        arguments = json.loads(file.with_name(RECORD_NAME).read_text(encoding="utf-8"))["arguments"]
+        # A run that went on from a named checkpoint may have had others.
+        if all(arguments[name] == value for name, value in record.arguments.items() if name not in SET_BY_PLAN):
+            results += [ColumnResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    return sorted(results, key=lambda result: (list(TASKS).index(result.task), result.seed))
 
 
 def plan_runs(
@@ -180,11 +209,12 @@ def run_task(
     model_arguments: ModelArguments,
     repository: HubRepository | None,
     submission_dir: Path,
-) -> list[ColumnResult]:
+) -> None:
     """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder."""
     task, splits = data.task, data.splits
     set_seed(run.seed)
-    model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
+    with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
+        model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
     publisher = Publisher(make_card(data, run, model, model_arguments), repository)
     validation = {name.removeprefix("validation_"): splits[name] for name in task.validation_splits}
     trainer = Trainer(
@@ -202,6 +232,7 @@ def run_task(
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         history = list(trainer.state.log_history)
         report(trainer, "train", metrics | {"train_samples": len(splits["train"])})
+        trainer.save_model()
         trainer.save_state()
     metrics = {}
     if run.do_eval:
@@ -219,7 +250,6 @@ def run_task(
     if "wandb" in run.report_to:
         # The Trainer leaves the W&B run open, and the next task would be logged into it.
         importlib.import_module("wandb").finish()
-    return results
 
 
 def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:
@@ -280,6 +310,11 @@ def make_card(
     task = data.task
     name = f"GLUE {task.folder}" if task.on_hub else task.folder
     kept = f"the best by {task.metrics[0]} on the validation set" if run.load_best_model_at_end else "the last"
+    shown = {
+        metric_key(task, split, metric).removeprefix("eval_"): (metric, split)
+        for split in task.validation_splits
+        for metric in task.metrics
+    }
     return RunCard(
         model=model,
         training=run,
@@ -288,11 +323,10 @@ def make_card(
         training_data=f"Fine-tuned on {name} ({len(data.splits['train'])} examples); the epoch kept is {kept}.",
         dataset_for_results=f"{name}, validation set",
         datasets=[HUB_DATASET] if task.on_hub else [],
-        metrics={
-            metric_key(task, split, metric).removeprefix("eval_"): HUB_METRICS.get(metric, metric)
-            for split in task.validation_splits
-            for metric in task.metrics
-        },
+        metrics={key: HUB_METRICS.get(metric, metric) for key, (metric, _) in shown.items()},
+        results_dataset=HUB_DATASET if task.on_hub else None,
+        results_config=task.name if task.on_hub else None,
+        results_splits={key: split for key, (_, split) in shown.items()},
         started_from=model_arguments.model_name_or_path,
     )
 

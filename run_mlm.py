@@ -8,16 +8,19 @@
 
 import inspect
 import json
+import logging
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -30,17 +33,19 @@ from transformers import (
 
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
-from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer
-from experiment.publishing import Publisher, take_over_pushing
+from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer, saved_by_run
+from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.reporting import input_errors, set_up_logging
-from experiment.run_record import RunRecord, recorded_arguments
+from experiment.run_record import RunRecord, recorded_arguments, restore_state
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
-from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically
+from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically
 from pretraining_data.packing import check_token_ids, content_fingerprint, numbered, pack_documents, take_rows
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
 from pretraining_data.tokenizers import train_wordpiece
+
+logger = logging.getLogger(__name__)
 
 METRICS = {
     "mlm_loss": "cross_entropy",
@@ -69,8 +74,13 @@ def main(argv: list[str] | None = None) -> None:
             check_prepared_folder(training.output_dir)
         set_seed(training.seed)
         with training.main_process_first(desc="reading and packing the corpus"):
-            documents = load_documents(data_arguments, training.seed)
+            documents = load_documents(data_arguments, training.seed, training.do_train or script.prepare_only)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments))
+        if tokenizer is None and "train" not in documents:
+            raise ValueError(
+                "There is no training data to make a tokenizer of; name a model with its tokenizer with "
+                "--model_name_or_path, or a tokenizer with --tokenizer_name."
+            )
         if tokenizer is None:
             tokenizer = train_tokenizer(documents, data_arguments, training)
         with training.main_process_first(desc="reading and packing the corpus"):
@@ -91,10 +101,20 @@ def main(argv: list[str] | None = None) -> None:
             training.output_dir,
             recorded_arguments(model_arguments, data_arguments, training)
             | {"checkpoint_digest": checkpoint_digest(model_arguments)},
-            "+".join(content_fingerprint(splits[name]) for name in ("train", "validation")),
+            "+".join(content_fingerprint(split) for split in splits.values()),
         )
+        checkpoint, pushed_to = None, push_target(training)
+        # What is wrong with the model is said first; a folder of another run is refused after that.
+        with suppress(ValueError):
+            checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        if record.has_nothing_left(pushed_to):
+            if training.process_index == 0:
+                results_file = Path(training.output_dir, "all_results.json")
+                print(f"This run is finished; its results are in {results_file}. --overwrite_output_dir starts anew.")
+            return
+        trained = record.trained_model(checkpoint, training)
         auto_class = AutoModelForPreTraining if data_arguments.objective == "mlm_nsp" else AutoModelForMaskedLM
-        model = load_model(auto_class, model_arguments, config)
+        model = load_model(auto_class, saved_by_run(model_arguments, trained), config)
         inputs = inspect.signature(model.forward).parameters
         if data_arguments.objective == "mlm_nsp" and "next_sentence_label" not in inputs:
             raise ValueError(
@@ -102,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
-        checkpoint = record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
 
     seed = training.data_seed if training.data_seed is not None else training.seed
     collator = MaskingCollator(tokenizer, data_arguments.mlm_probability, seed, data_arguments.pad_to_multiple_of)
@@ -125,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
         metrics=METRICS,
         dataset_for_results="the validation split",
+        **hub_origin(documents["validation"], data_arguments),
         started_from=model_arguments.model_name_or_path,
         mask_token=tokenizer.mask_token,
     )
@@ -133,29 +154,30 @@ def main(argv: list[str] | None = None) -> None:
         model=model,
         args=training,
         data_collator=collator,
-        train_dataset=numbered(splits["train"]),
+        train_dataset=training_rows(splits["train"]) if training.do_train else None,
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=masked_lm_metrics,
         preprocess_logits_for_metrics=predictions_and_losses,
         callbacks=[EpochCallback(collator), publisher],
     )
-    if training.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_metrics("train", metrics)
+    if trained:
+        restore_state(trainer, trained)
+    elif training.do_train:
+        trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    if training.do_train and not record.is_trained:
+        trainer.save_model()
         trainer.save_state()
+        record.record_training()
     results = {}
     if training.do_eval:
-        results = trainer.evaluate()
-        if not data_arguments.streaming:
-            results["eval_unigram_loss"] = unigram_cross_entropy(
-                splits["train"], validation, config.vocab_size, tokenizer.all_special_ids
-            )
+        results = trainer.evaluate() | unigram_baseline(splits, validation, tokenizer, config)
         trainer.save_metrics("eval", results)
         if training.process_index == 0:
             print(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=2))
     if training.do_train:
         publisher.publish(trainer, results)
+    record.record_end(pushed_to)
 
 
 def check_streaming(script: ScriptArguments, arguments: DataArguments, training: TrainingArguments) -> None:
@@ -195,10 +217,11 @@ def pack(
         )
         for name, split in documents.items()
     }
-    packed["train"] = take_rows(packed["train"], arguments.max_train_samples)
     packed["validation"] = take_rows(packed["validation"], arguments.max_eval_samples)
-    if arguments.streaming:
-        packed["train"] = packed["train"].shuffle(training.seed, buffer_size=arguments.shuffle_buffer_size)
+    if "train" in packed:
+        packed["train"] = take_rows(packed["train"], arguments.max_train_samples)
+        if arguments.streaming:
+            packed["train"] = packed["train"].shuffle(training.seed, buffer_size=arguments.shuffle_buffer_size)
     return type(documents)(packed)
 
 
@@ -235,6 +258,21 @@ def check_rows(splits, config, arguments: DataArguments):
     return type(splits)({name: check(split) for name, split in splits.items()})
 
 
+def training_rows(rows: Dataset | IterableDataset) -> Dataset | StreamPasses:
+    """The rows with what their masks depend on; a stream is read again whenever it ends."""
+    rows = numbered(rows)
+    return StreamPasses(rows) if isinstance(rows, IterableDataset) else rows
+
+
+def unigram_baseline(splits, validation, tokenizer: PreTrainedTokenizerBase, config) -> dict[str, float]:
+    """The loss of a unigram model of the training rows; nothing where they cannot be counted, and that is said."""
+    if not isinstance(splits.get("train"), Dataset):
+        logger.warning("No unigram baseline: it needs training data, and not as a stream.")
+        return {}
+    loss = unigram_cross_entropy(splits["train"], validation, config.vocab_size, tokenizer.all_special_ids)
+    return {"eval_unigram_loss": loss}
+
+
 def predictions_and_losses(logits, labels):
     """What the metrics need of each batch, in place of all logits: predicted ids `(B, L)` and losses `(B, L)`."""
     logits, *next_sentence = logits if isinstance(logits, tuple) else (logits,)
@@ -259,6 +297,19 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
     if next_sentence and next_sentence_labels:
         metrics["next_sentence_accuracy"] = float((next_sentence[0] == next_sentence_labels[0].reshape(-1)).mean())
     return metrics
+
+
+def hub_origin(validation: Dataset | IterableDataset, arguments: DataArguments) -> dict[str, Any]:
+    """What the card says of where on the Hub the validation documents are from; nothing if it is not one place."""
+    names = arguments.dataset_name or []
+    if len(names) != 1 or arguments.validation_file or Path(names[0]).exists():
+        return {}
+    return {
+        "results_dataset": names[0],
+        "results_config": arguments.dataset_config_name[0] if arguments.dataset_config_name else None,
+        # Documents that were held out are from the training split.
+        "results_splits": dict.fromkeys(METRICS, str(validation.split)),
+    }
 
 
 def describe(arguments: DataArguments) -> str:

@@ -24,7 +24,10 @@ class RunCard:
         training_data: one sentence on the data, for people.
         datasets: Hub names of the data sets.
         metrics: names of the metrics, from result key (without "eval_") to the Hub's metric type.
-        dataset_for_results: name of the data that the results are on.
+        dataset_for_results: name of the data that the results are on, for people.
+        results_dataset: its name on the Hub, if it is there.
+        results_config: the configuration of that.
+        results_splits: the splits of that, for the keys of `metrics`.
         started_from: the checkpoint the model started from, if any.
         mask_token: what stands for a masked word.
     """
@@ -37,6 +40,9 @@ class RunCard:
     dataset_for_results: str
     datasets: list[str] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
+    results_dataset: str | None = None
+    results_config: str | None = None
+    results_splits: dict[str, str] = field(default_factory=dict)
     started_from: str | None = None
     mask_token: str = "[MASK]"
 
@@ -74,8 +80,10 @@ class RunCard:
             eval_results=[
                 EvalResult(
                     task_type=self.pipeline_tag,
-                    dataset_type=self.datasets[0] if self.datasets else "custom",
+                    dataset_type=self.results_dataset or "custom",
                     dataset_name=self.dataset_for_results,
+                    dataset_config=self.results_config,
+                    dataset_split=self.results_splits.get(name),
                     metric_type=metric,
                     metric_name=name,
                     metric_value=round(float(results[name]), 4),

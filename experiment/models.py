@@ -1,6 +1,7 @@
 """From ModelArguments to a tokenizer, a configuration and a model, with every mistake reported before training."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,13 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             "save it again."
         )
     return _with_mean_loss(auto_class, model)
+
+
+def saved_by_run(arguments: ModelArguments, folder: str | None) -> ModelArguments:
+    """The arguments that load the model that a run has saved in a folder; the same ones if that is None."""
+    if folder is None:
+        return arguments
+    return replace(arguments, model_name_or_path=folder, model_type=None, config_name=None, model_revision="main")
 
 
 def _with_mean_loss(auto_class: Any, model: PreTrainedModel) -> PreTrainedModel:

@@ -39,7 +39,7 @@ class HubRepository:
         self.always_push = training.hub_always_push
         self.every_save = training.hub_strategy == HubStrategy.EVERY_SAVE
         self.revision = training.hub_revision
-        self._running: Future[CommitInfo] | None = None
+        self._running: tuple[Future[CommitInfo], Path] | None = None
         try:
             name = training.hub_model_id or Path(training.output_dir).resolve().name
             self.repo_id = self.api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
@@ -53,14 +53,13 @@ class HubRepository:
 
     def push_while_training(self, folder: Path, message: str) -> None:
         """Starts an upload of a checkpoint in the background; leaves it out while the one before is on its way."""
-        if self._running is not None and not self._running.done() and not self.always_push:
+        if self._running is not None and not self._running[0].done() and not self.always_push:
             return
         self.finish()
         # The Trainer may delete the checkpoint while it is being read, so the upload reads links of its own.
         staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder.parent))
         shutil.copytree(folder, staging, copy_function=_link, dirs_exist_ok=True)
-        self._running = self._upload(staging, message, in_background=True)
-        self._running.add_done_callback(lambda _: shutil.rmtree(staging, ignore_errors=True))
+        self._running = self._upload(staging, message, in_background=True), staging
 
     def push(self, folder: Path, message: str) -> str:
         """Uploads a finished model and returns its address."""
@@ -70,9 +69,12 @@ class HubRepository:
     def finish(self) -> None:
         """Waits for the upload in the background; one that failed is reported, for the next brings what it missed."""
         if self._running is not None:
-            error = self._running.exception()
+            upload, staging = self._running
+            error = upload.exception()
             if error is not None:
                 logger.warning("A push to %s failed: %s", self.repo_id, error)
+            # Here and not in a callback of the upload: it would still be deleting while the next push lists the folder.
+            shutil.rmtree(staging, ignore_errors=True)
             self._running = None
 
     def _upload(self, folder: Path, message: str, in_background: bool = False):
@@ -113,8 +115,7 @@ class Publisher(TrainerCallback):
             self.repository.push_while_training(checkpoint, f"Training in progress, step {state.global_step}")
 
     def publish(self, trainer: Trainer, results: dict[str, float]) -> None:
-        """Saves the finished model with its card into the output folder and pushes it. Every process has to call."""
-        trainer.save_model()
+        """Adds the card to the trained model in the output folder and pushes both."""
         if not trainer.is_world_process_zero():
             return
         folder = Path(trainer.args.output_dir)
@@ -122,6 +123,13 @@ class Publisher(TrainerCallback):
         if self.repository is not None:
             address = self.repository.push(folder, "End of training")
             logger.info("Pushed to %s", address)
+
+
+def push_target(training: TrainingArguments) -> str | None:
+    """Where `--push_to_hub` asks to push to, as far as the arguments say; None without it."""
+    if not training.push_to_hub:
+        return None
+    return f"{training.hub_model_id or Path(training.output_dir).resolve().name}@{training.hub_revision or 'main'}"
 
 
 def take_over_pushing(training: TrainingArguments) -> HubRepository | None:

@@ -25,6 +25,17 @@ def set_up_logging(arguments: TrainingArguments) -> None:
 
 
 @contextmanager
+def errors_only() -> Iterator[None]:
+    """Transformers reports nothing but errors in here."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def input_errors() -> Iterator[None]:
     """Around the part of a script that reads its input: what is wrong with it ends the program with one line.
 

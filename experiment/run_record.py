@@ -1,13 +1,14 @@
-"""What an output folder belongs to, so that the same command resumes and another one is refused."""
+"""What an output folder belongs to and how far it has come: the same command resumes, another one is refused."""
 
 import json
+import os
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -48,25 +49,33 @@ def recorded_arguments(*arguments: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in arguments:
         as_dict = group.to_dict() if isinstance(group, TrainingArguments) else vars(group)
-        for field in fields(group):
-            if field.init and field.name not in _NOT_RECORDED and not field.name.startswith(_NOT_RECORDED_PREFIXES):
-                values[field.name] = as_dict.get(field.name)
+        for entry in fields(group):
+            if entry.init and entry.name not in _NOT_RECORDED and not entry.name.startswith(_NOT_RECORDED_PREFIXES):
+                values[entry.name] = as_dict.get(entry.name)
     return json.loads(json.dumps(values, default=str))
 
 
 @dataclass
 class RunRecord:
-    """The arguments and the data of one run, kept as run.json in its output folder.
+    """The arguments, the data and the progress of one run, kept as run.json in its output folder.
 
     Args:
         output_dir: the folder.
         arguments: from `recorded_arguments`.
         data_fingerprint: a hash of the data that the run trains and evaluates on.
+
+    Attributes (known after `check` or `open`):
+        is_trained: whether the folder holds the trained model.
+        is_finished: whether nothing was left to do when the run ended.
+        pushed_to: where the finished model was pushed to, if it was.
     """
 
     output_dir: str | Path
     arguments: dict[str, Any]
     data_fingerprint: str
+    is_trained: bool = field(default=False, init=False)
+    is_finished: bool = field(default=False, init=False)
+    pushed_to: str | None = field(default=None, init=False)
 
     def open(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
         """Claims the folder for this run. Every process has to call; nothing is written if any of them refuses.
@@ -89,14 +98,55 @@ class RunRecord:
             if overwrite and not resume_from_checkpoint:
                 _delete_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            content = {"arguments": self.arguments, "data_fingerprint": self.data_fingerprint}
-            (folder / RECORD_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        state.wait_for_everyone()
+        # From here on something is left to do, until `record_end`.
+        self.is_finished = False
+        self._write()
         return checkpoint
+
+    def has_nothing_left(self, push_target: str | None) -> bool:
+        """Whether the same run, with this place to push to (`publishing.push_target`), has ended before."""
+        return self.is_finished and push_target in (None, self.pushed_to)
+
+    def trained_model(self, checkpoint: str | None, training: TrainingArguments) -> str | None:
+        """The folder of the model, with its trainer_state.json, if nothing is left to train.
+
+        Args:
+            checkpoint: where the training would go on, from `check` or `open`.
+            training: its arguments.
+        """
+        if self.is_trained:
+            return str(self.output_dir)
+        # The Trainer would take one step more than --max_steps before it saw that there were enough. (Where it goes
+        # back to the best checkpoint in the end, that step leaves no trace.)
+        if checkpoint and training.max_steps > 0 and not training.load_best_model_at_end:
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+            if state.global_step >= training.max_steps:
+                return checkpoint
+        return None
+
+    def record_training(self) -> None:
+        """Notes that the trained model is in the folder, for a run that is cut off after that. Every process calls."""
+        self.is_trained = True
+        self._write()
+
+    def record_end(self, pushed_to: str | None = None) -> None:
+        """Notes that the run has done all it had to do, and where the model was pushed to. Every process calls."""
+        self.is_finished, self.pushed_to = True, pushed_to
+        self._write()
+
+    def _write(self) -> None:
+        state, path = PartialState(), Path(self.output_dir, RECORD_NAME)
+        if state.is_main_process:
+            unfinished = path.with_name(f"{RECORD_NAME}.unfinished")
+            content = {name: value for name, value in vars(self).items() if name != "output_dir"}
+            unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+        state.wait_for_everyone()
 
     def check(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
         """What `open` does, arguments, return value and errors, without writing anything."""
         folder = Path(self.output_dir)
+        self.is_trained, self.is_finished, self.pushed_to = False, False, None
         if resume_from_checkpoint:
             if not Path(resume_from_checkpoint, "trainer_state.json").is_file():
                 raise ValueError(f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint of the Trainer.")
@@ -115,6 +165,9 @@ class RunRecord:
                 f"The output folder {folder} holds another run: {'; '.join(differences)}. Repeat its command to resume "
                 "it, choose another --output_dir, or give --overwrite_output_dir to start anew."
             )
+        self.is_trained = earlier.get("is_trained", False)
+        self.is_finished = earlier.get("is_finished", False)
+        self.pushed_to = earlier.get("pushed_to")
         return _last_complete_checkpoint(folder)
 
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
@@ -127,6 +180,19 @@ class RunRecord:
         if earlier["data_fingerprint"] != self.data_fingerprint:
             differences.append("the data has changed")
         return differences
+
+
+def restore_state(trainer: Trainer, folder: str) -> None:
+    """Gives a trainer that is not going to train the steps, epochs and history of the training that is over.
+
+    Args:
+        trainer: its state is replaced. Every process has to call.
+        folder: holds a trainer_state.json, see `RunRecord.trained_model`.
+    """
+    trainer.state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+    # The main process wrote the file.
+    trainer.state.is_local_process_zero = trainer.is_local_process_zero()
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:

@@ -25,8 +25,19 @@ class DataArguments:
             "dataset was read to its end. Without weights the datasets are put one after another."
         },
     )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Revision (branch, tag or commit) of the Hub datasets."}
+    dataset_revision: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Revisions (branch, tag or commit), one for each --dataset_name (default 'main'). "
+            "'refs/convert/parquet' is the Hub's own copy of a dataset that is a loading script."
+        },
+    )
+    rows_per_document: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "How many consecutive rows make up a document, one number for each --dataset_name (default 1). "
+            "64, say, where rows are single sentences, as in BookCorpus; each becomes a line of its document."
+        },
     )
     train_file: list[str] | None = field(
         default=None,
@@ -79,17 +90,20 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if bool(self.dataset_name) == bool(self.train_file):
-            raise ValueError("Name the training data with exactly one of --dataset_name and --train_file.")
-        for flag in ("dataset_config_name", "dataset_weights"):
+        if self.dataset_name and self.train_file or not (self.dataset_name or self.train_file or self.validation_file):
+            raise ValueError(
+                "Name the training data with exactly one of --dataset_name and --train_file (or, to evaluate only, "
+                "--validation_file alone)."
+            )
+        for flag in ("dataset_config_name", "dataset_revision", "rows_per_document", "dataset_weights"):
             values = getattr(self, flag)
             if values and not self.dataset_name:
                 raise ValueError(f"--{flag} needs --dataset_name.")
             names = self.dataset_name or []
             if values and len(values) != len(names):
                 raise ValueError(f"--{flag} has {len(values)} value(s) for {len(names)} --dataset_name; give one each.")
-        if self.dataset_revision and not self.dataset_name:
-            raise ValueError("--dataset_revision needs --dataset_name.")
+        if self.rows_per_document and min(self.rows_per_document) < 1:
+            raise ValueError(f"--rows_per_document has to be at least 1, got {self.rows_per_document}.")
         if self.dataset_weights and not all(0 < weight < float("inf") for weight in self.dataset_weights):
             raise ValueError(f"--dataset_weights have to be positive numbers, got {self.dataset_weights}.")
         if not 0 < self.validation_split_percentage < 100:

@@ -30,6 +30,8 @@ from .arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+# Name, training documents, validation documents.
+Source: TypeAlias = tuple[str, AnyDataset | None, AnyDataset | None]
 
 TOKEN_COLUMNS = (
     "input_ids",
@@ -50,13 +52,17 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Files of a saved dataset that are read in parallel when it is streamed.
 STREAM_SHARDS = 64
+ROWS_PER_BATCH = 1000
 
 
-def load_documents(arguments: DataArguments, seed: int) -> DatasetDict | IterableDatasetDict:
+def load_documents(
+    arguments: DataArguments, seed: int, needs_training: bool = True
+) -> DatasetDict | IterableDatasetDict:
     """Load the documents that the arguments name.
 
-    A row is a document: column "text" (never blank; rows without text are dropped and counted in the log), or, where
-    the data is tokenised already, "input_ids" and those of `TOKEN_COLUMNS` that are there.
+    A row, or so many rows as `arguments.rows_per_document` says, is a document: column "text" (never blank; rows
+    without text are dropped and counted in the log), or, where the data is tokenised already, "input_ids" and those of
+    `TOKEN_COLUMNS` that are there.
 
     Where the data brings no validation split, whole documents are held out. Which ones is a function of `seed` and
     each document's content, so equal documents never sit on both sides and the order of the files does not matter.
@@ -66,48 +72,58 @@ def load_documents(arguments: DataArguments, seed: int) -> DatasetDict | Iterabl
     Args:
         arguments: what to load.
         seed: decides which documents are held out and how weighted datasets are interleaved.
+        needs_training: whether there has to be a training split; without one there has to be a validation split.
 
     Returns:
-        Splits "train" and "validation", streamed if `arguments.streaming`.
+        Splits "train" (only if the data has one) and "validation", streamed if `arguments.streaming`. The validation
+        documents of several datasets take turns, so that the first N are of all of them.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is empty, of an unknown kind or damaged, a column or split is missing, or sources do not
             fit together or the objective.
     """
+    if needs_training and not (arguments.dataset_name or arguments.train_file):
+        raise ValueError(
+            "There is no training data: give --dataset_name or --train_file, or only evaluate (--do_eval)."
+        )
+    sources = []
     if arguments.train_file:
-        sources = _local_sources(arguments.train_file, arguments.train_split_name, arguments)
-    else:
-        sources = []
-        names = arguments.dataset_name or []
-        for name, config in zip(names, arguments.dataset_config_name or ["default"] * len(names), strict=True):
-            sources += _named_source(name, None if config == "default" else config, arguments)
+        sources = _local_sources(arguments.train_file, arguments.train_split_name, arguments, needs_training)
+    for number, name in enumerate(arguments.dataset_name or []):
+        sources += _named_source(number, name, arguments, needs_training)
     trains, validations = [], []
     for name, train, validation in sources:
-        if not arguments.validation_file and validation is None:
+        if train is not None and validation is None and not arguments.validation_file:
             train, validation = _hold_out(name, train, seed, arguments)
-        trains.append((name, train))
-        if not arguments.validation_file:
+        if train is not None:
+            trains.append((name, train))
+        if validation is not None:
             validations.append((name, validation))
     if arguments.validation_file:
         local = _local_sources(arguments.validation_file, arguments.validation_split_name, arguments)
-        validations = [(name, dataset) for name, dataset, _ in local]
+        validations = [(name, dataset) for name, dataset, _ in local if dataset is not None]
     kinds = {name: "text" if "text" in dataset.column_names else "token ids" for name, dataset in trains + validations}
     if len(set(kinds.values())) > 1:
         listing = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise ValueError(f"Text and tokenised data cannot be mixed ({listing}); tokenise both or neither.")
-    splits = {
-        "train": _combine(trains, arguments.dataset_weights, seed),
-        "validation": _combine(validations, None, seed),
-    }
+    splits = {}
+    if sources and len(trains) == len(sources):
+        splits["train"] = _combine(trains, arguments.dataset_weights, seed)
+    splits["validation"] = _take_turns(validations)
     return IterableDatasetDict(splits) if arguments.streaming else DatasetDict(splits)
 
 
 def _local_sources(
-    entries: list[str], split_name: str, arguments: DataArguments
-) -> list[tuple[str, AnyDataset, AnyDataset | None]]:
-    """(name, documents, validation documents or None) of each saved dataset, and of all plain files together."""
-    sources, files = [], []
+    entries: list[str],
+    split_name: str,
+    arguments: DataArguments,
+    needs_split: bool = True,
+    rows_per_document: int = 1,
+) -> list[Source]:
+    """Each saved dataset, and all plain files together."""
+    sources: list[Source] = []
+    files = []
     for entry in entries:
         path = Path(entry)
         if not path.exists():
@@ -117,7 +133,8 @@ def _local_sources(
             if isinstance(splits, Dataset):
                 # A single dataset has no splits: it is whatever it is given as.
                 splits = {split_name: splits}
-            sources.append(_pick_splits(entry, splits, split_name, arguments))
+            _require_splits(entry, splits, split_name, arguments, needs_split)
+            sources.append(_pick_splits(entry, splits, split_name, arguments, rows_per_document))
         else:
             files += _usable_files(path, arguments.text_column_name)
     if files:
@@ -125,26 +142,37 @@ def _local_sources(
         for suffix in dict.fromkeys(path.suffix.lower() for path in files):
             group = [path for path in files if path.suffix.lower() == suffix]
             name = str(group[0]) if len(group) == 1 else f"{group[0]} and {len(group) - 1} more"
-            parts.append((name, _as_documents(name, _read(group, suffix, arguments), arguments)))
+            documents = _as_documents(name, _read(group, suffix, arguments), arguments, rows_per_document)
+            parts.append((name, documents))
         sources.append((", ".join(name for name, _ in parts), _combine(parts, None, 0), None))
     return sources
 
 
-def _named_source(
-    name: str, config: str | None, arguments: DataArguments
-) -> list[tuple[str, AnyDataset, AnyDataset | None]]:
+def _named_source(number: int, name: str, arguments: DataArguments, needs_training: bool) -> list[Source]:
+    """The dataset `name`, which is the one at `number` in the flags that have a value for each."""
+    config = arguments.dataset_config_name[number] if arguments.dataset_config_name else "default"
+    revision = arguments.dataset_revision[number] if arguments.dataset_revision else "main"
+    rows_per_document = arguments.rows_per_document[number] if arguments.rows_per_document else 1
     if Path(name).exists():
-        if config is not None:
-            raise ValueError(f"{name} is a local path and has no configuration {config!r}; write 'default' for it.")
-        return _local_sources([name], arguments.train_split_name, arguments)
+        if (config, revision) != ("default", "main"):
+            raise ValueError(
+                f"{name} is a local path and has no configuration {config!r} or revision {revision!r}; write 'default' "
+                "and 'main' for it."
+            )
+        return _local_sources([name], arguments.train_split_name, arguments, needs_training, rows_per_document)
     if name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS:
         raise FileNotFoundError(f"{name} does not exist.")
-    where = {"path": name, "revision": arguments.dataset_revision}
+    where = {"path": name, "revision": revision}
+    config = None if config == "default" else config
     try:
         available = get_dataset_split_names(**where, config_name=config)
-    except RuntimeError as error:  # a dataset that is a loading script
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
-    _require_splits(name, available, arguments.train_split_name, arguments)
+    except RuntimeError as error:  # what datasets raises at a loading script
+        raise ValueError(
+            f"{name} cannot be loaded from revision {revision!r}: {error}. If the Hub has converted it, read that copy "
+            "with --dataset_revision refs/convert/parquet, where its --dataset_config_name is mostly 'default' (with "
+            "several datasets, give a value for each)."
+        ) from error
+    _require_splits(name, available, arguments.train_split_name, arguments, needs_training)
     wanted = {arguments.train_split_name, arguments.validation_split_name} & set(available)
     splits = {
         split: load_dataset(
@@ -156,27 +184,33 @@ def _named_source(
         )
         for split in sorted(wanted)
     }
-    return [_pick_splits(name, splits, arguments.train_split_name, arguments)]
+    return [_pick_splits(name, splits, arguments.train_split_name, arguments, rows_per_document)]
 
 
-def _require_splits(name: str, available: Iterable[str], split_name: str, arguments: DataArguments) -> None:
+def _require_splits(
+    name: str, available: Iterable[str], split_name: str, arguments: DataArguments, needs_split: bool
+) -> None:
+    """Refuses data without what is asked for; a validation split will do where no training is to be done."""
+    available = sorted(available)
     needed = [split_name]
     if not arguments.validation_file and arguments.validation_split_name != "validation":
         needed.append(arguments.validation_split_name)
+    if not needs_split and (arguments.validation_file or arguments.validation_split_name in available):
+        needed.remove(split_name)
     for needed_name in needed:
         if needed_name not in available:
-            raise ValueError(f"{name} has no split {needed_name!r}; its splits are {sorted(available)}.")
+            raise ValueError(f"{name} has no split {needed_name!r}; its splits are {available}.")
 
 
 def _pick_splits(
-    name: str, splits: dict[str, AnyDataset], split_name: str, arguments: DataArguments
-) -> tuple[str, AnyDataset, AnyDataset | None]:
-    """The split asked for and, beside a training split, the validation split where there is one."""
-    _require_splits(name, splits, split_name, arguments)
-    validation = None
-    if not arguments.validation_file and arguments.validation_split_name in splits:
-        validation = _as_documents(name, splits[arguments.validation_split_name], arguments)
-    return name, _as_documents(name, splits[split_name], arguments), validation
+    name: str, splits: dict[str, AnyDataset], split_name: str, arguments: DataArguments, rows_per_document: int
+) -> Source:
+    """The split asked for and the validation split, where there are such."""
+    names = [split_name] if arguments.validation_file else [split_name, arguments.validation_split_name]
+    documents = {
+        split: _as_documents(name, splits[split], arguments, rows_per_document) for split in names if split in splits
+    }
+    return name, documents.get(split_name), documents.get(arguments.validation_split_name)
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -302,8 +336,8 @@ def _check_columns(name: str, columns: list[str], text_column: str, may_be_token
         )
 
 
-def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments) -> AnyDataset:
-    """The dataset reduced to the columns that matter, without blank documents."""
+def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments, rows_per_document: int) -> AnyDataset:
+    """The dataset reduced to the columns that matter, without blank rows, which are then joined."""
     if arguments.streaming and isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset))))
     first_row = next(iter(dataset), None)
@@ -315,6 +349,8 @@ def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments) -> A
     columns = dataset.column_names
     _check_columns(name, columns, arguments.text_column_name)
     if "input_ids" in columns:
+        if rows_per_document > 1:
+            raise ValueError(f"--rows_per_document {rows_per_document} joins rows of text, but {name} is tokenised.")
         dataset = dataset.select_columns([column for column in TOKEN_COLUMNS if column in columns])
         ids = first_row["input_ids"]
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
@@ -329,6 +365,11 @@ def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments) -> A
         raise ValueError(f"Column {text_column!r} of {name} holds {type(first).__name__} values, not text.")
     if dataset.features != TEXT_FEATURES:
         dataset = dataset.cast(TEXT_FEATURES)
+    dataset = _without_blank_rows(name, dataset, arguments)
+    return dataset if rows_per_document == 1 else _join_rows(dataset, rows_per_document, arguments)
+
+
+def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
         kept = dataset.filter(_have_text, batched=True)
     else:
@@ -350,6 +391,42 @@ def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments) -> A
 
 def _have_text(batch: dict[str, list[str | None]]) -> list[bool]:
     return [bool(text and text.strip()) for text in batch["text"]]
+
+
+def _join_rows(dataset: AnyDataset, rows_per_document: int, arguments: DataArguments) -> AnyDataset:
+    """Every so many rows in a row as one document; the last one may be shorter."""
+    options = {
+        "function": _joined,
+        "batched": True,
+        "batch_size": rows_per_document * max(1, ROWS_PER_BATCH // rows_per_document),
+        "features": TEXT_FEATURES,
+        "fn_kwargs": {"rows_per_document": rows_per_document},
+    }
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(**options)
+    options |= {"load_from_cache_file": not arguments.overwrite_cache, "desc": "Joining rows into documents"}
+    return map_in_aligned_shards(dataset, arguments.preprocessing_num_workers, options)
+
+
+def _joined(batch: dict[str, list[str]], rows_per_document: int) -> dict[str, list[str]]:
+    # A line each: the end of a line is where the pairs of next sentence prediction may be parted.
+    texts = batch["text"]
+    starts = range(0, len(texts), rows_per_document)
+    return {"text": ["\n".join(texts[start : start + rows_per_document]) for start in starts]}
+
+
+def map_in_aligned_shards(dataset: Dataset, num_proc: int | None, options: dict[str, Any]) -> Dataset:
+    """`dataset.map(**options)` with `num_proc` processes, in the batches that a single process would make."""
+    # With several processes, map cuts the rows into equal shards and the shards into batches. Batches are those of a
+    # single process only if every shard is a whole number of batches.
+    step = (num_proc or 1) * options["batch_size"]
+    whole = len(dataset) // step * step
+    if step == options["batch_size"] or not whole:
+        return dataset.map(**options)
+    parts = [dataset.select(range(whole)).map(num_proc=num_proc, **options)]
+    if whole < len(dataset):
+        parts.append(dataset.select(range(whole, len(dataset))).map(**options))
+    return concatenate_datasets(parts)
 
 
 def _fit_objective(name: str, dataset: AnyDataset, objective: str) -> AnyDataset:
@@ -418,17 +495,9 @@ def _is_on_side(batch: dict[str, list], seed: int, limit: int, held_out: bool) -
 
 def _combine(parts: list[tuple[str, AnyDataset]], weights: list[float] | None, seed: int) -> AnyDataset:
     """One dataset out of (name, dataset) parts: interleaved by weight, or one after another."""
-    (first_name, first), *others = parts
-    if not others:
-        return first
-    datasets = [first]
-    for name, dataset in others:
-        if set(dataset.column_names) != set(first.column_names):
-            raise ValueError(
-                f"{first_name} and {name} do not fit together: their columns are {first.column_names} and "
-                f"{dataset.column_names}."
-            )
-        datasets.append(dataset if dataset.features == first.features else dataset.cast(first.features))
+    datasets = _of_one_form(parts)
+    if len(datasets) == 1:
+        return datasets[0]
     if weights is None:
         return concatenate_datasets(datasets)
     # "all_exhausted": no document is left out; the datasets that end earlier start again.
@@ -438,6 +507,27 @@ def _combine(parts: list[tuple[str, AnyDataset]], weights: list[float] | None, s
         seed=seed,
         stopping_strategy="all_exhausted",
     )
+
+
+def _take_turns(parts: list[tuple[str, AnyDataset]]) -> AnyDataset:
+    """Every document once: the first of each part, then the second of each, and so on."""
+    datasets = _of_one_form(parts)
+    if len(datasets) == 1:
+        return datasets[0]
+    return interleave_datasets(datasets, stopping_strategy="all_exhausted_without_replacement")
+
+
+def _of_one_form(parts: list[tuple[str, AnyDataset]]) -> list[AnyDataset]:
+    (first_name, first), *others = parts
+    datasets = [first]
+    for name, dataset in others:
+        if set(dataset.column_names) != set(first.column_names):
+            raise ValueError(
+                f"{first_name} and {name} do not fit together: their columns are {first.column_names} and "
+                f"{dataset.column_names}."
+            )
+        datasets.append(dataset if dataset.features == first.features else dataset.cast(first.features))
+    return datasets
 
 
 def _processes(wanted: int | None, rows: int) -> int | None:

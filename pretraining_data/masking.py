@@ -1,6 +1,7 @@
 """BERT's masking as a function of (seed, epoch, example), as a collator for training and once for evaluation."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -99,7 +100,8 @@ class MaskingCollator:
     """Rows to a padded batch of tensors, masked anew in every epoch.
 
     Rows carry "input_ids" and "example_id" (see `pretraining_data.packing.numbered`), and maybe "attention_mask",
-    "token_type_ids", "special_tokens_mask" and "next_sentence_label". Rows that carry "labels" are used as they are.
+    "token_type_ids", "special_tokens_mask" and "next_sentence_label". Rows that carry "labels" are used as they are,
+    rows that carry "epoch" (see `StreamPasses`) are masked for that one.
 
     Args:
         tokenizer: gives the special tokens, the vocabulary and whether the model takes token_type_ids.
@@ -169,7 +171,7 @@ class MaskingCollator:
             return row["input_ids"], row["labels"]
         if "example_id" not in row:
             raise ValueError("Rows to be masked need an example_id; add it with pretraining_data.packing.numbered.")
-        return self._masker.mask(row, self.epoch)
+        return self._masker.mask(row, row.get("epoch", self.epoch))
 
 
 def mask_statically(
@@ -218,22 +220,37 @@ def _masked_row(row: dict[str, Any], masker: _Masker, epoch: int) -> dict[str, n
     return {"input_ids": input_ids, "labels": labels}
 
 
+class StreamPasses(torch.utils.data.IterableDataset):
+    """The rows of a stream, pass after pass without an end; in each in another order and with its number as "epoch".
+
+    To the Trainer it is one endless epoch, so a run that is resumed skips exactly the rows it has trained on. Of
+    several epochs of unknown length, the Trainer would skip the first and begin the second, wherever it had been.
+
+    Args:
+        stream: numbered rows; it ends with the first pass that yields none.
+    """
+
+    def __init__(self, stream: IterableDataset) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in itertools.count():
+            self.stream.set_epoch(epoch)
+            is_empty = True
+            for row in self.stream:
+                is_empty = False
+                yield {**row, "epoch": epoch}
+            if is_empty:
+                return
+
+
 class EpochCallback(TrainerCallback):
     """Tells a collator the epoch as it begins, the first one after resuming included."""
 
     def __init__(self, collator: MaskingCollator) -> None:
         self.collator = collator
-        self._next_epoch: int | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._next_epoch = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Counted from the first one on: for a stream of unknown length, state.epoch stays below 1 in later passes.
-        epoch = int(state.epoch or 0) if self._next_epoch is None else self._next_epoch
-        self.collator.set_epoch(epoch)
-        self._next_epoch = epoch + 1
+        self.collator.set_epoch(int(state.epoch or 0))

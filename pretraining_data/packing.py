@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import Features, IterableDataset, List, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .documents import AnyDataset
+from .documents import AnyDataset, map_in_aligned_shards
 
 logger = logging.getLogger(__name__)
 
@@ -109,25 +109,12 @@ def pack_documents(
     if isinstance(documents, IterableDataset):
         return documents.with_format("arrow").map(**arguments).with_format(None)
     arguments |= {"load_from_cache_file": not overwrite_cache, "desc": "Packing documents"}
-    packed = _map_in_aligned_shards(documents.with_format("arrow"), num_proc, arguments).with_format(None)
+    packed = map_in_aligned_shards(documents.with_format("arrow"), num_proc, arguments).with_format(None)
     if not len(packed):
         raise ValueError(f"None of the {len(documents)} documents holds a token.")
     tokens = sum(int(pc.sum(pc.list_value_length(table["input_ids"])).as_py()) for table in _tables(packed))
     logger.info("Packed %d documents into %d rows with %d tokens.", len(documents), len(packed), tokens)
     return packed
-
-
-def _map_in_aligned_shards(documents: Dataset, num_proc: int | None, arguments: dict) -> Dataset:
-    # With several processes, map cuts the rows into equal shards and the shards into batches. Batches, and with them
-    # the packed rows, are those of a single process only if every shard is a whole number of batches.
-    step = (num_proc or 1) * arguments["batch_size"]
-    whole = len(documents) // step * step
-    if step == arguments["batch_size"] or not whole:
-        return documents.map(**arguments)
-    parts = [documents.select(range(whole)).map(num_proc=num_proc, **arguments)]
-    if whole < len(documents):
-        parts.append(documents.select(range(whole, len(documents))).map(**arguments))
-    return concatenate_datasets(parts)
 
 
 def _serialise(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,6 +26,8 @@ import yaml
 from tests.clean_machine import PROJECT_ROOT, neutral_environment
 
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.npz", "*.parquet", "*.arrow", "*tfevents*")
+# Where the Hub keeps copies of datasets that it has converted, as in refs/convert/parquet.
+CONVERTED = "refs/convert/"
 LFS_SIZE = 10 * 2**20
 LICENSES = frozenset(
     "apache-2.0 mit openrail afl-3.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause cc cc0-1.0 cc-by-3.0 cc-by-4.0 "
@@ -210,6 +212,8 @@ def _check_model_index(index: object) -> list[str]:
                 continue
             require(result["task"], f"{where}.task", type=str)
             require(result["dataset"], f"{where}.dataset", type=str, name=str)
+            optional = {key: str for key in ("config", "split", "revision") if key in result["dataset"]}
+            require(result["dataset"], f"{where}.dataset", **optional)
             if not result["metrics"]:
                 errors.append(f'"{where}.metrics" is empty')
             for k, metric in enumerate(result["metrics"]):
@@ -493,9 +497,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     @_route("GET", rf"/api/{_REPO}/refs")
     def refs(self, kind: str, repo_id: str) -> dict:
-        branches = self._repo(kind, repo_id).branches
-        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in branches.items()]
-        return {"branches": listed, "tags": [], "converts": [], "pullRequests": []}
+        listed: dict[str, list[dict]] = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
+        for name, oid in self._repo(kind, repo_id).branches.items():
+            is_copy = name.startswith(CONVERTED)
+            ref = name if is_copy else f"refs/heads/{name}"
+            entry = {"name": name.removeprefix(CONVERTED), "ref": ref, "targetCommit": oid}
+            listed["converts" if is_copy else "branches"].append(entry)
+        return listed
 
     @_route("GET", rf"/api/{_REPO}/commits/(?P<revision>[^/]+)")
     def list_commits(self, kind: str, repo_id: str, revision: str) -> list[dict]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, load_from_disk
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -18,12 +19,15 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertTokenizer,
+    Trainer,
 )
 
 import run_mlm
 from configuration_spikelm import SpikeLMConfig
+from experiment.publishing import Publisher
 from modeling_spikelm import SpikeLMForMaskedLM
 from tests.corpus import TINY, write_corpus
+from tests.hub_server import HubServer, check_card, run_client
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -98,20 +102,113 @@ def test_the_final_card_shows_the_runs_numbers(trained):
     assert f"{results(trained)['eval_mlm_loss']:.4f}" in card.text
 
 
-def test_the_same_command_resumes_to_the_same_weights(trained, corpus, tmp_path):
-    """Continued from step 2, the run ends as the one that was never interrupted."""
-    command = from_scratch(corpus, "--output_dir", str(tmp_path / "run"))
-    run_mlm.main([*command, "--save_total_limit", "1"])
-    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "away")
-    copy_tree(trained / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    (tmp_path / "run" / "model.safetensors").unlink()
+def assert_same_weights(folder: Path, expected: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name, value in load_file(expected / "model.safetensors").items():
+        assert torch.equal(weights[name], value), name
+
+
+def interrupted(command: list[str], owner: type, method: str, when=lambda *args: True) -> None:
+    """Runs the command until it calls the method for the first time `when` that is so, and does what it says."""
+    original = getattr(owner, method)
+
+    def interrupt(*args, **kwargs):
+        original(*args, **kwargs)
+        if when(*args):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, method, interrupt)
+        run_mlm.main(command)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_same_command_resumes_to_the_same_weights(trained, corpus, tmp_path, step):
+    """Continued from a checkpoint, the last one included, the run ends as the one that was never interrupted."""
+    command = from_scratch(corpus, "--output_dir", str(tmp_path))
+    interrupted(command, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == step)
+    assert not (tmp_path / "model.safetensors").exists()
     run_mlm.main(command)
-    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["global_step"] == 4
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4", tmp_path / "away"):
-        weights = load_file(folder / "model.safetensors")
-        for name, value in load_file(trained / "model.safetensors").items():
-            assert torch.equal(weights[name], value), name
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
+    assert_same_weights(tmp_path, trained)
+    assert_same_weights(tmp_path / "checkpoint-4", trained)
+    assert results(tmp_path)["eval_mlm_loss"] == results(trained)["eval_mlm_loss"]
+
+
+@pytest.mark.parametrize("more", [[], ["--save_strategy", "no"]], ids=["checkpoints", "no-checkpoints"])
+def test_a_finished_command_again_says_so_and_writes_nothing(corpus, tmp_path, capsys, more):
+    command = from_scratch(corpus, *more, "--output_dir", str(tmp_path))
+    run_mlm.main(command)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    run_mlm.main(command)
+    said = capsys.readouterr().out
+    assert f"This run is finished; its results are in {tmp_path / 'all_results.json'}." in said
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    run_mlm.main([*command, "--overwrite_output_dir"])
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns > before[tmp_path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("stage", [(Trainer, "evaluate"), (Publisher, "publish")], ids=["evaluation", "push"])
+def test_what_was_cut_off_after_the_training_is_done_without_training_again(
+    trained, corpus, tmp_path, monkeypatch, stage
+):
+    command = from_scratch(corpus, "--save_strategy", "no", "--output_dir", str(tmp_path))
+    interrupted(command, *stage)
+    weights_written = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    monkeypatch.setattr(Trainer, "train", None)
+    run_mlm.main(command)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == weights_written
+    assert_same_weights(tmp_path, trained)
+    assert results(tmp_path)["eval_mlm_loss"] == results(trained)["eval_mlm_loss"]
+    assert "train_loss" in results(tmp_path)
+    assert "| steps | 4 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_finished_run_on_hub_data_is_pushed_when_that_is_asked_for_and_only_once(tmp_path):
+    documents = write_corpus(tmp_path / "topics.txt").read_text().split("\n\n")
+    push_data = (
+        f"from datasets import Dataset\nDataset.from_dict({{'text': {documents!r}}}).push_to_hub('tester/docs', 'en')"
+    )
+    data = ["--dataset_name", "tester/docs", "--dataset_config_name", "en", "--vocab_size", "600"]
+    command = [*data, "--config_overrides", TINY, *SHORT, "--output_dir", str(tmp_path / "run")]
+    late = ["--push_to_hub", "--hub_model_id", "tester/late"]
+    trained_at = []
+    said = []
+    with HubServer() as hub:
+        assert run_client(hub, tmp_path, push_data).returncode == 0
+        for more in ([], late, late, []):
+            done = run_client(
+                hub, tmp_path, f"import run_mlm\nrun_mlm.main({[*command, *more]!r})", OMP_NUM_THREADS="1"
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            trained_at.append((tmp_path / "run" / "train_results.json").stat().st_mtime_ns)
+            said.append("This run is finished" in done.stdout)
+        initial, pushed = hub.commits("tester/late")
+    assert said == [False, False, True, True]
+    assert len(set(trained_at)) == 1
+    assert "model.safetensors" in pushed.files
+    card = pushed.files["README.md"].decode()
+    assert check_card(card) == ([], [])
+    results_from = {(r.dataset_type, r.dataset_config, r.dataset_split) for r in ModelCard(card).data.eval_results}
+    assert results_from == {("tester/docs", "en", "train")}
+
+
+def test_a_model_is_evaluated_alone_on_a_validation_file(trained, tmp_path):
+    validation = write_corpus(tmp_path / "validation.txt", count=4, first=40)
+    command = ["--do_eval", "--validation_file", str(validation), *SHORT, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="no training data to make a tokenizer of"):
+        run_mlm.main(command)
+    run_mlm.main([*command, "--model_name_or_path", str(trained)])
+    reported = results(tmp_path / "run")
+    assert 0 < reported["eval_mlm_loss"] < 10
+    assert "eval_unigram_loss" not in reported
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "all_results.json",
+        "eval_results.json",
+        "run.json",
+    ]
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -181,6 +278,18 @@ def test_a_stream_trains(corpus, tmp_path):
     )
     assert results(tmp_path)["eval_mlm_loss"] > 0
     assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("step", [2, 8], ids=["first-pass", "second-pass"])
+def test_a_stream_is_resumed_where_it_was(corpus, tmp_path, step):
+    """Rows are read again in another order and with other masks, so any other place would give other weights."""
+    shared = [*from_scratch(corpus, "--streaming"), "--max_train_samples", "20", "--max_steps", "12"]
+    shared += ["--validation_split_percentage", "20", "--gradient_accumulation_steps", "1"]
+    run_mlm.main([*shared, "--output_dir", str(tmp_path / "whole")])
+    command = [*shared, "--output_dir", str(tmp_path / "resumed")]
+    interrupted(command, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == step)
+    run_mlm.main(command)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
 
 
 def test_dense_bert_trains_through_the_same_script(corpus, tmp_path):
@@ -253,28 +362,43 @@ def test_rows_with_labels_are_used_as_they_are(trained, tmp_path, monkeypatch):
             assert {"input_ids": tokens, "labels": labels} in rows
 
 
-def test_two_processes_train_what_one_trains(corpus, tmp_path):
-    overrides = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
-    shared = from_scratch(corpus, "--max_grad_norm", "0", "--logging_steps", "1")
-    shared[shared.index("--config_overrides") + 1] = overrides
-    run_mlm.main([*shared, "--output_dir", str(tmp_path / "one")])
-    two = [*shared, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/two_cpu_processes.yaml",
-    ]
-    port = ["--main_process_port", "0"]
-    done = subprocess.run([*launch, *port, "run_mlm.py", *two], cwd=ROOT, capture_output=True, text=True, check=False)
+def launch(place: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with a configuration of ours, on a port that is free."""
+    configuration = ["--config_file", f"accelerate_configs/{place}.yaml", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "run_mlm.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["map", "stream"])
+def test_two_processes_train_what_one_trains_and_then_have_nothing_left_to_do(corpus, tmp_path, more):
+    overrides = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    shared = from_scratch(corpus, "--max_grad_norm", "0", "--validation_split_percentage", "20", *more)
+    shared[shared.index("--config_overrides") + 1] = overrides
+    launch("single_cpu", *shared, "--output_dir", str(tmp_path / "one"))
+    two = [*shared, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    launch("two_cpu_processes", *two)
     one, other = load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-5, msg=name)
     assert results(tmp_path / "two")["eval_mlm_loss"] == pytest.approx(
         results(tmp_path / "one")["eval_mlm_loss"], rel=1e-5
     )
+    assert launch("two_cpu_processes", *two).stdout.count("This run is finished") == 1
+
+
+def test_two_processes_prepare_what_one_prepares(corpus, tmp_path):
+    for place in ("single_cpu", "two_cpu_processes"):
+        launch(place, *from_scratch(corpus, "--prepare_only", "--output_dir", str(tmp_path / place)))
+    one, two = (load_from_disk(tmp_path / place) for place in ("single_cpu", "two_cpu_processes"))
+    assert {name: split[:] for name, split in one.items()} == {name: split[:] for name, split in two.items()}
+    vocabularies = [
+        AutoTokenizer.from_pretrained(tmp_path / place / "tokenizer").get_vocab()
+        for place in ("single_cpu", "two_cpu_processes")
+    ]
+    assert vocabularies[0] == vocabularies[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["single_cpu", "two_cpu_processes"]
 
 
 def broken_checkpoint(trained: Path, folder: Path, damage) -> Path:
@@ -454,6 +578,21 @@ def test_shipped_recipe_is_understood(recipe, tmp_path):
     assert training.max_steps > 0
     assert SpikeLMConfig.model_type == model.model_type
     assert arguments.max_seq_length == 128
+
+
+def test_both_readings_of_the_base_recipe_are_of_wikipedia_and_bookcorpus_and_differ_in_their_schedule_only():
+    nominal, effective = (
+        yaml.safe_load((ROOT / "recipes" / f"pretrain_base_{reading}.yaml").read_text())
+        for reading in ("nominal", "effective")
+    )
+    assert nominal["dataset_name"] == ["wikimedia/wikipedia", "bookcorpus/bookcorpus"]
+    assert nominal["dataset_revision"][1] == "refs/convert/parquet"
+    assert {name for name in nominal | effective if nominal.get(name) != effective.get(name)} == {
+        "warmup_steps",
+        "max_steps",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+    }
 
 
 def test_tokenizer_trained_on_the_corpus_is_saved_and_used(trained):

@@ -92,3 +92,35 @@ def test_only_what_decides_the_result_is_recorded(tmp_path):
     assert plain != recorded(per_device_train_batch_size=3)
     assert plain != recorded(num_train_epochs=1)
     assert json.loads(json.dumps(plain)) == plain
+
+
+def test_a_run_has_nothing_left_until_it_is_opened_again(tmp_path):
+    first = record(tmp_path)
+    first.open()
+    assert not record(tmp_path).has_nothing_left(None)
+    first.record_end(pushed_to="me/model@main")
+    again = record(tmp_path)
+    again.check()
+    assert again.has_nothing_left(None) and again.has_nothing_left("me/model@main")
+    assert not again.has_nothing_left("me/other@main")
+    again.check(overwrite=True)
+    assert not again.has_nothing_left(None)
+    again.open()
+    later = record(tmp_path)
+    later.check()
+    assert not later.has_nothing_left(None)
+
+
+def test_nothing_is_left_to_train_once_the_model_is_there_or_a_checkpoint_has_all_steps(tmp_path):
+    run, folder = record(tmp_path / "run"), tmp_path / "run"
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, max_steps=10)
+    run.open()
+    for step, expected in ((5, None), (10, str(checkpoint(folder, 10)))):
+        path = folder / "checkpoint-10" if step == 10 else checkpoint(folder, step)
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        assert run.trained_model(str(path), arguments) == expected
+    run.record_training()
+    again = record(folder)
+    assert again.trained_model(again.open(), arguments) == str(folder)
+    again.open(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    assert again.trained_model(str(folder / "checkpoint-5"), arguments) is None

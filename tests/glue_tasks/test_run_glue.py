@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -253,13 +254,40 @@ def test_another_command_is_refused_by_name_until_it_may_overwrite(write_glue, t
     assert [path.name for path in (output / "submission").iterdir()] == ["RTE.tsv"]
 
 
+def test_tasks_can_be_added_to_a_folder_and_the_table_has_them_all(write_glue, tiny_bert, tmp_path):
+    data = write_glue("RTE", "WNLI", "CoLA")
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    main(command(tiny_bert, data, together, "--task_name", "rte", "wnli", "--task_epochs", "wnli=1"))
+    main(command(tiny_bert, data, apart, "--task_name", "wnli", "--task_epochs", "wnli=1"))
+    before = snapshot(apart / "wnli")
+    main(command(tiny_bert, data, apart, "--task_name", "rte"))
+    assert snapshot(apart / "wnli") == before
+    assert results(apart) == results(together)
+    # A task that is there with other epochs is another run, and so is one with other data.
+    with pytest.raises(SystemExit, match=r"wnli holds another run: num_train_epochs was 1\.0 and is 2\.0\."):
+        main(command(tiny_bert, data, apart, "--task_name", "cola", "wnli"))
+    assert not (apart / "cola").exists()
+    # What has other arguments is not put into one table with these.
+    resumed = command(tiny_bert, data, apart, "--task_name", "rte", "--learning_rate", "0.5")
+    main([*resumed, "--resume_from_checkpoint", str(next((apart / "rte").glob("checkpoint-*")))])
+    assert set(results(apart)["columns"]) == {"RTE"}
+
+
+def test_what_there_is_to_say_about_a_checkpoint_is_said_once(write_glue, tiny_bert, tmp_path):
+    argv = command(tiny_bert, write_glue("RTE", "WNLI"), tmp_path / "out", "--task_name", "rte", "wnli")
+    run = subprocess.run(
+        [sys.executable, "run_glue.py", *argv], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert run.stderr.count("LOAD REPORT") == 1
+
+
 def test_changed_data_are_refused(write_glue, tiny_bert, tmp_path):
     data = write_glue("RTE")
     argv = command(tiny_bert, data, tmp_path / "out", "--task_name", "rte")
     main(argv)
     path = data / "RTE" / "dev.tsv"
     path.write_text(path.read_text().replace("row 1", "row 7"))
-    with pytest.raises(SystemExit, match="the data has changed"):
+    with pytest.raises(SystemExit, match="rte holds another run: the data has changed"):
         main(argv)
 
 
@@ -378,7 +406,12 @@ def test_every_task_is_pushed_complete_to_a_repository_of_its_own(write_glue, ti
             assert not [file for file in files if file.endswith(".bin")]
             card = files["README.md"].decode()
             assert check_card(card) == ([], [])
-            assert all(f"name: {score}" in card for score in scores)
+            shown = {result.metric_name: result for result in ModelCard(card).data.eval_results}
+            assert list(shown) == scores
+            for score, result in shown.items():
+                split = f"validation_{score.removesuffix('_accuracy')}" if name == "mnli" else "validation"
+                origin = (result.dataset_type, result.dataset_config, result.dataset_split)
+                assert origin == ("nyu-mll/glue", name, split)
         loaded = run_on_clean_machine(
             "from transformers import AutoModelForSequenceClassification as Auto\n"
             "print(Auto.from_pretrained('tester/glue-rte', trust_remote_code=True).config.id2label)",

@@ -17,13 +17,19 @@ def test_flags_are_read():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train_file": None}, "exactly one of"),
         ({"dataset_name": ["b"]}, "exactly one of"),
         ({"dataset_weights": [1.0]}, "needs --dataset_name"),
         ({"train_file": None, "dataset_name": ["a", "b"], "dataset_weights": [1.0]}, "1 value.s. for 2"),
         ({"train_file": None, "dataset_name": ["a", "b"], "dataset_config_name": ["x"]}, "1 value.s. for 2"),
         ({"train_file": None, "dataset_name": ["a"], "dataset_weights": [0.0]}, "positive"),
-        ({"dataset_revision": "main"}, "--dataset_revision needs"),
+        ({"train_file": None}, "--validation_file alone"),
+        ({"dataset_revision": ["main"]}, "--dataset_revision needs"),
+        ({"rows_per_document": [8]}, "--rows_per_document needs"),
+        ({"train_file": None, "dataset_name": ["a", "b"], "dataset_revision": ["main"]}, "1 value.s. for 2"),
+        (
+            {"train_file": None, "dataset_name": ["a"], "rows_per_document": [0]},
+            "rows_per_document.*at least 1",
+        ),
         ({"validation_split_percentage": 0.0}, "between 0 and 100"),
         ({"objective": "clm"}, "'clm'"),
         ({"mlm_probability": 0.0}, "mlm_probability"),

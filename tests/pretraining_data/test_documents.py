@@ -1,4 +1,5 @@
 import json
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretraining_data.arguments import DataArguments
-from pretraining_data.documents import load_documents
+from pretraining_data.documents import ROWS_PER_BATCH, TEXT_FEATURES, _as_documents, load_documents
 
 DOCUMENTS = ["NA", "7", *(f"Document {number}.\nIts second line." for number in range(38))]
 TOKENISED = {"input_ids": [[2, 7, 3], [2, 8, 9, 3]] * 10, "token_type_ids": [[0, 0, 1], [0, 0, 1, 1]] * 10}
@@ -197,6 +198,74 @@ def test_weights_set_the_proportions_and_no_document_is_missed(tmp_path, streami
     weighted = texts(load_documents(DataArguments(**arguments, dataset_weights=[3, 1]), 0)["train"])
     assert set(weighted) == set(joined)
     assert 0.68 < sum(text.startswith("a") for text in weighted) / len(weighted) < 0.82
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    blank=st.lists(st.booleans(), min_size=3, max_size=60).filter(lambda rows: rows.count(False) > 2),
+    size=st.integers(1, 9),
+)
+def test_rows_are_joined_in_their_order_whatever_the_number_of_processes(tmp_path, streaming, blank, size):
+    rows = ["" if is_blank else f"row {number}" for number, is_blank in enumerate(blank)]
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    Dataset.from_dict({"text": rows}).save_to_disk(folder / "rows")
+    write(folder / "v.txt", ["v"])
+    source = {"dataset_name": [str(folder / "rows")], "validation_file": [str(folder / "v.txt")]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretraining_data.documents.ROWS_PER_BATCH", 10)
+        joined = DataArguments(
+            **source, rows_per_document=[size], streaming=streaming, preprocessing_num_workers=None if streaming else 2
+        )
+        documents = texts(load_documents(joined, 0)["train"])
+    kept = [row for row in rows if row]
+    assert documents == ["\n".join(kept[start : start + size]) for start in range(0, len(kept), size)]
+
+
+def test_joining_rows_of_a_stream_reads_no_further_than_it_has_to(tmp_path):
+    read = []
+
+    def rows():
+        for number in range(10_000):
+            read.append(number)
+            yield {"text": f"row {number}"}
+
+    arguments = DataArguments(dataset_name=["x"], streaming=True)
+    stream = _as_documents("x", IterableDataset.from_generator(rows, features=TEXT_FEATURES), arguments, 4)
+    assert next(iter(stream))["text"] == "row 0\nrow 1\nrow 2\nrow 3"
+    assert max(read) < 2 * ROWS_PER_BATCH
+
+
+def test_tokenised_rows_are_not_joined(tmp_path):
+    Dataset.from_dict(TOKENISED).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="--rows_per_document 2 joins rows of text, but .*rows is tokenised"):
+        load_documents(DataArguments(dataset_name=[str(tmp_path / "rows")], rows_per_document=[2]), 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_validation_documents_of_several_datasets_take_turns(tmp_path, streaming):
+    for name, count in (("a", 4), ("b", 2)):
+        documents = {"text": [f"{name}{number}" for number in range(count)]}
+        DatasetDict({"validation": Dataset.from_dict(documents)}).save_to_disk(tmp_path / name)
+    arguments = DataArguments(dataset_name=[str(tmp_path / name) for name in "ab"], streaming=streaming)
+    splits = load_documents(arguments, 0, needs_training=False)
+    assert texts(splits["validation"]) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_without_training_a_validation_split_will_do(tmp_path, text_file, streaming):
+    validation = DatasetDict({"validation": Dataset.from_dict({"text": ["c"]})})
+    validation.save_to_disk(tmp_path / "saved")
+    for source in ({"dataset_name": [str(tmp_path / "saved")]}, {"validation_file": [str(tmp_path / "saved")]}):
+        arguments = DataArguments(**source, streaming=streaming)
+        splits = load_documents(arguments, 0, needs_training=False)
+        assert {name: texts(split) for name, split in splits.items()} == {"validation": ["c"]}
+        with pytest.raises(ValueError, match="no split 'train'|There is no training data"):
+            load_documents(arguments, 0)
+    # What a training run would hold out is held out here as well.
+    arguments = DataArguments(train_file=[str(text_file)], streaming=streaming, validation_split_percentage=20)
+    held_out = [texts(load_documents(arguments, 0, needs)["validation"]) for needs in (True, False)]
+    assert held_out[0] == held_out[1]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])

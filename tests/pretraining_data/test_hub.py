@@ -1,4 +1,4 @@
-"""Datasets by their Hub name, fetched by the real client from a Hub on this machine that serves one dataset."""
+"""Datasets by their Hub name, fetched by the real client from a Hub on this machine."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+from tests.hub_server import HubServer, run_client
 
 ROOT = Path(__file__).parents[2]
 NAME = "someone/documents"
@@ -123,3 +125,48 @@ def test_datasets_by_name(endpoint, tmp_path):
     assert wrong_split == f"ValueError: {NAME} has no split 'trian'; its splits are ['test', 'train']."
     assert "'de' not found. Available: ['en']" in wrong_config
     assert "'someone/else' doesn't exist on the Hub" in missing
+
+
+# Like Wikipedia and BookCorpus: articles; and a loading script, beside it the Hub's copy in parquet files, a sentence a
+# row.
+PUSH = """
+import io
+from datasets import Dataset
+from huggingface_hub import HfApi
+Dataset.from_dict({"text": [f"Article {n}. It is long." for n in range(40)]}).push_to_hub("tester/articles", "2023.en")
+api, books = HfApi(), "tester/books"
+api.create_repo(books, repo_type="dataset")
+api.create_branch(books, branch="refs/convert/parquet", repo_type="dataset")
+api.upload_file(path_or_fileobj=b"import datasets", path_in_repo="books.py", repo_id=books, repo_type="dataset")
+for shard in range(2):
+    file = io.BytesIO()
+    rows = ["", *(f"sentence {n} ." for n in range(75 * shard, 75 * (shard + 1)))]
+    Dataset.from_dict({"text": rows}).to_parquet(file)
+    api.upload_file(path_or_fileobj=file.getvalue(), path_in_repo=f"plain_text/train/000{shard}.parquet",
+                    repo_id=books, repo_type="dataset", revision="refs/convert/parquet")
+print([ref.ref for ref in api.list_repo_refs(books, repo_type="dataset").converts])
+"""
+
+
+def test_a_loading_script_is_read_from_the_hubs_parquet_copy_as_documents_of_several_rows(tmp_path):
+    both = {"dataset_name": ["tester/articles", "tester/books"], "dataset_config_name": ["2023.en", "default"]}
+    copy = both | {"dataset_revision": ["main", "refs/convert/parquet"], "rows_per_document": [1, 8]}
+    requests = [both, copy, copy | {"preprocessing_num_workers": 2}, copy | {"streaming": True}]
+    with HubServer() as hub:
+        pushed = run_client(hub, tmp_path, PUSH)
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout.splitlines()[-1] == "['refs/convert/parquet']"
+        loaded = run_client(hub, tmp_path, f"import sys\nsys.argv = ['', {json.dumps(requests)!r}]\n{LOAD}")
+    assert loaded.returncode == 0, loaded.stderr
+    as_script, as_rows, with_two_processes, streamed = json.loads(loaded.stdout.splitlines()[-1])
+    assert "tester/books cannot be loaded from revision 'main'" in as_script
+    assert "--dataset_revision refs/convert/parquet" in as_script
+    articles = [f"Article {n}. It is long." for n in range(40)]
+    books = ["\n".join(f"sentence {n} ." for n in range(start, min(start + 8, 150))) for start in range(0, 150, 8)]
+    for splits in (as_rows, streamed):
+        # All of both, in their order, and each document on one side only.
+        assert sorted(splits["train"] + splits["validation"]) == sorted(articles + books)
+        assert splits["train"] == [document for document in articles + books if document in splits["train"]]
+    assert with_two_processes == as_rows
+    # 5 % of each, and they take turns.
+    assert [document.split()[0] for document in as_rows["validation"]] == ["Article", "sentence", "Article"]

@@ -1,3 +1,4 @@
+import itertools
 import multiprocessing
 import pickle
 
@@ -17,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically, mask_tokens
+from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically, mask_tokens
 from pretraining_data.packing import numbered
 
 SETTINGS = {"seed": 0, "epoch": 0, "example_id": 0, "probability": 0.15, "mask_token_id": 4, "vocab_size": 1000}
@@ -196,10 +197,26 @@ class Recorder(TrainerCallback):
         self.epochs.append(self.collator.epoch)
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_the_trainer_sets_the_epoch_and_does_so_after_resuming(tokenizer, tmp_path, streaming):
+def test_passes_over_a_stream_are_shuffled_and_masked_anew(tokenizer, collator):
     rows = rows_of(tokenizer)
-    rows = rows.to_iterable_dataset() if streaming else rows
+    stream = rows.to_iterable_dataset().shuffle(seed=0, buffer_size=12)
+    passes = list(itertools.islice(StreamPasses(stream), 36))
+    assert [row["epoch"] for row in passes] == [0] * 12 + [1] * 12 + [2] * 12
+    orders = [tuple(row["example_id"] for row in passes[start : start + 12]) for start in (0, 12, 24)]
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(12))}
+    assert len(set(orders)) == 3
+    masked = collator(passes[12:24])
+    collator.set_epoch(1)
+    expected = collator([rows[number] for number in orders[1]])
+    assert all(torch.equal(masked[name], expected[name]) for name in expected)
+
+
+def test_passes_over_an_empty_stream_end(tokenizer):
+    assert list(StreamPasses(rows_of(tokenizer).to_iterable_dataset().take(0))) == []
+
+
+def test_the_trainer_sets_the_epoch_and_does_so_after_resuming(tokenizer, tmp_path):
+    rows = rows_of(tokenizer)
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 
     def train(resume, save_steps, max_steps):
@@ -223,5 +240,4 @@ def test_the_trainer_sets_the_epoch_and_does_so_after_resuming(tokenizer, tmp_pa
         return recorder.epochs
 
     assert train(None, 5, 7) == [0, 0, 0, 1, 1, 1, 2]
-    if not streaming:
-        assert train(str(tmp_path / "checkpoint-5"), 100, 7) == [1, 2]
+    assert train(str(tmp_path / "checkpoint-5"), 100, 7) == [1, 2]
