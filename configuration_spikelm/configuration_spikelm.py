@@ -98,6 +98,9 @@ class SpikeLMConfig(PreTrainedConfig):
             Whether a masked-LM head in training mode computes logits only where there are labels, which saves most of
             its time and memory. The loss is the same; the logits that come out are then `(number of labels,
             vocab_size)`. In evaluation mode logits are always complete.
+        int8_weights (`bool`, *optional*, defaults to `False`):
+            Whether the encoder's weights are int8, for inference only. `model.quantize_weights()` sets it; setting it by
+            hand does not quantise anything.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and what is allowed.
@@ -138,6 +141,7 @@ class SpikeLMConfig(PreTrainedConfig):
     membrane_reset: str = "reference"
     mlm_transform_act: str = "relu"
     sparse_prediction: bool = False
+    int8_weights: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("auto_map", dict(AUTO_MAP))

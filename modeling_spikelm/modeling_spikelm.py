@@ -153,23 +153,34 @@ class SpikeLMSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         spikes = self.neurons(hidden_states)
-        query = self._split_heads(self.query(spikes))
-        key = self._split_heads(self.key_neurons(self.key(spikes)))
-        value = self._split_heads(self.value_neurons(self.value(spikes)))
+        query = self.query(spikes)
+        key = self.key_neurons(self.key(spikes))
+        value = self.value_neurons(self.value(spikes))
+        return self.attend(query, key, value, attention_mask, **kwargs)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The context of `(..., L, H)` queries, keys and values, of their shape; and mean probabilities, if asked."""
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         context, mean_probabilities = attention(
             self,
-            query,
-            key,
-            value,
+            self._split_heads(query),
+            self._split_heads(key),
+            self._split_heads(value),
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return context.reshape(hidden_states.shape), mean_probabilities
+        return context.reshape(query.shape), mean_probabilities
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
@@ -239,7 +250,10 @@ class SpikeLMEncoder(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList([SpikeLMLayer(config) for _ in range(config.num_hidden_layers)])
+        layer_class: type[nn.Module] = SpikeLMLayer
+        if config.int8_weights:
+            from .quantization import QuantizedLayer as layer_class
+        self.layer = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
         self.step_mean = SpikeLMStepMean(config)
 
     def forward(
@@ -315,7 +329,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     config: SpikeLMConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SpikeLMEmbeddings", "SpikeLMLayer"]
+    _no_split_modules = ["SpikeLMEmbeddings", "SpikeLMLayer", "QuantizedLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -354,11 +368,21 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         if name is not None and isinstance(config, PreTrainedConfig) and config.name_or_path != str(name):
             # A configuration of the caller's says nothing about the checkpoint, so the checkpoint's own is asked.
             location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
-            type(config).get_config_dict(name, **location)
+            checkpoint, _ = type(config).get_config_dict(name, **location)
+            if checkpoint.get("int8_weights", False) != config.int8_weights:
+                raise ValueError(
+                    f"{name} has int8_weights={checkpoint.get('int8_weights', False)}, the configuration given has "
+                    f"int8_weights={config.int8_weights}; take the checkpoint's own."
+                )
         loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
         # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
-        for neurons in _neurons(loaded[0] if isinstance(loaded, tuple) else loaded):
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for neurons in _neurons(model):
             neurons.read_calibration()
+        if model.config.int8_weights:
+            from .quantization import check_is_quantized
+
+            check_is_quantized(model, name)
         return loaded
 
     @torch.no_grad()
@@ -373,8 +397,11 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             batches: forward arguments, for instance `[tokenizer(texts, padding=True, return_tensors="pt")]`.
 
         Raises:
-            ValueError: `batches` is empty (on every process). The amplitudes then stay what they were.
+            ValueError: `batches` is empty (on every process), or the weights are int8 already. The amplitudes then stay
+                what they were.
         """
+        if self.config.int8_weights:
+            raise ValueError("A SpikeLM with int8 weights keeps its amplitudes; calibrate the float model instead.")
         weighted: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0))
         weights: dict[SpikingNeurons, int] = defaultdict(int)
 
@@ -413,6 +440,24 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew."""
         for neurons in _neurons(self):
             neurons.set_amplitude(torch.zeros_like(neurons.amplitude))
+
+    def quantize_weights(self) -> "SpikeLMPreTrainedModel":
+        """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
+
+        Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Saved
+        and loaded like any SpikeLM; `config.int8_weights` says so. Embeddings, pooler and heads stay float32.
+
+        Raises:
+            ValueError: the neurons are not calibrated, the weights are int8 already, not float32, or wear an adapter.
+        """
+        from .quantization import check_can_quantize, quantize_layer
+
+        encoder = next(module for module in self.modules() if isinstance(module, SpikeLMEncoder))
+        check_can_quantize(encoder.layer)
+        for number, layer in enumerate(encoder.layer):
+            encoder.layer[number] = quantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are SpikeLMLayers by now
+        self.config.int8_weights = True
+        return self.eval()
 
 
 # Arguments of from_pretrained that say where a checkpoint lies.

@@ -1,0 +1,393 @@
+"""Inference of a calibrated SpikeLM with int8 weights: ternary spikes make every encoder product an integer one.
+
+A spike is `amplitude[t] * b` with `b` in {-1, 0, 1}, and a weight row is `weight_scale * w` with `w` in int8, so
+
+    W s[t] + b = amplitude[t] * weight_scale * (sum of +-w) + b
+
+where the sum is an integer and therefore exact, in whatever order it is taken. Weights are rounded per output channel,
+symmetrically, scale = max|row| / 127; spikes lose nothing. Between a neuron and its product a spike is a uint8 code:
+0, 1, 2 for -1, 0, +1. Embeddings, attention, LayerNorm, pooler and heads stay float32.
+
+The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
+`(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.
+"""
+
+import platform
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_spikelm import SpikeLMConfig
+from .modeling_spikelm import SpikeLMLayer, SpikeLMSelfAttention
+from .spiking import SpikingNeurons
+
+# Activations that oneDNN applies to a product while it is in registers, as (name, variant).
+FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+
+# How many values the widest tensors of a layer hold at most, where the batch can be split: larger ones leave the cache,
+# and the C library then asks the system for fresh pages in every layer.
+MAX_ACTIVATIONS = 2**22
+
+# The float layer's products.
+LINEARS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+class SpikeCodes(NamedTuple):
+    """The spikes of one time step: `codes` uint8 `(B, L, F)`, 0, 1, 2 for -1, 0, +1; each of size `amplitude`."""
+
+    codes: torch.Tensor
+    amplitude: float
+
+
+def ternary_sign(membrane: torch.Tensor, amplitude: float) -> torch.Tensor:
+    """`clip(round(membrane / amplitude), -1, 1)`, same shape and dtype; a new contiguous tensor.
+
+    Rounding half to even sends +-amplitude / 2 to 0, and float32 holds amplitude / 2 exactly, so that a comparison with
+    it decides as the division does. These two passes take half the time of comparisons that yield bool.
+    """
+    return nn.functional.hardshrink(membrane, amplitude / 2).sign_()
+
+
+def ternary_codes(membrane: torch.Tensor, amplitude: float) -> torch.Tensor:
+    """`ternary_sign + 1` as uint8, same shape."""
+    return ternary_sign(membrane, amplitude).to(torch.int8).view(torch.uint8).add_(1)
+
+
+class QuantizedNeurons(SpikingNeurons):
+    """`SpikingNeurons` that emit codes, one time step after the other."""
+
+    amplitudes: list[float]
+
+    def read_calibration(self) -> None:
+        """Also copies the amplitudes to the host: `amplitudes`, one float per time step."""
+        super().read_calibration()
+        self.amplitudes = self.amplitude.tolist() if self.is_calibrated else []
+
+    def calibrated_amplitudes(self) -> list[float]:
+        """One float per time step.
+
+        Raises:
+            ValueError: the checkpoint these neurons come from does not set them.
+        """
+        if not self.is_calibrated:
+            self.read_calibration()
+        if not self.is_calibrated:
+            raise ValueError(
+                "This SpikeLM has int8 weights, but its neurons are not calibrated. Calibrate the float model "
+                "(model.calibrate(batches), or train it), then call quantize_weights() again."
+            )
+        return self.amplitudes
+
+    def forward(self, inputs: Iterable[torch.Tensor]) -> Iterator[SpikeCodes]:  # type: ignore[override]
+        """Spikes of T inputs `(B, L, F)`, by the equations in spiking.py; the arithmetic is float32."""
+        membrane, codes, kept = None, None, 0.0
+        for step_inputs, amplitude in zip(inputs, self.calibrated_amplitudes(), strict=True):
+            if membrane is None or codes is None or not self.has_membrane:
+                membrane = step_inputs.float()
+            else:
+                if self.reset == "reference":
+                    # decay * (amplitude - spike) is decay * amplitude once for no spike, twice for -1, never for +1.
+                    left = codes.neg().add_(2).float()
+                else:
+                    left = (codes == 1).float()
+                membrane = torch.addcmul(step_inputs.float(), membrane, left, value=kept, out=left)
+            codes = ternary_codes(membrane, amplitude)
+            kept = self.decay * amplitude if self.reset == "reference" else self.decay
+            yield SpikeCodes(codes, amplitude)
+
+
+def has_int8_kernel(device: torch.device) -> bool:
+    """Whether oneDNN's int8 product is there; `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+
+    On other processors than x86 oneDNN falls back to a loop far slower than the float32 product.
+    """
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    )
+
+
+class QuantizedLinear(nn.Module):
+    """`activation(W s + b)` or `residual + W s + b` for spikes s, with int8 weights and exact integer sums.
+
+    Buffers: `int8_weight` `(out, in)`, `weight_scale` float32 `(out,)`, above 0 once there are weights, and `bias`
+    float32 `(out,)`.
+    """
+
+    int8_weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, activation: str | None = None):
+        super().__init__()
+        self.activation = activation
+        self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
+        # The weights once more in oneDNN's layout, made when first needed.
+        self._packed_weight: torch.Tensor | None = None
+        self.register_load_state_dict_post_hook(QuantizedLinear._forget_after_load)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.int8_weight.shape
+        return f"in_features={in_features}, out_features={out_features}, activation={self.activation!r}"
+
+    @torch.no_grad()
+    def quantize(self, *linears: nn.Linear) -> None:
+        """Takes over the weights of `linears`, whose outputs are laid side by side."""
+        weight = torch.cat([linear.weight.float() for linear in linears])
+        largest = weight.abs().amax(1)
+        self.weight_scale = torch.where(largest > 0, largest / 127, 1.0)
+        self.int8_weight = torch.round(weight / self.weight_scale[:, None]).clamp_(-127, 127).to(torch.int8)
+        self.bias = torch.cat([linear.bias.float() for linear in linears])
+        self._forget_packed_weight()
+
+    def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes `(B, L, in)` to float32 `(B, L, out)`; a `residual` of that shape is added to, in place."""
+        if has_int8_kernel(spikes.codes.device):
+            return self._onednn_product(spikes, residual)
+        # Signs times int8 sum up to integers that float32 holds exactly (in_features <= 2 ** 24 / 127).
+        with torch.autocast(spikes.codes.device.type, enabled=False):
+            sums = nn.functional.linear(spikes.codes.float() - 1, self.int8_weight.float())
+        outputs = sums.mul_(self.weight_scale * spikes.amplitude).add_(self.bias)
+        if residual is not None:
+            return residual.add_(outputs)
+        return outputs if self.activation is None else ACT2FN[self.activation](outputs)
+
+    @torch.compiler.disable
+    def _onednn_product(self, spikes: SpikeCodes, residual: torch.Tensor | None) -> torch.Tensor:
+        if self._packed_weight is None:
+            self._packed_weight = torch.ops.onednn.qlinear_prepack(self.int8_weight, None)
+            self._weight_zero_points = torch.zeros_like(self.weight_scale, dtype=torch.int32)
+        # uint8 with zero point 1, because oneDNN has no fast kernel for int8 inputs on every x86. Two neighbours add up
+        # to 2 * 2 * 127 at most, so that older processors' int16 intermediate sums do not saturate either.
+        inputs = (spikes.codes.flatten(0, -2), spikes.amplitude, 1)
+        weights = (self._packed_weight, self.weight_scale, self._weight_zero_points)
+        output = (1.0, 0, torch.float32)
+        multiply = torch.ops.onednn.qlinear_pointwise
+        if residual is not None:
+            rows = residual.flatten(0, -2)
+            multiply.binary(*inputs, *weights, rows, self.bias, *output, 1.0, 0, "sum", 1.0, "none", [], "")
+            return residual
+        name, variant = FUSED_ACTIVATIONS.get(self.activation, ("none", "")) if self.activation else ("none", "")
+        outputs = multiply(*inputs, *weights, self.bias, *output, name, [], variant)
+        outputs = outputs.unflatten(0, spikes.codes.shape[:-1])
+        if self.activation is None or name != "none":
+            return outputs
+        return ACT2FN[self.activation](outputs)
+
+    @staticmethod
+    def _forget_after_load(module: "QuantizedLinear", incompatible_keys: Any) -> None:
+        module._forget_packed_weight()
+
+    def _forget_packed_weight(self) -> None:
+        self._packed_weight = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        # .to(torch.bfloat16) and the like cast every floating buffer; scales and bias stay float32.
+        before = self.weight_scale, self.bias
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale, self.bias = (buffer.to(self.int8_weight.device) for buffer in before)
+        self._forget_packed_weight()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's layout can be neither copied nor pickled.
+        return {**self.__dict__, "_packed_weight": None}
+
+
+class QuantizedSelfAttention(SpikeLMSelfAttention):
+    """`SpikeLMSelfAttention` with one integer product for queries, keys and values."""
+
+    key_neurons: QuantizedNeurons
+    value_neurons: QuantizedNeurons
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        del self.query, self.key, self.value
+        self.step_mean.num_time_steps = 1  # attention runs on one step at a time here
+        self.neurons = QuantizedNeurons(config)
+        self.query_key_value = QuantizedLinear(config.hidden_size, 3 * config.hidden_size)
+        self.key_neurons = QuantizedNeurons(config, has_membrane=False)
+        self.value_neurons = QuantizedNeurons(config, has_membrane=False)
+
+    def quantize(self, attention: SpikeLMSelfAttention) -> None:
+        self.query_key_value.quantize(attention.query, attention.key, attention.value)
+
+    def forward(  # type: ignore[override]
+        self, steps: Iterable[torch.Tensor], attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """T times `(B, L, H)`, and one step's mask, to T contexts `(B, L, H)` and the mean of the probabilities."""
+        contexts, probabilities = [], []
+        amplitudes = self.key_neurons.calibrated_amplitudes(), self.value_neurons.calibrated_amplitudes()
+        for spikes, key_amplitude, value_amplitude in zip(self.neurons(steps), *amplitudes, strict=True):
+            query, key, value = self.query_key_value(spikes).chunk(3, dim=-1)
+            key = ternary_sign(key, key_amplitude).mul_(key_amplitude)
+            value = ternary_sign(value, value_amplitude).mul_(value_amplitude)
+            context, step_probabilities = self.attend(query, key, value, attention_mask, **kwargs)
+            contexts.append(context)
+            if step_probabilities is not None:
+                probabilities.append(step_probabilities)
+        return contexts, torch.stack(probabilities).mean(0) if probabilities else None
+
+
+class QuantizedIntermediate(nn.Module):
+    """`SpikeLMIntermediate`, one time step after the other."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.neurons = QuantizedNeurons(config)
+        self.dense = QuantizedLinear(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def forward(self, steps: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """T times `(B, L, H)` to T times `(B, L, intermediate_size)`."""
+        return (self.dense(spikes) for spikes in self.neurons(steps))
+
+
+class QuantizedResidual(nn.Module):
+    """`SpikeLMResidual` on the time steps of its input."""
+
+    def __init__(self, config: SpikeLMConfig, input_size: int):
+        super().__init__()
+        self.neurons = QuantizedNeurons(config)
+        self.dense = QuantizedLinear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, steps: Iterable[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
+        """T times `(B, L, input_size)` and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
+        sums = residual.clone(memory_format=torch.contiguous_format)
+        for spikes, step_sums in zip(self.neurons(steps), sums, strict=True):
+            self.dense(spikes, residual=step_sums)
+        return self.LayerNorm(sums)
+
+
+class QuantizedAttention(nn.Module):
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.self = QuantizedSelfAttention(config)
+        self.output = QuantizedResidual(config, config.hidden_size)
+
+
+class QuantizedLayer(nn.Module):
+    """`SpikeLMLayer` for inference with int8 weights, `(T * B, L, H)` in and out, float32."""
+
+    attention: QuantizedAttention
+    output: QuantizedResidual
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__()
+        self.num_time_steps = config.num_time_steps
+        self.intermediate_size = config.intermediate_size
+        self.attention = QuantizedAttention(config)
+        self.intermediate = QuantizedIntermediate(config)
+        self.output = QuantizedResidual(config, config.intermediate_size)
+
+    def quantize(self, layer: SpikeLMLayer) -> None:
+        """Takes over a float layer: int8 weights, and its amplitudes, biases and LayerNorms as they are."""
+        self.attention.self.quantize(layer.attention.self)
+        for residual, float_residual in ((self.attention.output, layer.attention.output), (self.output, layer.output)):
+            residual.dense.quantize(float_residual.dense)
+            residual.LayerNorm = float_residual.LayerNorm
+        self.intermediate.dense.quantize(layer.intermediate.dense)
+        for name, module in self.named_modules():
+            if isinstance(module, QuantizedNeurons):
+                module.set_amplitude(layer.get_buffer(f"{name}.amplitude"))
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Raises:
+            RuntimeError: in training mode.
+            TypeError: the model was cast to another dtype than float32.
+        """
+        if self.training:
+            raise RuntimeError(
+                "A SpikeLM with int8 weights is for inference: call model.eval(), and train the float model instead."
+            )
+        if hidden_states.dtype != torch.float32:
+            raise TypeError(
+                f"A SpikeLM with int8 weights computes in float32, but its hidden states are {hidden_states.dtype}: "
+                "load it without dtype, or call model.float()."
+            )
+        steps = hidden_states.unflatten(0, (self.num_time_steps, -1))
+        # The mask says the same in every step.
+        mask = None if attention_mask is None else attention_mask[: steps.shape[1]]
+        contexts, _ = self.attention.self(steps, mask, **kwargs)
+        attended = self.attention.output(contexts, steps)
+        del contexts
+        parts = attended.split(self._part_size(attended), dim=1)
+        outputs = [self.output(self.intermediate(part), part) for part in parts]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
+
+    def _part_size(self, attended: torch.Tensor) -> int:
+        """How many sequences of `(T, B, L, H)` go through the feed-forward half at a time, in parts of equal size."""
+        _, batch_size, length, _ = attended.shape
+        most = MAX_ACTIVATIONS // (length * self.intermediate_size * min(self.num_time_steps, 2))
+        parts = -(-batch_size // max(most, 1))
+        return -(-batch_size // max(parts, 1))
+
+
+def quantize_layer(layer: SpikeLMLayer, config: SpikeLMConfig) -> QuantizedLayer:
+    """The int8 counterpart of a calibrated float layer, in evaluation mode, on the layer's device."""
+    quantized = QuantizedLayer(config).to(layer.output.dense.weight.device)
+    quantized.quantize(layer)
+    return quantized.eval()
+
+
+def check_can_quantize(layers: Iterable[nn.Module]) -> None:
+    """
+    Raises:
+        ValueError: a layer is quantised already, not float32, not calibrated or wears an adapter; the message says so.
+    """
+    for layer in layers:
+        if isinstance(layer, QuantizedLayer):
+            raise ValueError("The weights of this SpikeLM are int8 already.")
+        for module in layer.modules():
+            if isinstance(module, SpikingNeurons):
+                module.read_calibration()
+                if not module.is_calibrated:
+                    raise ValueError(
+                        "quantize_weights() needs calibrated neurons, because each product takes its scale from their "
+                        "amplitudes. Call model.calibrate(batches) first, or train the model."
+                    )
+        for name in LINEARS:
+            linear = layer.get_submodule(name)
+            if not isinstance(linear, nn.Linear):
+                raise ValueError(
+                    f"quantize_weights() takes plain linear layers, but {name} is a {type(linear).__name__}; merge an "
+                    "adapter into the model first (PEFT: merge_and_unload())."
+                )
+            if linear.weight.dtype != torch.float32:
+                raise ValueError(
+                    f"quantize_weights() takes a float32 model, but its weights are {linear.weight.dtype}; call "
+                    "model.float() first."
+                )
+
+
+def check_is_quantized(model: nn.Module, name: Any) -> None:
+    """
+    Raises:
+        ValueError: `model`, built for int8 weights, was loaded from a checkpoint `name` that has none.
+    """
+    linears = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    if not all(bool(linear.weight_scale.all()) for linear in linears):
+        raise ValueError(
+            f"{name} has no int8 weights, though int8_weights=True says so; load it as it is and call "
+            "model.quantize_weights()."
+        )

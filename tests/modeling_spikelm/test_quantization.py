@@ -1,0 +1,343 @@
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForMaskedLM
+
+from modeling_spikelm import (
+    SpikeLMForMaskedLM,
+    SpikeLMForMultipleChoice,
+    SpikeLMForPreTraining,
+    SpikeLMForQuestionAnswering,
+    SpikeLMForSequenceClassification,
+    SpikeLMForTokenClassification,
+    SpikeLMModel,
+    quantization,
+)
+from modeling_spikelm.quantization import LINEARS, QuantizedLinear, QuantizedNeurons, SpikeCodes, ternary_codes
+from modeling_spikelm.spiking import spike_reference, ternary
+from tests.clean_machine import run_on_clean_machine
+
+every_class = pytest.mark.parametrize(
+    "model_class",
+    [
+        SpikeLMModel,
+        SpikeLMForPreTraining,
+        SpikeLMForMaskedLM,
+        SpikeLMForSequenceClassification,
+        SpikeLMForTokenClassification,
+        SpikeLMForQuestionAnswering,
+        SpikeLMForMultipleChoice,
+    ],
+    ids=lambda c: c.__name__,
+)
+every_kernel = pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "plain"])
+positive = st.floats(2.0**-16, 2.0**14, width=32)
+
+
+def calibrated(model_class, config, batch, **options):
+    torch.manual_seed(0)
+    model = model_class._from_config(config, **options)
+    model.calibrate([batch])
+    return model.eval()
+
+
+def inputs_of(model_class, batch):
+    if model_class is SpikeLMForMultipleChoice:
+        return {name: value.unsqueeze(0).repeat(2, 1, 1) for name, value in batch.items()}
+    return batch
+
+
+def with_rounded_weights(model):
+    """The float model whose encoder weights are what int8 can hold."""
+    rounded = copy.deepcopy(model)
+    for layer in getattr(rounded, "bert", rounded).encoder.layer:
+        for name in LINEARS:
+            weight = layer.get_submodule(name).weight.data
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weight.copy_(torch.round(weight / scale) * scale)
+    return rounded
+
+
+def tensors(output) -> list[torch.Tensor]:
+    return [value for value in output.values() if isinstance(value, torch.Tensor)]
+
+
+def assert_close(actual, expected):
+    for a, e in zip(tensors(actual), tensors(expected), strict=True):
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+@given(amplitude=positive, multiple=st.floats(-3, 3, width=32), ulps=st.integers(-3, 3), sign=st.sampled_from([-1, 1]))
+def test_codes_are_the_rounded_quotient_up_to_the_last_bit(amplitude, multiple, ulps, sign):
+    edge = torch.tensor(sign * amplitude / 2)
+    for _ in range(abs(ulps)):
+        edge = torch.nextafter(edge, torch.tensor(float("inf") * (1 if ulps > 0 else -1)))
+    membrane = torch.stack([edge, torch.tensor(multiple * amplitude)])
+    codes = ternary_codes(membrane, amplitude)
+    assert codes.dtype == torch.uint8
+    assert (codes.float() - 1).tolist() == ternary(membrane, torch.tensor(amplitude)).tolist()
+
+
+@pytest.mark.parametrize("reset", ["reference", "symmetric"])
+@pytest.mark.parametrize("has_membrane", [True, False])
+def test_neurons_emit_the_spikes_of_the_oracle(config, reset, has_membrane):
+    config.membrane_reset = reset
+    neurons = QuantizedNeurons(config, has_membrane)
+    neurons.set_amplitude(torch.tensor([1.5, 2.2, 4.8]))
+    inputs = 2 * torch.randn(3, 5, 7, 50, generator=torch.Generator().manual_seed(0))
+    before = inputs.clone()
+    emitted = torch.stack([(spikes.codes.float() - 1) * spikes.amplitude for spikes in neurons(inputs)])
+    expected = spike_reference(inputs, neurons.amplitude, config.membrane_decay, reset, has_membrane)
+    assert torch.equal(emitted, expected)
+    assert torch.equal(inputs, before)
+
+
+@every_kernel
+@given(st.data())
+def test_sums_are_exact_integers(onednn, data):
+    rows, inputs, outputs = (data.draw(st.integers(1, most)) for most in (40, 300, 40))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    linear = QuantizedLinear(inputs, outputs)
+    linear.int8_weight = torch.randint(-127, 128, (outputs, inputs), generator=generator).to(torch.int8)
+    linear.weight_scale = torch.ones(outputs)
+    if data.draw(st.booleans(), label="largest sums"):
+        linear.int8_weight.fill_(127)
+    codes = torch.randint(0, 3, (2, rows, inputs), generator=generator)
+    expected = (codes - 1) @ linear.int8_weight.T.long()
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        assert torch.equal(linear(SpikeCodes(codes.to(torch.uint8), 1.0)).long(), expected)
+
+
+@every_kernel
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_pytorch_tanh", "relu", "silu"])
+def test_scale_bias_activation_and_residual(onednn, activation):
+    torch.manual_seed(0)
+    linear, quantized = nn.Linear(60, 30), QuantizedLinear(60, 30, activation)
+    with torch.no_grad():
+        linear.weight[3] = 0
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        linear.weight.copy_(torch.nan_to_num(torch.round(linear.weight / scale) * scale))
+    quantized.quantize(linear)
+    codes = torch.randint(0, 3, (4, 5, 60), dtype=torch.uint8)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+        plain = linear(1.7 * (codes.float() - 1))
+        expected = plain if activation is None else quantization.ACT2FN[activation](plain)
+        torch.testing.assert_close(quantized(SpikeCodes(codes, 1.7)), expected, rtol=1e-5, atol=1e-6)
+        if activation is None:
+            residual = torch.randn(4, 5, 30)
+            expected = residual + plain
+            assert quantized(SpikeCodes(codes, 1.7), residual) is residual
+            torch.testing.assert_close(residual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rounding_is_at_most_half_a_step_per_channel():
+    torch.manual_seed(0)
+    linear, quantized = nn.Linear(60, 30), QuantizedLinear(60, 30)
+    quantized.quantize(linear)
+    error = (quantized.int8_weight * quantized.weight_scale[:, None] - linear.weight).abs()
+    assert (error <= 0.5001 * quantized.weight_scale[:, None]).all()
+    assert torch.equal(quantized.int8_weight.abs().amax(1), torch.full((30,), 127, dtype=torch.int8))
+
+
+@every_class
+def test_every_class_is_the_float_model_with_rounded_weights(model_class, config, batch):
+    model = calibrated(model_class, config, inputs_of(model_class, batch))
+    expected = with_rounded_weights(model)(**inputs_of(model_class, batch))
+    quantized = model.quantize_weights()
+    assert quantized is model
+    assert_close(quantized(**inputs_of(model_class, batch)), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("reset", ["reference", "symmetric"])
+@pytest.mark.parametrize("steps", [1, 4], ids=["T1", "T4"])
+@every_kernel
+def test_every_setting_is_the_float_model_with_rounded_weights(config, batch, attention, reset, steps, onednn):
+    config.membrane_reset, config.num_time_steps = reset, steps
+    model = calibrated(SpikeLMModel, config, batch, attn_implementation=attention)
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    expected = with_rounded_weights(model)(**batch, **options)
+    model.quantize_weights()
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        actual = model(**batch, **options)
+    assert_close(actual, expected)
+    for name in ("hidden_states", "attentions") if attention == "eager" else ("hidden_states",):
+        for a, e in zip(actual[name], expected[name], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing(config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    padded = model(**batch).last_hidden_state[2, :5]
+    alone = model(**{name: value[2:, :5] for name, value in batch.items()}).last_hidden_state[0]
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_split_for_the_cache_gives_the_same(config, batch, monkeypatch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    whole = model(**batch).last_hidden_state
+    monkeypatch.setattr(quantization, "MAX_ACTIVATIONS", 1)
+    assert model.encoder.layer[0]._part_size(torch.empty(3, 8, 7, 32)) == 1
+    torch.testing.assert_close(model(**batch).last_hidden_state, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_changes_no_product(config, batch):
+    """Attention alone may run in bfloat16; the sums of both kernels stay exact, so that they still agree."""
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = model(**batch).last_hidden_state
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = model.encoder.layer[0].intermediate.dense(SpikeCodes(torch.full((1, 2, 32), 2).byte(), 1.0))
+    assert fast.isfinite().all()
+    torch.testing.assert_close(
+        plain, model.encoder.layer[0].intermediate.dense(SpikeCodes(torch.full((1, 2, 32), 2).byte(), 1.0))
+    )
+
+
+@every_class
+def test_saved_and_loaded_it_is_the_same_to_the_bit(model_class, config, batch, tmp_path):
+    inputs = inputs_of(model_class, batch)
+    model = calibrated(model_class, config, inputs).quantize_weights()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["int8_weights"] is True
+    assert not list(tmp_path.glob("*.bin"))
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    encoder = {name: dtype for name, dtype in stored.items() if "encoder" in name and "weight" in name}
+    assert {dtype for name, dtype in encoder.items() if name.endswith("int8_weight")} == {"I8"}
+    assert not any(name.endswith(("query.weight", "dense.weight")) for name in encoder)
+    loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value) and loaded.state_dict()[name].dtype == value.dtype
+    assert_close(loaded(**inputs), model(**inputs))
+
+
+def test_loads_on_a_machine_without_us(config, batch, tmp_path):
+    model = calibrated(SpikeLMForMaskedLM, config, batch).quantize_weights()
+    model.save_pretrained(tmp_path / "checkpoint")
+    ids = batch["input_ids"].tolist()
+    done = run_on_clean_machine(f"""
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+model = AutoModelForMaskedLM.from_pretrained({str(tmp_path / "checkpoint")!r}, trust_remote_code=True)
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForMaskedLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+ids = torch.tensor({ids})
+assert again.bert.encoder.layer[0].output.dense.int8_weight.dtype == torch.int8
+assert torch.equal(model(ids).logits, again(ids).logits)
+print(again(ids).logits.double().sum().item())
+""")
+    assert done.returncode == 0, done.stderr
+    expected = model(batch["input_ids"]).logits.double().sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_head_takes_the_int8_encoder(config, batch, tmp_path):
+    model = calibrated(SpikeLMForMaskedLM, config, batch).quantize_weights()
+    model.save_pretrained(tmp_path)
+    encoder = SpikeLMModel.from_pretrained(tmp_path)
+    expected = model.bert(**batch).last_hidden_state
+    assert torch.equal(encoder(**batch).last_hidden_state, expected)
+    assert isinstance(AutoModelForMaskedLM.from_pretrained(tmp_path), SpikeLMForMaskedLM)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_after_use(copied, config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    expected = model(**batch).last_hidden_state
+    assert torch.equal(copied(model)(**batch).last_hidden_state, expected)
+
+
+def test_other_weights_loaded_after_use_are_used(config, batch):
+    first = calibrated(SpikeLMModel, config, batch)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.encoder.layer[0].output.dense.weight.neg_()
+    first.quantize_weights()(**batch)
+    second.quantize_weights()
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(**batch).last_hidden_state, second(**batch).last_hidden_state)
+
+
+def test_it_takes_less_memory_on_disk(config, batch, tmp_path):
+    config.hidden_size, config.intermediate_size = 128, 512
+    model = calibrated(SpikeLMModel, config, batch)
+    products = sum(p.numel() for p in model.encoder.parameters() if p.dim() == 2)
+    model.save_pretrained(tmp_path / "float")
+    model.quantize_weights().save_pretrained(tmp_path / "int8")
+    float_size, int8_size = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("float", "int8"))
+    assert float_size - int8_size > 0.95 * 3 * products
+
+
+def test_training_is_refused(config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    assert not model.training
+    with pytest.raises(RuntimeError, match="inference: call model.eval"):
+        model.train()(**batch)
+
+
+def test_uncalibrated_neurons_are_refused_and_nothing_is_changed(config, batch):
+    model = SpikeLMModel(config)
+    model.calibrate([batch])
+    model.encoder.layer[1].output.neurons.set_amplitude(torch.zeros(3))
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"calibrate\(batches\)"):
+        model.quantize_weights()
+    assert model.state_dict().keys() == before.keys()
+    assert not model.config.int8_weights
+
+
+def test_quantizing_twice_is_refused(config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    with pytest.raises(ValueError, match="int8 already"):
+        model.quantize_weights()
+
+
+def test_calibrating_or_resetting_int8_weights_cannot_corrupt(config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    with pytest.raises(ValueError, match="calibrate the float model"):
+        model.calibrate([batch])
+    model.reset_calibration()
+    with pytest.raises(ValueError, match="not calibrated"):
+        model(**batch)
+
+
+def test_bfloat16_is_refused_and_leaves_scales_alone(config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    with pytest.raises(ValueError, match=r"model\.float\(\)"):
+        copy.deepcopy(model).bfloat16().quantize_weights()
+    model.quantize_weights()
+    scales = model.encoder.layer[0].output.dense.weight_scale.clone()
+    model.bfloat16()
+    assert torch.equal(model.encoder.layer[0].output.dense.weight_scale, scales)
+    with pytest.raises(TypeError, match="float32"):
+        model(**batch)
+
+
+def test_adapters_are_refused(config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="merge"):
+        adapted.base_model.model.quantize_weights()
+
+
+def test_a_float_checkpoint_does_not_load_as_int8(config, batch, tmp_path):
+    calibrated(SpikeLMModel, config, batch).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no int8 weights"):
+        SpikeLMModel.from_pretrained(tmp_path, int8_weights=True)
+
+
+def test_an_int8_checkpoint_does_not_load_as_float(config, batch, tmp_path):
+    calibrated(SpikeLMModel, config, batch).quantize_weights().save_pretrained(tmp_path)
+    config.int8_weights = False
+    with pytest.raises(ValueError, match="int8_weights"):
+        SpikeLMModel.from_pretrained(tmp_path, config=config)
