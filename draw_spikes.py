@@ -1,0 +1,95 @@
+"""Draws the spikes of a checkpoint on text: raster, firing rates, amplitudes and energy, as PNG files and a web page.
+
+    python draw_spikes.py --model_name_or_path runs/base --text "A sentence." --output_dir pictures
+    python draw_spikes.py --model_name_or_path runs/base --text_file texts/ --output_dir pictures
+
+The raster shows the first sequence, the other pictures the mean over all, without padding.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from experiment.reporting import input_errors
+from spike_metrics.counting import SpikeCount, count, record_spikes
+from spike_metrics.energy import compute_energy
+from spike_metrics.inputs import InputArguments, load_inputs
+from spike_metrics.pictures import draw_amplitudes, draw_energy, draw_firing_rates, draw_raster, write_pictures
+
+
+@dataclass
+class PictureArguments:
+    output_dir: str = field(metadata={"help": "Folder for the pictures and index.html."})
+    raster_layers: list[int] = field(
+        default_factory=lambda: [0, -1],
+        metadata={"help": "Layers to draw a raster of; -1 is the last one (default: the first and the last)."},
+    )
+    raster_tokens: int = field(default=24, metadata={"help": "Draw at most the first N tokens."})
+    raster_neurons: int = field(default=40, metadata={"help": "Draw at most N neurons of a group, spread over it."})
+
+    def __post_init__(self) -> None:
+        for flag in ("raster_tokens", "raster_neurons"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} has to be at least 1, got {getattr(self, flag)}.")
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"--output_dir {self.output_dir} is a file; name a folder.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with input_errors():
+        parser = HfArgumentParser((InputArguments, PictureArguments), allow_abbrev=False)
+        inputs, pictures = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        model, tokenizer, batches = load_inputs(inputs)
+        counted = count(model, batches)
+        if not counted.neurons:
+            raise ValueError(
+                f"{inputs.model_name_or_path} has no spiking neurons to draw; measure_spikes.py counts a dense model."
+            )
+        layers = chosen_layers(counted, pictures.raster_layers)
+    first = next(iter(batches))
+    length = int(first["attention_mask"][0].sum())
+    spikes = record_spikes(model, {name: value[:1, :length] for name, value in first.items()})
+    spikes = {name: group[:, : pictures.raster_tokens] for name, group in spikes.items()}
+    tokens = tokenizer.convert_ids_to_tokens(first["input_ids"][0, : min(length, pictures.raster_tokens)])
+    # A dollar would start a formula in a label.
+    tokens = [token.replace("$", r"\$") for token in tokens]
+    figures = {
+        f"raster_layer_{layer}": (
+            f"Spikes of the first sequence in layer {layer}.",
+            draw_raster(spikes, tokens, layer, pictures.raster_neurons),
+        )
+        for layer in layers
+    }
+    figures["firing_rates"] = ("Firing rate of every group in each time step.", draw_firing_rates(counted))
+    figures["amplitudes"] = ("Amplitude of the spikes of every group in each time step.", draw_amplitudes(counted))
+    figures["energy"] = ("Energy per sequence by module.", draw_energy(counted))
+    name = Path(inputs.model_name_or_path).name
+    page = write_pictures(figures, Path(pictures.output_dir), f"Spikes of {name}", facts(counted))
+    print(f"The pictures are in {pictures.output_dir}; open {page}")
+
+
+def chosen_layers(counted: SpikeCount, wanted: list[int]) -> list[int]:
+    """Numbers of the layers wanted, negative ones counted from the end, each once and in order."""
+    layers = sorted({group.layer for group in counted.neurons if group.layer is not None})
+    outside = [layer for layer in wanted if not -len(layers) <= layer < len(layers)]
+    if outside:
+        raise ValueError(f"--raster_layers {outside[0]}: the model has the layers 0 to {len(layers) - 1}.")
+    return sorted({layers[layer] for layer in wanted})
+
+
+def facts(counted: SpikeCount) -> dict[str, str]:
+    own, dense = compute_energy(counted.encoder), compute_energy(counted.encoder, dense=True)
+    return {
+        "sequences": f"{counted.sequences}",
+        "tokens per sequence, without padding": f"{counted.tokens / counted.sequences:.1f}",
+        "time steps": f"{counted.num_time_steps}",
+        "firing rate": f"{counted.firing_rate:.1%}",
+        "encoder, mJ per sequence": f"{own.convention:.4f}",
+        "dense encoder, mJ per sequence": f"{dense.convention:.4f}",
+        "dense / this": f"{dense.convention / own.convention:.2f}",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Counts the spikes of a checkpoint on text, and puts an energy on them beside that of the dense network.
+
+    python measure_spikes.py --model_name_or_path runs/base --text "A sentence." "Another one."
+    python measure_spikes.py --model_name_or_path runs/base --text_file texts/ --output_file spikes.json
+
+`docs/energy.md` derives every figure; `python measure_spikes.py --help` lists every flag.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from experiment.reporting import input_errors
+from spike_metrics.counting import SpikeCounter
+from spike_metrics.inputs import InputArguments, load_inputs
+from spike_metrics.report import energies, format_report
+
+
+@dataclass
+class OutputArguments:
+    output_file: str | None = field(
+        default=None, metadata={"help": "A .json file for all counts and energies, without and with padding."}
+    )
+    per_neuron: bool = field(
+        default=False, metadata={"help": "Write the counts of every single neuron into --output_file as well."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.per_neuron and not self.output_file:
+            raise ValueError("--per_neuron writes into --output_file; name one.")
+        if self.output_file and not Path(self.output_file).resolve().parent.is_dir():
+            raise ValueError(f"The folder of --output_file {self.output_file} does not exist.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with input_errors():
+        parser = HfArgumentParser((InputArguments, OutputArguments), allow_abbrev=False)
+        inputs, output = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        model, _, batches = load_inputs(inputs)
+        model.eval()
+        with SpikeCounter(model) as tokens, SpikeCounter(model, include_padding=True) as padded, torch.no_grad():
+            for batch in batches:
+                model(**batch)
+    counts = {"without_padding": tokens.result(), "with_padding": padded.result()}
+    print(format_report(inputs.model_name_or_path, *counts.values()))
+    if output.output_file:
+        report = {
+            name: {"energy_mj_per_sequence": energies(count), "counts": count.to_dict(output.per_neuron)}
+            for name, count in counts.items()
+        }
+        Path(output.output_file).write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

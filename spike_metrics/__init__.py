@@ -1,0 +1,19 @@
+"""What spikes a model fires and what they cost: counted with hooks from outside, the models never import this."""
+
+from .counting import NeuronCount, NotCounted, ProductCount, SpikeCount, SpikeCounter, count
+from .energy import DATAFLOWS, EnergyConstants, Joules, compute_energy, energy_with_data_movement, published_convention
+
+__all__ = [
+    "DATAFLOWS",
+    "EnergyConstants",
+    "Joules",
+    "NeuronCount",
+    "NotCounted",
+    "ProductCount",
+    "SpikeCount",
+    "SpikeCounter",
+    "compute_energy",
+    "count",
+    "energy_with_data_movement",
+    "published_convention",
+]

@@ -1,0 +1,89 @@
+"""The mean firing rate in the Trainer's logs, sampled from the forward of a step that is logged."""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .counting import SpikeCounter, spiking_modules
+
+
+class FiringRateCallback(TrainerCallback):
+    """Adds `firing_rate`, the share of non-zero entries without padding, to the logs of every `every`-th logging step.
+
+    It counts the first forward of that training step on this process (with `--logging_strategy epoch` the first one of
+    every epoch); all other steps run without a hook. It only reads, so the training is the same with and without it.
+    A model without spiking neurons is left alone. Add it with `log_firing_rate`.
+
+    Args:
+        every: count at every how many logging steps.
+
+    Raises:
+        ValueError: `every` is below 1.
+    """
+
+    def __init__(self, every: int = 1):
+        if every < 1:
+            raise ValueError(f"every has to be at least 1, got {every}.")
+        self.every = every
+        self._firing_rate: float | None = None
+        self._counter: SpikeCounter | None = None
+        self._end_of_forward: RemovableHandle | None = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if args.logging_strategy == IntervalStrategy.EPOCH and round(state.epoch or 0) % self.every == 0:
+            self._count_next_forward(model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        interval = state.logging_steps * self.every
+        if args.logging_strategy == IntervalStrategy.STEPS and (state.global_step + 1) % interval == 0:
+            self._count_next_forward(model)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Other logs, those of an evaluation for instance, pass by.
+        if self._firing_rate is not None and logs is not None and "loss" in logs:
+            logs["firing_rate"] = state.log_history[-1]["firing_rate"] = self._firing_rate
+            self._firing_rate = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+
+    def _count_next_forward(self, model: nn.Module) -> None:
+        if not spiking_modules(model):
+            return
+        self._stop()
+        self._counter = SpikeCounter(model, neurons_only=True)
+        self._counter.__enter__()
+        self._end_of_forward = model.register_forward_hook(self._read)
+
+    def _read(self, *_: object) -> None:
+        counter = self._counter
+        self._stop()
+        if counter is not None:
+            self._firing_rate = counter.result().firing_rate
+
+    def _stop(self) -> None:
+        if self._counter is not None and self._end_of_forward is not None:
+            self._counter.__exit__()
+            self._end_of_forward.remove()
+            self._counter = self._end_of_forward = None
+
+
+def log_firing_rate(trainer: Trainer, every: int = 1) -> None:
+    """Adds a `FiringRateCallback` to a trainer, in front of those that print, save or send the logs."""
+    trainer.callback_handler.callbacks.insert(0, FiringRateCallback(every))

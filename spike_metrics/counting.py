@@ -1,0 +1,564 @@
+"""Counts spikes, multiply-accumulates and accumulates of a model that runs, with forward hooks and exact integers.
+
+What a module costs is decided by what it is seen to receive, not by its name: a product whose operand holds at most the
+values -a[t], 0 and +a[t] in every time step t needs one accumulate for each non-zero entry and each output that this
+entry feeds; any other product is a multiply-accumulate for each entry. A dense BERT is counted by the same hooks.
+
+Shapes: B sequences of L tokens, T time steps, F features. Spiking modules see `(T * B, L, F)`, time step major.
+"""
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+# Element-wise work that the energy convention leaves out, and why. Entries of these are counted and reported.
+WHY_NOT_COUNTED = {
+    "embedding lookups": "memory reads, no arithmetic",
+    "LayerNorm": "the convention counts matrix products only",
+    "activation functions": "the convention counts matrix products only (only activations that are modules are seen)",
+    "softmax": "the convention counts matrix products only (scaling and masking of the scores included)",
+    "neuron updates": "the convention counts matrix products only (membrane, comparison and reset of each neuron)",
+    "residual additions": "no module, so no hook sees them: one addition per entry of every LayerNorm after a residual",
+}
+_ACTIVATION_LIBRARIES = ("transformers.activations", "torch.nn.modules.activation")
+_LAYER = re.compile(r"\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class NeuronCount:
+    """Spikes of one group of neurons.
+
+    Args:
+        name: the module's name in the model.
+        positions: tokens seen, in each time step.
+        positive, negative: `(T, F)` int64, spikes of either sign of each neuron in each time step.
+        amplitude: size of the spikes seen in each time step, the largest if it differs between batches; 0 where there
+            was no spike.
+        has_membrane: whether the neurons keep a membrane from one time step to the next.
+    """
+
+    name: str
+    positions: int
+    positive: torch.Tensor
+    negative: torch.Tensor
+    amplitude: tuple[float, ...]
+    has_membrane: bool = True
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the encoder layer, None outside of the layers."""
+        return layer_and_place(self.name)[0]
+
+    @property
+    def place(self) -> str:
+        """The name within a layer, equal in all layers."""
+        return layer_and_place(self.name)[1]
+
+    @property
+    def spikes(self) -> torch.Tensor:
+        """`(T, F)` int64, spikes of both signs."""
+        return self.positive + self.negative
+
+    @property
+    def entries(self) -> int:
+        """Chances to spike in each time step: positions times neurons."""
+        return self.positions * self.positive.shape[1]
+
+    @property
+    def firing_rates(self) -> list[float]:
+        """Share of non-zero entries in each time step."""
+        return _shares(self.spikes.sum(1), self.entries)
+
+    @property
+    def dead(self) -> list[int]:
+        """In each time step, how many neurons never fired."""
+        return (self.spikes == 0).sum(1).tolist()
+
+    @property
+    def saturated(self) -> list[int]:
+        """In each time step, how many neurons fired at every token."""
+        return (self.spikes == self.positions).sum(1).tolist()
+
+    def to_dict(self, per_neuron: bool = False) -> dict[str, Any]:
+        """Plain values for JSON; with `per_neuron` the `(T, F)` counts as well."""
+        summary: dict[str, Any] = {
+            "name": self.name,
+            "layer": self.layer,
+            "neurons": self.positive.shape[1],
+            "positions": self.positions,
+            "amplitude": list(self.amplitude),
+            "positive_spikes": self.positive.sum(1).tolist(),
+            "negative_spikes": self.negative.sum(1).tolist(),
+            "firing_rate": self.firing_rates,
+            "positive_rate": _shares(self.positive.sum(1), self.entries),
+            "negative_rate": _shares(self.negative.sum(1), self.entries),
+            "dead_neurons": self.dead,
+            "saturated_neurons": self.saturated,
+        }
+        if per_neuron:
+            summary["per_neuron"] = {"positive": self.positive.tolist(), "negative": self.negative.tolist()}
+        return summary
+
+
+@dataclass
+class ProductCount:
+    """Work of one matrix product: a linear layer, or q k^T or probs v of an attention layer.
+
+    Args:
+        name: the module's name; for an attention product the attention's name and the product.
+        steps: times that it runs in one forward, T inside of a spiking encoder and 1 elsewhere.
+        weights: parameters it reads, without the bias.
+        has_bias: whether a bias is added to every output.
+        dense_macs: multiply-accumulates of a single step on real values.
+        macs: multiply-accumulates done on real values, in all steps.
+        accumulates: accumulates done on spikes, in each step.
+        outputs: entries computed, in all steps.
+        scalings: outputs that have to be multiplied by an amplitude, which none is where it is 1.
+        real_inputs, spike_inputs: entries read of operands that are no weights, in all steps.
+    """
+
+    name: str
+    steps: int = 1
+    weights: int = 0
+    has_bias: bool = False
+    dense_macs: int = 0
+    macs: int = 0
+    accumulates: list[int] = field(default_factory=list)
+    outputs: int = 0
+    scalings: int = 0
+    real_inputs: int = 0
+    spike_inputs: int = 0
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the encoder layer, None outside of the layers."""
+        return layer_and_place(self.name)[0]
+
+    @property
+    def place(self) -> str:
+        """The name within a layer, equal in all layers; outside of the layers the whole name."""
+        return layer_and_place(self.name)[1]
+
+    @property
+    def sees_spikes(self) -> bool:
+        return self.macs == 0
+
+    @property
+    def bias_adds(self) -> int:
+        return self.outputs if self.has_bias else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        derived = {"layer": self.layer, "sees_spikes": self.sees_spikes, "bias_adds": self.bias_adds}
+        return {"name": self.name} | derived | {name: value for name, value in vars(self).items() if name != "name"}
+
+
+@dataclass
+class NotCounted:
+    """Work that no energy is put on: how many entries went through it (None where no hook can see), and why."""
+
+    what: str
+    entries: int | None
+    why: str
+
+
+@dataclass
+class SpikeCount:
+    """Everything counted over all batches; divide by `sequences` for means."""
+
+    include_padding: bool
+    num_time_steps: int
+    sequences: int
+    tokens: int
+    neurons: list[NeuronCount]
+    products: list[ProductCount]
+    not_counted: list[NotCounted]
+
+    @property
+    def firing_rate(self) -> float | None:
+        """Share of non-zero entries over all groups and time steps; None without spiking neurons."""
+        entries = sum(group.entries * len(group.amplitude) for group in self.neurons)
+        return sum(int(group.spikes.sum()) for group in self.neurons) / entries if entries else None
+
+    @property
+    def encoder(self) -> "SpikeCount":
+        """The same count with the products inside of the encoder's layers only: without pooler and heads."""
+        return replace(self, products=[product for product in self.products if product.layer is not None])
+
+    def by_place(self) -> dict[str, "SpikeCount"]:
+        """The same count with the products of one place at a time, summed over the layers."""
+        places = dict.fromkeys(product.place for product in self.products)
+        return {place: replace(self, products=[p for p in self.products if p.place == place]) for place in places}
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of the same network without spikes and time steps."""
+        return sum(product.dense_macs for product in self.products)
+
+    @property
+    def macs(self) -> int:
+        return sum(product.macs for product in self.products)
+
+    @property
+    def accumulates(self) -> int:
+        return sum(sum(product.accumulates) for product in self.products)
+
+    @property
+    def bias_adds(self) -> int:
+        return sum(product.bias_adds for product in self.products)
+
+    @property
+    def scalings(self) -> int:
+        return sum(product.scalings for product in self.products)
+
+    def to_dict(self, per_neuron: bool = False) -> dict[str, Any]:
+        """Plain values for JSON, all counts as totals over the sequences."""
+        totals = ("firing_rate", "dense_macs", "macs", "accumulates", "bias_adds", "scalings")
+        return {
+            "include_padding": self.include_padding,
+            "num_time_steps": self.num_time_steps,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            **{name: getattr(self, name) for name in totals},
+            "neurons": [group.to_dict(per_neuron) for group in self.neurons],
+            "products": [product.to_dict() for product in self.products],
+            "not_counted": [vars(entry) for entry in self.not_counted],
+        }
+
+
+def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: bool = False) -> SpikeCount:
+    """Runs the model over the batches, in evaluation mode and without gradients, and counts.
+
+    Args:
+        model: any of our models or another encoder of Transformers, such as a BERT.
+        batches: forward arguments, for instance a DataLoader; shapes may differ.
+        include_padding: count padded positions like tokens, as published energies do.
+
+    Raises:
+        ValueError: there is no batch, an attention mask is not `(B, L)`, or a spiking module emits something else
+            than spikes.
+    """
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with SpikeCounter(model, include_padding) as counter, torch.no_grad():
+            for batch in batches:
+                model(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()})
+    finally:
+        model.train(was_training)
+    return counter.result()
+
+
+class SpikeCounter:
+    """Counts every forward of the model inside of its `with` block; several can watch the same forward.
+
+    The model computes what it computes without it, and its hooks are gone after the block. (A model that
+    `torch.compile` has compiled before does not run them.)
+
+    Args:
+        model: see `count`.
+        include_padding: see `count`.
+        neurons_only: leave the products out, which makes it cheaper.
+
+    Raises:
+        ValueError: see `count`; raised out of the model's forward.
+    """
+
+    def __init__(self, model: nn.Module, include_padding: bool = False, neurons_only: bool = False):
+        self.model = model
+        self.include_padding = include_padding
+        self.neurons_only = neurons_only
+        self._groups: dict[str, Any] = dict(spiking_modules(model))
+        self.num_time_steps = max((group.num_time_steps for group in self._groups.values()), default=1)
+        self._sequences = self._tokens = 0
+        self._neurons: dict[str, NeuronCount] = {}
+        self._products: dict[str, ProductCount] = {}
+        self._not_counted: dict[str, int] = {}
+        self._unknown: dict[str, int] = {}
+        self._is_counted = torch.zeros(0, 0, dtype=torch.bool)
+        # Of each attention layer in its forward: the tensors that went in as query, key and value.
+        self._operands: dict[str, dict[str, torch.Tensor]] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "SpikeCounter":
+        self._hooks.append(self.model.register_forward_pre_hook(self._read_batch, with_kwargs=True))
+        for name, module in self._groups.items():
+            self._watch(module, self._count_neurons, name)
+        if not self.neurons_only:
+            self._watch_products()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._operands.clear()
+
+    def result(self) -> SpikeCount:
+        """What was counted so far.
+
+        Raises:
+            ValueError: nothing was.
+        """
+        if not self._sequences:
+            raise ValueError("Nothing was counted: the model did not run. Give at least one batch.")
+        # Hooks are met in the order of execution, the model's own order is easier to read.
+        order = {name: number for number, (name, _) in enumerate(self.model.named_modules())}
+        skipped = self._not_counted
+        not_counted = [NotCounted(what, skipped.get(what), why) for what, why in WHY_NOT_COUNTED.items()]
+        not_counted = [entry for entry in not_counted if entry.entries or entry.what == "residual additions"]
+        not_counted += [NotCounted(name, entries, "no rule for this module") for name, entries in self._unknown.items()]
+        return SpikeCount(
+            include_padding=self.include_padding,
+            num_time_steps=self.num_time_steps,
+            sequences=self._sequences,
+            tokens=self._tokens,
+            neurons=sorted(self._neurons.values(), key=lambda group: order[group.name]),
+            products=list(self._products.values()),
+            not_counted=not_counted,
+        )
+
+    def _watch(self, module: nn.Module, observe: Any, name: str) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            observe(name, module, args, output)
+
+        self._hooks.append(module.register_forward_hook(hook))
+
+    def _watch_products(self) -> None:
+        for name, module in self.model.named_modules():
+            children = dict(module.named_children())
+            if {"query", "key", "value"} <= children.keys():
+                self._watch(module, self._count_attention, name)
+                for role in ("query", "key", "value"):
+                    self._watch(children[role], self._keep_operand(name, role), name)
+            if isinstance(module, nn.Linear):
+                self._watch(module, self._count_linear, name)
+            elif isinstance(module, nn.LayerNorm):
+                self._watch(module, self._skip, "LayerNorm")
+            elif isinstance(module, nn.Embedding):
+                self._watch(module, self._skip, "embedding lookups")
+            elif type(module).__module__ in _ACTIVATION_LIBRARIES and not children:
+                self._watch(module, self._skip, "activation functions")
+            elif _multiplies(module) and name not in self._groups:
+                self._watch(module, self._count_unknown, f"{name} ({type(module).__name__})")
+
+    def _read_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes which positions of the batch that comes in are counted, as `(B, L)`."""
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        if given.get("input_ids") is not None:
+            positions = given["input_ids"]
+        elif given.get("inputs_embeds") is not None:
+            positions = given["inputs_embeds"][..., 0]
+        else:
+            raise ValueError("The model was called without input_ids and inputs_embeds, so nothing can be counted.")
+        mask = given.get("attention_mask")
+        if self.include_padding or mask is None:
+            mask = torch.ones_like(positions, dtype=torch.bool)
+        elif mask.shape != positions.shape:
+            raise ValueError(
+                f"An attention_mask of shape {tuple(mask.shape)} does not say which of {tuple(positions.shape)} "
+                "positions are padding; pass one of the same shape, or count with include_padding=True."
+            )
+        # A multiple-choice batch (B, choices, L) runs as (B * choices, L).
+        self._is_counted = mask.flatten(0, -2).bool()
+        self._sequences += self._is_counted.shape[0]
+        self._tokens += int(self._is_counted.sum())
+
+    def _counted_steps(self, x: torch.Tensor) -> torch.Tensor:
+        """`(steps, rows, F)`: the counted positions of a tensor, or all rows of one without a position in it."""
+        batch_size, length = self._is_counted.shape
+        x = x.detach()
+        if x.dim() == 3 and x.shape[:2] == (self.num_time_steps * batch_size, length):
+            return x.unflatten(0, (self.num_time_steps, batch_size))[:, self._is_counted]
+        if x.dim() == 3 and x.shape[:2] == (batch_size, length):
+            return x[self._is_counted][None]
+        return x.reshape(1, -1, x.shape[-1])
+
+    def _count_neurons(self, name: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) does not emit its spikes as one tensor, so they cannot be counted; "
+                "a quantised model fires the spikes of the model it was made from: count that one."
+            )
+        steps = self._counted_steps(output)
+        amplitude = spike_amplitude(steps)
+        if amplitude is None:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) emits other values than -a, 0 and +a in a time step; it cannot be "
+                "counted as a group of spiking neurons."
+            )
+        positive, negative = (steps > 0).sum(1).cpu(), (steps < 0).sum(1).cpu()
+        largest = tuple(amplitude.tolist())
+        before = self._neurons.get(name)
+        if before is not None:
+            positive, negative = positive + before.positive, negative + before.negative
+            largest = tuple(map(max, largest, before.amplitude))
+        positions = steps.shape[1] + (before.positions if before else 0)
+        has_membrane = getattr(module, "has_membrane", True)
+        self._neurons[name] = NeuronCount(name, positions, positive, negative, largest, has_membrane)
+        self._not_counted["neuron updates"] = self._not_counted.get("neuron updates", 0) + steps.numel()
+        for operands in self._operands.values():
+            for role, operand in operands.items():
+                if operand is args[0]:
+                    operands[role] = output
+
+    def _count_linear(self, name: str, module: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        steps = self._counted_steps(args[0])
+        product = self._product(name, steps.shape[0])
+        product.weights = module.weight.numel()
+        product.has_bias = module.bias is not None
+        inputs, outputs = steps.numel(), steps.shape[:-1].numel() * module.out_features
+        product.outputs += outputs
+        product.dense_macs += inputs * module.out_features // product.steps
+        amplitude = self._amplitude_of(steps)
+        if amplitude is None:
+            product.macs += inputs * module.out_features
+            product.real_inputs += inputs
+        else:
+            fan_out = module.out_features
+            _add(product.accumulates, (torch.count_nonzero(steps, dim=(1, 2)) * fan_out).tolist())
+            product.scalings += outputs // product.steps * _needs_scaling(amplitude)
+            product.spike_inputs += inputs
+
+    def _keep_operand(self, attention: str, role: str) -> Any:
+        def observe(name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            self._operands.setdefault(attention, {})[role] = output
+
+        return observe
+
+    def _count_attention(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """q k^T and probs v, whatever function computes them: every token of a sequence meets every other one."""
+        operands = self._operands.pop(name)
+        width = operands["query"].shape[-1]
+        heads = getattr(getattr(self.model, "config", None), "num_attention_heads", 1)
+        lengths = self._is_counted.sum(1)
+        pairs, tokens = int((lengths**2).sum()), int(lengths.sum())
+        for suffix, role, outputs, real_inputs in (
+            (".q k^T", "key", pairs * heads, tokens * width),
+            (".probs v", "value", tokens * width, pairs * heads),
+        ):
+            operand = operands[role].detach().unflatten(0, (-1, len(lengths)))
+            product = self._product(name + suffix, operand.shape[0])
+            product.dense_macs += pairs * width
+            product.outputs += outputs * product.steps
+            product.real_inputs += real_inputs * product.steps
+            amplitude = self._amplitude_of(operand[:, self._is_counted])
+            if amplitude is None:
+                product.macs += pairs * width * product.steps
+                product.real_inputs += tokens * width * product.steps
+            else:
+                # A spike of a key or value enters one sum for every query of its sequence.
+                spikes = ((operand != 0) & self._is_counted[..., None]).sum((2, 3))
+                _add(product.accumulates, (spikes * lengths).sum(1).tolist())
+                product.scalings += outputs * _needs_scaling(amplitude)
+                product.spike_inputs += tokens * width * product.steps
+            if role == "key":
+                self._not_counted["softmax"] = self._not_counted.get("softmax", 0) + outputs * product.steps
+
+    def _amplitude_of(self, steps: torch.Tensor) -> torch.Tensor | None:
+        # In a model without neurons nothing is a spike, even where a tensor happens to look like it.
+        return spike_amplitude(steps) if self._groups else None
+
+    def _product(self, name: str, steps: int) -> ProductCount:
+        product = self._products.setdefault(name, ProductCount(name, steps))
+        if product.steps != steps:
+            raise ValueError(f"{name} ran {product.steps} time steps in one forward and {steps} in another.")
+        return product
+
+    def _skip(self, what: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        self._not_counted[what] = self._not_counted.get(what, 0) + self._counted_steps(output).numel()
+
+    def _count_unknown(self, what: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        entries = output.numel() if isinstance(output, torch.Tensor) else 0
+        self._unknown[what] = self._unknown.get(what, 0) + entries
+
+
+@torch.no_grad()
+def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The spikes of every group of neurons on a batch of one sequence, by the group's name, in evaluation mode.
+
+    Returns:
+        `(T, L, F)` int8 each: -1, 0 or +1.
+
+    Raises:
+        ValueError: the batch holds more than one sequence.
+    """
+    if batch["input_ids"].shape[0] != 1:
+        raise ValueError(f"record_spikes() takes one sequence, this batch holds {batch['input_ids'].shape[0]}.")
+    spikes: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            spikes[name] = output.sign().to(torch.int8).cpu()
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in spiking_modules(model).items()]
+    was_training = model.training
+    model.eval()
+    try:
+        model(**batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return spikes
+
+
+def spiking_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every group of spiking neurons of a model by its name.
+
+    A group has `num_time_steps` and either an `amplitude` or a class named ...Neurons; a checkpoint's own code defines
+    classes of its own, so a class itself would not do. Of nested ones (a wrapper of PEFT) it is the innermost.
+    """
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "num_time_steps", None), int)
+        and (isinstance(getattr(module, "amplitude", None), torch.Tensor) or "Neuron" in type(module).__name__)
+    }
+    return {name: m for name, m in named.items() if not any(other.startswith(f"{name}.") for other in named)}
+
+
+def spike_amplitude(steps: torch.Tensor) -> torch.Tensor | None:
+    """The amplitude of each time step of a tensor `(steps, rows, F)`, `(steps,)`, if it holds spikes; otherwise None.
+
+    Spikes are -a, 0 or +a, with one a in each time step; a step without any spike has amplitude 0.
+    """
+    if steps.numel() == 0:
+        return steps.new_zeros(steps.shape[0])
+    size = steps.abs()
+    amplitude = size.amax((1, 2))
+    is_spike = (size == 0) | (size == amplitude[:, None, None])
+    return amplitude if bool(is_spike.all()) else None
+
+
+def layer_and_place(name: str) -> tuple[int | None, str]:
+    """`bert.encoder.layer.3.output.dense` is `(3, "output.dense")`; a name without a layer is `(None, name)`."""
+    match = _LAYER.search(name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module of an unknown kind may do work of its own: it is a leaf with parameters, or owns a matrix."""
+    own = list(module.parameters(recurse=False))
+    return bool(own) and (not any(True for _ in module.children()) or any(p.dim() > 1 for p in own))
+
+
+def _needs_scaling(amplitude: torch.Tensor) -> int:
+    """In how many time steps an output has to be multiplied by the amplitude of the spikes it summed up."""
+    return int(((amplitude != 0) & (amplitude != 1)).sum())
+
+
+def _add(totals: list[int], more: list[int]) -> None:
+    totals[:] = [a + b for a, b in zip(totals or [0] * len(more), more, strict=True)]
+
+
+def _shares(counts: torch.Tensor, entries: int) -> list[float]:
+    return [number / entries if entries else 0.0 for number in counts.tolist()]

@@ -1,0 +1,157 @@
+"""What measure_spikes.py and draw_spikes.py are pointed at: a checkpoint, and text to run it on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import transformers
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from experiment.arguments import ModelArguments
+from experiment.models import load_config, load_model, load_tokenizer
+from pretraining_data.arguments import DataArguments
+from pretraining_data.documents import load_documents
+
+AUTO_CLASSES = (
+    AutoModelForPreTraining,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForMultipleChoice,
+)
+MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+@dataclass
+class InputArguments:
+    """A checkpoint and the sequences it runs on.
+
+    Raises:
+        ValueError: at construction, if there is not exactly one source of text or a number is below 1.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "A checkpoint, SpikeLM or BERT, on disk or on the Hub."})
+    text: list[str] | None = field(default=None, metadata={"help": "Sentences, each in quotes."})
+    text_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "txt, csv, tsv, json, jsonl or parquet files, folders of them, or `save_to_disk` folders. A row is "
+            "a sequence; in txt files blank lines separate them."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    split: str = field(default="validation", metadata={"help": "The split of a dataset with splits."})
+    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "A tokenizer (default: the checkpoint's)."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the checkpoint (SpikeLM checkpoints need it not)."}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Longer sequences are cut off here."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad every sequence to --max_seq_length, as published energies do."}
+    )
+    max_samples: int = field(default=256, metadata={"help": "Use only the first N sequences."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a batch, padded to the longest one."})
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.text, self.text_file, self.dataset_name))) != 1:
+            raise ValueError("Give the text with exactly one of --text, --text_file and --dataset_name.")
+        if self.text and not all(sentence.strip() for sentence in self.text):
+            raise ValueError("A sentence in --text is blank.")
+        for flag in ("max_seq_length", "max_samples", "batch_size"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} has to be at least 1, got {getattr(self, flag)}.")
+
+
+def load_inputs(arguments: InputArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DataLoader]:
+    """The model, as the class that the checkpoint was saved as, its tokenizer, and batches of the text.
+
+    Raises:
+        ValueError: the checkpoint, the tokenizer or the text cannot be read, or do not fit together.
+        FileNotFoundError: a file is missing.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    model_arguments = ModelArguments(
+        model_name_or_path=arguments.model_name_or_path,
+        tokenizer_name=arguments.tokenizer_name,
+        model_revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    documents = _documents(arguments)
+    config = load_config(model_arguments)
+    longest = getattr(config, "max_position_embeddings", arguments.max_seq_length)
+    if arguments.max_seq_length > longest:
+        raise ValueError(
+            f"--max_seq_length {arguments.max_seq_length} is more than the model's max_position_embeddings={longest}."
+        )
+    tokenizer = load_tokenizer(model_arguments)
+    assert tokenizer is not None  # a checkpoint is always named
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "
+            "tokenizer that belongs to the model with --tokenizer_name."
+        )
+    model = load_model(auto_class_of(config), model_arguments, config)
+    return model, tokenizer, _batches(documents, tokenizer, arguments)
+
+
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """The Auto class that loads what `config.architectures` names; AutoModel for anything else."""
+    for saved_as in config.architectures or ():
+        for auto_class in AUTO_CLASSES:
+            model_class = auto_class._model_mapping.get(type(config), None)
+            remote = getattr(config, "auto_map", {}).get(auto_class.__name__, "")
+            if saved_as in (getattr(model_class, "__name__", None), remote.rpartition(".")[2]):
+                return auto_class
+    return AutoModel
+
+
+def _documents(arguments: InputArguments) -> Dataset:
+    """At most `--max_samples` rows of column "text" or, where the data is tokenised, "input_ids"."""
+    if arguments.text:
+        return Dataset.from_dict({"text": arguments.text[: arguments.max_samples]})
+    # One set of rows is wanted, so the same one is named as training and as validation data and nothing is held out.
+    data = DataArguments(
+        dataset_name=[arguments.dataset_name] if arguments.dataset_name else None,
+        dataset_config_name=[arguments.dataset_config_name] if arguments.dataset_config_name else None,
+        train_file=arguments.text_file,
+        validation_file=arguments.text_file,
+        train_split_name=arguments.split,
+        validation_split_name=arguments.split,
+        text_column_name=arguments.text_column_name,
+    )
+    documents = load_documents(data, seed=0)["validation"]
+    return documents.select(range(min(arguments.max_samples, len(documents))))
+
+
+def _batches(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: InputArguments) -> DataLoader:
+    length = arguments.max_seq_length
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if "text" in row:
+            return dict(tokenizer(row["text"], truncation=True, max_length=length))
+        return {name: row[name][:length] for name in MODEL_INPUTS if name in row}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        padding = "max_length" if arguments.pad_to_max_length else "longest"
+        padded = tokenizer.pad([encode(row) for row in rows], padding=padding, max_length=length, return_tensors="pt")
+        return dict(padded)
+
+    return DataLoader(documents, batch_size=arguments.batch_size, collate_fn=collate)

@@ -1,0 +1,168 @@
+"""measure_spikes.py and draw_spikes.py."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import BertConfig, PreTrainedConfig
+
+import draw_spikes
+import measure_spikes
+from spike_metrics.counting import count
+from spike_metrics.inputs import auto_class_of
+from spike_metrics.pictures import draw_raster
+
+
+@pytest.fixture
+def checkpoint(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "spikelm")
+    tokenizer.save_pretrained(tmp_path / "spikelm")
+    return str(tmp_path / "spikelm")
+
+
+@pytest.fixture
+def dense_checkpoint(bert, tokenizer, tmp_path):
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert")
+
+
+SENTENCES = ["the cat sat on the mat", "the dog"]
+SHORT = ["--max_seq_length", "16"]
+
+
+def measure(checkpoint, *arguments):
+    measure_spikes.main(["--model_name_or_path", checkpoint, *SHORT, *arguments])
+
+
+def test_counts_and_energies_go_into_json(checkpoint, model, tokenizer, tmp_path, capsys):
+    report_file = tmp_path / "spikes.json"
+    measure(checkpoint, "--text", *SENTENCES, "--output_file", str(report_file), "--per_neuron")
+    report = json.loads(report_file.read_text())
+    batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+    for name, include_padding in (("without_padding", False), ("with_padding", True)):
+        assert report[name]["counts"] == json.loads(json.dumps(count(model, [batch], include_padding).to_dict(True)))
+    assert report["without_padding"]["counts"]["tokens"] < report["with_padding"]["counts"]["tokens"]
+    energy = report["with_padding"]["energy_mj_per_sequence"]
+    assert energy["encoder"]["convention"] < energy["encoder"]["dense"] < energy["model"]["dense"]
+    output = capsys.readouterr().out
+    assert "without padding" in output and "with padding" in output and "softmax" in output
+
+
+def test_a_dense_model_is_the_baseline_by_the_same_command(checkpoint, dense_checkpoint, tmp_path):
+    reports = []
+    for folder in (checkpoint, dense_checkpoint):
+        report_file = tmp_path / "report.json"
+        measure(folder, "--text", *SENTENCES, "--output_file", str(report_file))
+        reports.append(json.loads(report_file.read_text())["without_padding"])
+    spiking, dense = (report["energy_mj_per_sequence"] for report in reports)
+    assert spiking["encoder"]["dense"] == pytest.approx(dense["encoder"]["convention"])
+    assert (dense["encoder"]["ratio"], dense["published_convention"]) == (1, None)
+    assert reports[1]["counts"]["firing_rate"] is None
+
+
+def test_files_datasets_and_sentences_count_the_same(checkpoint, tmp_path):
+    (tmp_path / "lines.txt").write_text("\n\n".join(SENTENCES))
+    (tmp_path / "table.csv").write_text("sentence\n" + "\n".join(SENTENCES) + "\n")
+    Dataset.from_dict({"text": SENTENCES}).save_to_disk(tmp_path / "saved")
+    sources = [
+        ["--text", *SENTENCES],
+        ["--text_file", str(tmp_path / "lines.txt")],
+        ["--text_file", str(tmp_path / "table.csv"), "--text_column_name", "sentence"],
+        ["--text_file", str(tmp_path / "saved")],
+    ]
+    reports = []
+    for source in sources:
+        measure(checkpoint, *source, "--output_file", str(tmp_path / "out.json"))
+        reports.append(json.loads((tmp_path / "out.json").read_text()))
+    assert all(report == reports[0] for report in reports[1:])
+
+
+def test_padding_to_the_full_length_as_published(checkpoint, tmp_path):
+    measure(checkpoint, "--text", "the cat", "--pad_to_max_length", "--output_file", str(tmp_path / "out.json"))
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["with_padding"]["counts"]["tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exactly one of --text"),
+        (["--text", "a", "--text_file", "b"], "exactly one of --text"),
+        (["--text", " "], "blank"),
+        (["--text", "a", "--max_seq_length", "64"], "max_position_embeddings=32"),
+        (["--text", "a", "--batch_size", "0"], "--batch_size has to be at least 1"),
+        (["--text", "a", "--per_neuron"], "--output_file"),
+        (["--text", "a", "--output_file", "no/such/folder/x.json"], "does not exist"),
+        (["--text_file", "no-such-file.txt"], "no-such-file.txt does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        measure(checkpoint, *arguments)
+
+
+def test_pictures_and_a_page_that_holds_them(checkpoint, tmp_path):
+    text = "the cat <b> $ and $ the dog"
+    folder = tmp_path / "pictures"
+    awkward = Path(checkpoint).rename(tmp_path / "a<b>&c")
+    draw_spikes.main(
+        ["--model_name_or_path", str(awkward), *SHORT, "--text", text, SENTENCES[1], "--output_dir", str(folder)]
+    )
+    names = {"raster_layer_0.png", "raster_layer_1.png", "firing_rates.png", "amplitudes.png", "energy.png"}
+    assert {path.name for path in folder.iterdir()} == names | {"index.html"}
+    page = (folder / "index.html").read_text()
+    embedded = {base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
+    assert embedded == {(folder / name).read_bytes() for name in names}
+    assert "<h1>Spikes of a&lt;b&gt;&amp;c</h1>" in page
+    assert not re.search(r"<script|<link|https?://", page)
+    for name in names:
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 200
+
+
+def test_the_raster_shows_every_spike_in_its_place():
+    spikes = torch.zeros(2, 3, 5, dtype=torch.int8)
+    spikes[1, 2, 4], spikes[0, 0, 1] = 1, -1
+    figure = draw_raster({"encoder.layer.7.output.neurons": spikes}, ["a", "b", "c"], layer=7)
+    panels = [np.asarray(axis.images[0].get_array()) for axis in figure.axes]
+    assert [panel.T.tolist() for panel in panels] == spikes.tolist()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="Layer 3"):
+        draw_raster({"encoder.layer.7.output.neurons": spikes}, ["a", "b", "c"], layer=3)
+
+
+@pytest.mark.parametrize(("layers", "message"), [("2", "layers 0 to 1"), ("-3", "layers 0 to 1")])
+def test_a_layer_that_is_not_there_is_an_error(checkpoint, tmp_path, layers, message):
+    folder = tmp_path / "pictures"
+    arguments = ["--model_name_or_path", checkpoint, *SHORT, "--text", "a", "--output_dir", str(folder)]
+    with pytest.raises(SystemExit, match=message):
+        draw_spikes.main([*arguments, "--raster_layers", layers])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "auto_class"),
+    [(["BertForMaskedLM"], "AutoModelForMaskedLM"), (["BertModel"], "AutoModel"), (None, "AutoModel")],
+)
+def test_a_checkpoint_is_loaded_as_what_it_was_saved_as(architectures, auto_class):
+    assert auto_class_of(BertConfig(architectures=architectures)).__name__ == auto_class
+
+
+def test_code_that_comes_with_a_checkpoint_names_its_own_class():
+    config = PreTrainedConfig(architectures=["Other"], auto_map={"AutoModelForMaskedLM": "someone/repo--file.Other"})
+    assert auto_class_of(config).__name__ == "AutoModelForMaskedLM"
+
+
+def test_a_dense_model_has_nothing_to_draw(dense_checkpoint, tmp_path):
+    folder = tmp_path / "pictures"
+    arguments = ["--model_name_or_path", dense_checkpoint, *SHORT, "--text", "a", "--output_dir", str(folder)]
+    with pytest.raises(SystemExit, match="no spiking neurons"):
+        draw_spikes.main(arguments)
+    assert not folder.exists()
