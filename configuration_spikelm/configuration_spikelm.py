@@ -94,13 +94,13 @@ class SpikeLMConfig(PreTrainedConfig):
             Activation of the encoder's feed-forward layers.
         mlm_transform_act (`str`, *optional*, defaults to `"relu"`):
             Activation in the masked-LM head's transform (the reference uses ReLU there, BERT its `hidden_act`).
-        sparse_prediction (`bool`, *optional*, defaults to `False`):
+        sparse_prediction (`bool`, *optional*, defaults to `True`):
             Whether a masked-LM head in training mode computes logits only where there are labels, which saves most of
             its time and memory. The loss is the same; the logits that come out are then `(number of labels,
             vocab_size)`. In evaluation mode logits are always complete.
         int8_weights (`bool`, *optional*, defaults to `False`):
-            Whether the encoder's weights are int8, for inference only. `model.quantize_weights()` sets it; setting it by
-            hand does not quantise anything.
+            Whether the encoder's weights are int8, for inference only. `model.quantize_weights()` sets it; setting it
+            by hand does not quantise anything.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and what is allowed.
@@ -140,7 +140,7 @@ class SpikeLMConfig(PreTrainedConfig):
     amplitude_scale: float | int = 2.0
     membrane_reset: str = "reference"
     mlm_transform_act: str = "relu"
-    sparse_prediction: bool = False
+    sparse_prediction: bool = True
     int8_weights: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ BERT's.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spikelm import SpikeLMConfig
-from .spiking import SpikingNeurons
+from .dropout import Dropout, applies_to, attention_with_dropout
+from .spiking import SpikePacking, SpikingNeurons
 
 
 class _TapMean(torch.autograd.Function):
@@ -76,7 +78,7 @@ class SpikeLMEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -167,20 +169,18 @@ class SpikeLMSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The context of `(..., L, H)` queries, keys and values, of their shape; and mean probabilities, if asked."""
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and 0 < dropout < 1 and applies_to(query):
+            # torch's own is written out on a CPU when it has to drop, and keeps three matrices of probabilities.
+            context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
+            return context.transpose(1, 2).flatten(2), None
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         context, mean_probabilities = attention(
-            self,
-            self._split_heads(query),
-            self._split_heads(key),
-            self._split_heads(value),
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return context.reshape(query.shape), mean_probabilities
+        return context.flatten(2), mean_probabilities
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
@@ -194,7 +194,7 @@ class SpikeLMResidual(nn.Module):
         self.neurons = SpikingNeurons(config)
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(residual + self.dropout(self.dense(self.neurons(x))))
@@ -519,7 +519,10 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         if attention_mask is not None:
             attention_mask = attention_mask.repeat(steps, *[1] * (attention_mask.dim() - 1))
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
-        last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
+        # torch.compile decides by itself what to keep and what to compute again from the codes.
+        packs = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with SpikePacking() if packs else nullcontext():
+            last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
 

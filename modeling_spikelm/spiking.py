@@ -16,11 +16,12 @@ with one byte per spike kept for the backward pass. `SpikingNeurons` is the laye
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
 from .configuration_spikelm import SpikeLMConfig
@@ -82,34 +83,183 @@ class _Spike(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
     ) -> torch.Tensor:
-        spikes = torch.empty_like(inputs)
-        # 0: no spike; +-1: a spike that passes gradient on; +-2: one whose membrane lies beyond the amplitude.
-        codes = torch.empty(inputs.shape, dtype=torch.int8, device=inputs.device)
-        membrane, kept = None, None
-        for step in range(inputs.shape[0]):
-            step_amplitude = amplitude[step]
-            membrane = integrate(inputs[step].float(), membrane, kept)
-            emitted = ternary(membrane, step_amplitude)
-            spikes[step] = step_amplitude * emitted
-            codes[step] = emitted * (1 + (membrane.abs() > step_amplitude))
-            if has_membrane:
-                kept = kept_share(emitted, step_amplitude, decay, reset)
+        emit = _emit_on_cpu if _is_eager_on_cpu(inputs) else _emit
+        spikes, codes = emit(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
         ctx.decay, ctx.reset, ctx.has_membrane = decay, reset, has_membrane
+        SpikePacking.announce(spikes, codes, amplitude)
         return spikes
 
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         codes, amplitude = ctx.saved_tensors
-        gradient = torch.empty_like(spikes_gradient)
-        later = None
-        for step in reversed(range(codes.shape[0])):
-            code = codes[step]
-            passed = spikes_gradient[step].float() * (code.abs() < 2)
-            if later is not None and ctx.has_membrane:
-                passed = passed + later * kept_share(code.sign(), amplitude[step], ctx.decay, ctx.reset)
-            gradient[step] = later = passed
-        return gradient, None, None, None, None
+        pass_back = _pass_back_on_cpu if _is_eager_on_cpu(codes) else _pass_back
+        return (
+            pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _emit(
+    inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes and their int8 codes. 0: no spike; +-1: a spike that passes gradient on; +-2: a membrane beyond a."""
+    spikes = torch.empty_like(inputs)
+    codes = torch.empty_like(inputs, dtype=torch.int8)
+    membrane, kept = None, None
+    for step in range(inputs.shape[0]):
+        step_amplitude = amplitude[step]
+        membrane = integrate(inputs[step].float(), membrane, kept)
+        emitted = ternary(membrane, step_amplitude)
+        spikes[step] = step_amplitude * emitted
+        codes[step] = emitted * (1 + (membrane.abs() > step_amplitude))
+        if has_membrane:
+            kept = kept_share(emitted, step_amplitude, decay, reset)
+    return spikes, codes
+
+
+def _pass_back(
+    spikes_gradient: torch.Tensor,
+    codes: torch.Tensor,
+    amplitude: torch.Tensor,
+    decay: float,
+    reset: str,
+    has_membrane: bool,
+) -> torch.Tensor:
+    """Gradient of the inputs, `(T, ...)`, from that of the spikes."""
+    gradient = torch.empty_like(spikes_gradient)
+    later = None
+    for step in reversed(range(codes.shape[0])):
+        passed = spikes_gradient[step].float() * (codes[step].abs() < 2)
+        if later is not None and has_membrane:
+            passed = passed + later * kept_share(codes[step].sign(), amplitude[step], decay, reset)
+        gradient[step] = later = passed
+    return gradient
+
+
+def _is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _emit_on_cpu(
+    inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_emit` in a quarter of its time: float32 passes only, for those that give or take bool are not vectorised.
+
+    Comparing with `amplitude / 2` decides as rounding the quotient half to even does: the half is exact in float32, and
+    a membrane beyond it by one unit in the last place has a quotient above one half. Likewise for `amplitude`.
+    """
+    spikes = torch.empty_like(inputs)
+    codes = torch.empty_like(inputs, dtype=torch.int8)
+    amplitudes, silent_shares = _on_host(amplitude, decay, reset)
+    membrane, kept = torch.empty(0), None
+    for step, step_amplitude in enumerate(amplitudes):
+        membrane = inputs[step].float() if kept is None else kept.mul_(membrane).add_(inputs[step])
+        emitted = nn.functional.hardshrink(membrane, step_amplitude / 2).sign_()
+        codes[step].copy_(nn.functional.hardshrink(membrane, step_amplitude).sign_().add_(emitted))
+        if spikes.dtype == torch.float32:
+            torch.mul(emitted, step_amplitude, out=spikes[step])
+        else:
+            spikes[step].copy_(emitted).mul_(step_amplitude)
+        if has_membrane and step + 1 < len(amplitudes):
+            kept = _left_by_(emitted, reset).mul_(silent_shares[step])
+    return spikes, codes
+
+
+def _pass_back_on_cpu(
+    spikes_gradient: torch.Tensor,
+    codes: torch.Tensor,
+    amplitude: torch.Tensor,
+    decay: float,
+    reset: str,
+    has_membrane: bool,
+) -> torch.Tensor:
+    """`_pass_back` in float32 passes only."""
+    gradient = torch.empty_like(spikes_gradient, dtype=torch.float32)
+    silent_shares = _on_host(amplitude, decay, reset)[1]
+    for step in reversed(range(len(codes))):
+        code = codes[step].float()
+        # The derivative of hardtanh is this mask: it passes what lies strictly between its limits.
+        torch.ops.aten.hardtanh_backward.grad_input(
+            spikes_gradient[step].float(), code, -2, 2, grad_input=gradient[step]
+        )
+        if has_membrane and step + 1 < len(codes):
+            gradient[step].add_(_left_by_(code.sign_(), reset).mul_(silent_shares[step]).mul_(gradient[step + 1]))
+    return gradient.to(spikes_gradient.dtype)
+
+
+def _on_host(amplitude: torch.Tensor, decay: float, reset: str) -> tuple[list[float], list[float]]:
+    """Amplitude of every step, and the share of the membrane that a step without a spike keeps."""
+    silent = kept_share(torch.zeros_like(amplitude), amplitude, decay, reset)
+    return amplitude.tolist(), silent.tolist()
+
+
+def _left_by_(spike: torch.Tensor, reset: str) -> torch.Tensor:
+    """How many times the silent step's share a spike of sign -1, 0, 1 leaves, in place: 2, 1, 0, or 0, 1, 0."""
+    return spike.neg_().add_(1) if reset == "reference" else spike.abs_().neg_().add_(1)
+
+
+class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
+    """Within this context, spikes that autograd keeps for a backward pass are kept as their int8 codes.
+
+    The tensors themselves, and every module that takes them, see ordinary floats: only what autograd saves is looked
+    up here. A saved tensor is packed if it is (a view of) one that neurons announced and nobody has written since.
+    """
+
+    _active: "SpikePacking | None" = None
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, _unpack)
+        self._announced: dict[int, tuple[StorageWeakRef, int, torch.Tensor, torch.Tensor]] = {}
+
+    def __enter__(self) -> None:
+        self._outer, SpikePacking._active = SpikePacking._active, self
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        SpikePacking._active = self._outer
+        self._announced.clear()
+        super().__exit__(*error)
+
+    @staticmethod
+    def announce(spikes: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor) -> None:
+        """Tells the innermost context, if there is one, what `spikes` `(T, ...)` are made of."""
+        packing = SpikePacking._active
+        if packing is not None and spikes.is_contiguous():
+            # As long as the weak reference lives, no other storage can have its number.
+            storage = StorageWeakRef(spikes.untyped_storage())
+            packing._announced[storage.cdata] = (storage, spikes._version, codes, amplitude)
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _PackedSpikes":
+        storage, version, codes, amplitude = self._announced.get(
+            tensor.untyped_storage()._cdata, (None, 0, tensor, tensor)
+        )
+        if storage is None or storage.expired() or tensor._version != version:
+            return tensor
+        return _PackedSpikes(
+            codes, amplitude, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        )
+
+
+class _PackedSpikes(NamedTuple):
+    codes: torch.Tensor
+    amplitude: torch.Tensor
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
+    if isinstance(saved, torch.Tensor):
+        return saved
+    spikes = saved.codes.to(torch.float32).clamp_(-1, 1)
+    for step, step_amplitude in zip(spikes, saved.amplitude, strict=True):
+        step.mul_(step_amplitude)
+    return spikes.to(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
 
 def spike(

@@ -13,7 +13,7 @@ from tests.corpus import TINY, write_corpus
 from tests.hub_server import HubServer, check_card
 
 ROOT = Path(__file__).parent.parent
-CODE_FILES = {"configuration_spikelm.py", "modeling_spikelm.py", "spiking.py"}
+CODE_FILES = {"configuration_spikelm.py", "dropout.py", "modeling_spikelm.py", "quantization.py", "spiking.py"}
 
 
 @pytest.fixture(scope="module")

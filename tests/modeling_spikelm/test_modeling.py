@@ -413,7 +413,7 @@ def test_sparse_prediction_changes_neither_loss_nor_gradients_and_only_training(
     inputs["labels"] = torch.where(torch.arange(7) % 3 == 0, inputs["labels"], -100)
     full = calibrated(model_class, config, batch).train()
     sparse = copy.deepcopy(full)
-    sparse.config.sparse_prediction = True
+    full.config.sparse_prediction = False
     outputs = [model(**inputs) for model in (full, sparse)]
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
     assert outputs[1][1].shape == (9, config.vocab_size)

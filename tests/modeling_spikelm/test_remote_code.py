@@ -12,7 +12,7 @@ import modeling_spikelm
 from modeling_spikelm import SpikeLMForMaskedLM
 from tests.clean_machine import run_on_clean_machine
 
-CODE_FILES = {"configuration_spikelm.py", "modeling_spikelm.py", "quantization.py", "spiking.py"}
+CODE_FILES = {"configuration_spikelm.py", "dropout.py", "modeling_spikelm.py", "quantization.py", "spiking.py"}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "france", "is", "paris", "."]
 
 
@@ -39,6 +39,7 @@ def test_checkpoint_carries_its_code_byte_for_byte(checkpoint):
     assert carried == {
         "configuration_spikelm.py": Path(configuration_file.__file__).read_bytes(),
         "modeling_spikelm.py": (package / "modeling_spikelm.py").read_bytes(),
+        "dropout.py": (package / "dropout.py").read_bytes(),
         "quantization.py": (package / "quantization.py").read_bytes(),
         "spiking.py": (package / "spiking.py").read_bytes(),
     }

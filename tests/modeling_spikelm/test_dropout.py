@@ -1,0 +1,101 @@
+"""The CPU's dropout: its statistics, its gradients, and what autograd keeps."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_spikelm import SpikeLMConfig
+from modeling_spikelm.dropout import Dropout, attention_with_dropout
+from modeling_spikelm.spiking import SpikePacking, SpikingNeurons
+
+
+def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropped = Dropout(0.1)(torch.ones(1000, 1000))
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.002)
+
+
+def test_dropout_passes_the_gradient_through_the_mask_of_its_forward():
+    values = torch.ones(64, 8, requires_grad=True)
+    dropped = Dropout(0.5)(values)
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped)
+
+
+def test_dropout_repeats_with_the_seed():
+    def draw():
+        torch.manual_seed(3)
+        return Dropout(0.3)(torch.ones(100))
+
+    assert torch.equal(draw(), draw())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [5, 160])  # several sequences a piece, and one
+def test_attention_equals_its_equation_under_the_same_mask(masked, length):
+    """With the identity as values, the context is the matrix of kept probabilities, so the drawn mask can be read."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 12, length, 8, requires_grad=True) for _ in range(3))
+    mask = None
+    if masked:
+        mask = torch.ones(3, 1, length, length, dtype=torch.bool)
+        mask[1, :, :, 3:] = False
+    torch.manual_seed(1)
+    kept = attention_with_dropout(query, key, torch.eye(length).expand(3, 12, -1, -1), mask, 0.3, 0.2) != 0
+    torch.manual_seed(1)
+    context = attention_with_dropout(query, key, value, mask, 0.3, 0.2)
+    scores = query @ key.transpose(2, 3) * 0.3
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    expected = (torch.softmax(scores, -1) * kept / 0.8) @ value
+    torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn_like(context)
+    found = torch.autograd.grad(context, (query, key, value), gradient)
+    wanted = torch.autograd.grad(expected, (query, key, value), gradient)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def neurons_and_linear():
+    neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2))
+    neurons.set_amplitude(torch.tensor([0.7, 1.3]))
+    return neurons, nn.Linear(8, 4)
+
+
+def saved_bytes(function):
+    """Bytes of the tensors that autograd keeps, as they are handed to the outermost hook, and `function`'s result."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return sum(sizes), result
+
+
+def test_packed_spikes_give_the_same_gradients_from_fewer_bytes():
+    neurons, linear = neurons_and_linear()
+    inputs = torch.randn(6, 5, 8, requires_grad=True)
+    unpacked_bytes, outputs = saved_bytes(lambda: linear(neurons(inputs)))
+    wanted = torch.autograd.grad(outputs.square().sum(), (inputs, linear.weight))
+
+    def packed():
+        with SpikePacking():
+            return linear(neurons(inputs))
+
+    packed_bytes, outputs = saved_bytes(packed)
+    found = torch.autograd.grad(outputs.square().sum(), (inputs, linear.weight))
+    assert packed_bytes <= unpacked_bytes - inputs.numel() * 4
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def test_spikes_that_a_hook_has_written_are_kept_as_they_are():
+    neurons, linear = neurons_and_linear()
+    neurons.register_forward_hook(lambda module, args, spikes: spikes.detach().mul_(3.0))
+    inputs = torch.randn(6, 5, 8)
+    with SpikePacking():
+        outputs = linear(neurons(inputs))
+    (found,) = torch.autograd.grad(outputs.sum(), linear.weight)
+    torch.testing.assert_close(found[0], neurons(inputs).sum((0, 1)))
