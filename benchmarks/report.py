@@ -1,0 +1,130 @@
+"""Prints a table of results and keeps it, with its command and machine, as JSON and Markdown."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a figure depends on besides the command."""
+    facts = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    return {**facts, "gpu": torch.cuda.get_device_name()} if device == "cuda" else facts
+
+
+def report(
+    benchmark: str, title: str, rows: list[Row], device: str, output: str | None, notes: Sequence[str] = ()
+) -> None:
+    """Prints `rows` as a table; with an `output` folder, `<benchmark>.json` and `.md` there hold it from then on.
+
+    A run of the same command on the same machine takes the place of the earlier one; others are kept.
+    """
+    table = "\n".join([*markdown_table(rows), *(line for note in notes for line in ("", note))])
+    print(f"\n{title}\n\n{table}", flush=True)
+    if output is None:
+        return
+    run = {
+        "title": title,
+        "command": command(),
+        "machine": machine(device),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "notes": list(notes),
+        "rows": rows,
+    }
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    store = folder / f"{benchmark}.json"
+    runs = json.loads(store.read_text()) if store.exists() else []
+    runs = [other for other in runs if _identity(other) != _identity(run)] + [run]
+    _replace(store, json.dumps(runs, indent=1) + "\n")
+    _replace(folder / f"{benchmark}.md", f"# {benchmark}\n\n" + "\n".join(map(_section, runs)))
+
+
+def command() -> str:
+    """The command line to type in the project's root, without `--output`, which changes no figure."""
+    arguments = sys.argv[1:]
+    if "--output" in arguments:
+        position = arguments.index("--output")
+        del arguments[position : position + 2]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+
+
+def markdown_table(rows: list[Row]) -> list[str]:
+    """Lines of a table whose columns are the keys of the first row."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def ratio_text(ratio: tuple[float, float, float] | None) -> str | None:
+    """`median (smallest .. largest round)`."""
+    return None if ratio is None else "{:.2f} ({:.2f} .. {:.2f})".format(*ratio)
+
+
+def _section(run: dict[str, Any]) -> str:
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run["machine"].items())
+    lines = [
+        f"## {run['title']}",
+        "",
+        f"`{run['command']}`",
+        "",
+        f"{run['date']}, commit {run['commit']}; {facts}",
+        "",
+        *markdown_table(run["rows"]),
+        "",
+    ]
+    return "\n".join([*lines, *(line for note in run["notes"] for line in (note, ""))])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return "" if value is None else str(value)
+
+
+def _identity(run: dict[str, Any]) -> tuple:
+    return run["title"], run["command"], run["machine"]["cpu"], run["machine"]["cores"], run["machine"].get("gpu")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_suffix(path.suffix + ".new")
+    new.write_text(text)
+    new.replace(path)

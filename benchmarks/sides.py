@@ -1,0 +1,92 @@
+"""Builds one side of a comparison: the model, its batch, and the function that is measured."""
+
+from collections.abc import Callable
+
+import torch
+from cases import SHAPES, VOCABULARY_SIZES, Case
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
+
+from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, spiking
+
+LABEL_SHARE = 0.15
+
+
+def build_model(case: Case) -> PreTrainedModel:
+    """The model of a case with random weights, on its device, in training mode: masked LM, or for inference no head."""
+    torch.manual_seed(0)
+    sizes = {
+        **SHAPES[case.shape],
+        "vocab_size": VOCABULARY_SIZES[case.shape],
+        "max_position_embeddings": max(512, case.length),
+        "hidden_dropout_prob": case.dropout,
+        "attention_probs_dropout_prob": case.dropout,
+        "attn_implementation": "sdpa",
+    }
+    has_head = case.measure != "inference"
+    if case.side.startswith("bert"):
+        model_class = BertForMaskedLM if has_head else BertModel
+        model = model_class(BertConfig(**sizes))
+    else:
+        is_oracle = case.side == "oracle"
+        if is_oracle:
+            spiking.spike = spiking.spike_reference
+        model_class = SpikeLMForMaskedLM if has_head else SpikeLMModel
+        model = model_class(SpikeLMConfig(**sizes, num_time_steps=case.num_time_steps, sparse_prediction=not is_oracle))
+    if case.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model.to(case.device).train()
+
+
+def build_batch(case: Case, batch_size: int | None = None, length: int | None = None) -> dict[str, torch.Tensor]:
+    """Random tokens `(B, L)` without padding and, unless for inference, labels at 15 % of the positions."""
+    shape = (batch_size or case.batch_size, length or case.length)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY_SIZES[case.shape], shape, generator=generator)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if case.measure != "inference":
+        labelled = torch.randperm(tokens.numel(), generator=generator)[: max(1, round(LABEL_SHARE * tokens.numel()))]
+        labels = torch.full((tokens.numel(),), -100)
+        labels[labelled] = tokens.flatten()[labelled]
+        batch["labels"] = labels.view(shape)
+    return {name: value.to(case.device) for name, value in batch.items()}
+
+
+def training_loss(case: Case, model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """`batch -> loss`, the forward half of a training step."""
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with _arithmetic(case):
+            return model(**batch).loss
+
+    def loss_at_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with _arithmetic(case):
+            hidden_states = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            has_label = batch["labels"] != -100
+            logits = model.cls(hidden_states[has_label])
+            return nn.functional.cross_entropy(logits.float(), batch["labels"][has_label])
+
+    return loss_at_labels if case.side == "bert-sparse" else loss
+
+
+def inference(case: Case, model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """`batch -> last hidden state` in evaluation mode."""
+    model.eval()
+    if case.side == "bert-int8":
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+    def last_hidden_state(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode(), _arithmetic(case):
+            return model(**batch).last_hidden_state
+
+    return last_hidden_state
+
+
+def calibrate(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+    """Leaves first-batch work behind: a SpikeLM calibrates, a BERT does one forward too."""
+    with torch.no_grad():
+        model(**batch)
+
+
+def _arithmetic(case: Case) -> torch.autocast:
+    return torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bf16_autocast")

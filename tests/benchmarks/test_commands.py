@@ -1,0 +1,90 @@
+"""Every benchmark runs at toy size and reports what it promises; no figure is judged here."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = "--shape tiny --length 16 --num_time_steps 2 --rounds 1".split()
+QUICK = "--repeats 1 --warmup 1".split()
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", *TOY, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def results(name: str, folder: Path) -> list[dict]:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def rows_by_side(name: str, *arguments: str, folder: Path) -> dict[str, dict]:
+    finished = run(name, *arguments, "--output", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    (result,) = results(name, folder)
+    return {row["side"]: row for row in result["rows"]}
+
+
+def test_training_step_is_timed_and_counted_against_the_stock_bert(tmp_path):
+    rows = rows_by_side("training_step", *QUICK, "--sides", "bert", "oracle", folder=tmp_path)
+    assert list(rows) == ["bert", "oracle T=2"]
+    for row in rows.values():
+        assert 0 < row["forward ms"] < row["forward + backward ms"] < row["with AdamW ms"]
+        assert re.fullmatch(r"[\d.]+ \([\d.]+ \.\. [\d.]+\)", row["ratio to bert"])
+    # The encoder's products twice, the head's once.
+    assert rows["bert"]["GFLOP"] < rows["oracle T=2"]["GFLOP"] < 2 * rows["bert"]["GFLOP"]
+
+
+def test_inference_is_timed_and_kept_with_command_and_machine(tmp_path):
+    (row,) = rows_by_side("inference", *QUICK, "--sides", "spikelm", folder=tmp_path).values()
+    assert row["sequences per s"] == pytest.approx(2 / (row["forward ms"] / 1e3))
+    (result,) = results("inference", tmp_path)
+    assert result["command"] == f"python benchmarks/inference.py {' '.join(TOY + QUICK)} --sides spikelm"
+    assert result["machine"].keys() >= {"cpu", "cores", "threads", "torch", "transformers"}
+
+
+def test_a_repeated_command_replaces_its_result_and_another_one_is_added(tmp_path, monkeypatch):
+    for arguments, figure in (("--rounds 1", 1.0), ("--rounds 2", 2.0), ("--rounds 1", 3.0)):
+        monkeypatch.setattr(sys, "argv", ["benchmarks/inference.py", *arguments.split(), "--output", str(tmp_path)])
+        report.report("inference", "Inference", [{"side": "bert", "ms": figure}], "cpu", str(tmp_path))
+    runs = {run["command"]: run["rows"][0]["ms"] for run in results("inference", tmp_path)}
+    assert runs == {
+        "python benchmarks/inference.py --rounds 2": 2.0,
+        "python benchmarks/inference.py --rounds 1": 3.0,
+    }
+    written = (tmp_path / "inference.md").read_text()
+    assert all(f"`{command}`" in written and f"| bert | {ms:.3g} |" in written for command, ms in runs.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
+def test_memory_of_training_is_told_for_the_process_and_for_its_tensors(tmp_path):
+    rows = rows_by_side("memory", "--batch_size", "8", "--sides", "bert", "oracle", folder=tmp_path)
+    assert all(row["peak MiB"] > 0 for row in rows.values())
+    assert 0 < rows["bert"]["tensors' peak MiB"] < rows["oracle T=2"]["tensors' peak MiB"]
+    assert rows["bert"]["tensors' ratio to bert"] == 1 < rows["oracle T=2"]["tensors' ratio to bert"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
+def test_loading_is_measured_against_the_size_of_the_weights(tmp_path):
+    rows = rows_by_side("scaling", *QUICK, "--sweeps", "loading", "--sides", "spikelm", folder=tmp_path)
+    # The weights are allocated at the least; a measurement that misses them shows less.
+    assert rows["spikelm"]["tensors / weights"] >= 0.9
+
+
+def test_an_impossible_argument_is_one_clear_error():
+    finished = run("training_step", "--batch_size", "0")
+    assert finished.returncode != 0
+    assert "--batch_size 0 is not possible; it must be at least 1." in finished.stderr
