@@ -1,0 +1,130 @@
+"""Every launch file parses, says when to use it, and starts what it says, as far as processes on a CPU can show."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
+
+from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM
+from tests.corpus import TINY, write_corpus
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+RUN = f"""--vocab_size 600 --config_overrides {TINY} --max_seq_length 64 --max_eval_samples 8 --max_steps 2
+    --save_steps 2 --per_device_train_batch_size 2 --report_to none --disable_tqdm True""".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.txt")
+
+
+def start(config: str, corpus: Path, output_dir: Path, *launch: str, as_gpu_processes: bool = False):
+    """`accelerate launch` with a configuration of ours, two processes in all."""
+    configuration = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", "2", *launch]
+    arguments = ["--train_file", str(corpus), "--output_dir", str(output_dir), *RUN]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    script = "run_mlm.py"
+    if as_gpu_processes:
+        script = "tests/accelerate_configs/gpu_processes_on_cpu.py"
+        environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+        arguments += ["--use_cpu", "False", "--bf16"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *configuration, script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*launches: subprocess.Popen) -> None:
+    for launch in launches:
+        output, _ = launch.communicate(timeout=300)
+        assert launch.returncode == 0, output[-3000:]
+
+
+def assert_trained_by_two_processes(folder: Path) -> None:
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
+    assert len(list((folder / "checkpoint-2").glob("rng_state_*.pth"))) == 2
+    amplitudes = {name: value for name, value in load_file(folder / "model.safetensors").items() if "amplitude" in name}
+    # Two layers of 6 groups: attention input, key, value, attention output, and the two of the feed-forward.
+    assert len(amplitudes) == 12
+    assert all(value.dtype == torch.float32 and value.all() for value in amplitudes.values())
+    # A wrapper's class must not stand in for the model's own.
+    assert (folder / "modeling_spikelm.py").exists()
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForMaskedLM"] == "modeling_spikelm.SpikeLMForMaskedLM"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_says_when_to_use_it_and_sets_only_what_accelerate_reads(path):
+    assert path.read_text().startswith("# ")
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    # The loader refuses unknown keys at the top only; in a section it takes a misspelt one and nobody reads it.
+    options = {action.dest for action in launch_command_parser()._actions}
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert not set(yaml.safe_load(path.read_text()).get(section, {})) - options
+
+
+def test_there_is_a_configuration_for_every_place():
+    assert {path.stem for path in CONFIGS} == {
+        *("single_cpu", "two_cpu_processes", "one_gpu_bf16", "multi_gpu_ddp", "two_nodes_ddp", "fsdp2"),
+        "deepspeed_zero2",
+    }
+
+
+def test_fsdp_wraps_a_class_that_the_model_has():
+    config = load_config_from_file(str(ROOT / "accelerate_configs" / "fsdp2.yaml"))
+    model = SpikeLMForMaskedLM(SpikeLMConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2))
+    wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+    assert sum(type(module).__name__ == wrapped for module in model.modules()) == 3
+
+
+def test_ddp_starts_as_many_processes_as_asked_for(corpus, tmp_path):
+    finish(start("multi_gpu_ddp", corpus, tmp_path / "run", "--main_process_port", "0"))
+    assert_trained_by_two_processes(tmp_path / "run")
+
+
+def test_two_nodes_find_each_other(corpus, tmp_path):
+    """Both launchers on this machine: one process each, and one training of both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
+    nodes = [start("two_nodes_ddp", corpus, tmp_path / "run", *meeting, rank) for rank in "01"]
+    finish(*nodes)
+    assert_trained_by_two_processes(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            "fsdp2",
+            marks=pytest.mark.xfail(
+                strict=True, reason="The decoder's bias is a parameter of two modules, which FSDP2 refuses."
+            ),
+        ),
+        pytest.param(
+            "deepspeed_zero2",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+        ),
+    ],
+)
+def test_sharded_processes_train_and_save_a_whole_model(config, corpus, tmp_path):
+    finish(start(config, corpus, tmp_path / "run", "--main_process_port", "0", as_gpu_processes=True))
+    assert_trained_by_two_processes(tmp_path / "run")

@@ -1,0 +1,67 @@
+"""Real processes (gloo) through run_mlm.py: their number changes neither the schedule nor what is trained."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.corpus import TINY, write_corpus
+
+ROOT = Path(__file__).parent.parent
+STEPS, WARMUP = 20, 5
+NO_DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+GLOBAL_BATCH = 4
+# Two epochs of full batches (on several processes accelerate fills an incomplete one up with other rows), and no
+# broadcast by DDP that could hide a difference.
+RUN = f"""--max_train_samples 40 --max_eval_samples 8 --vocab_size 600 --max_seq_length 64
+    --config_overrides {TINY},{NO_DROPOUT} --max_steps {STEPS} --warmup_steps {WARMUP} --learning_rate 1e-3
+    --lr_scheduler_type linear --max_grad_norm 0 --logging_steps 1 --save_strategy no --seed 0
+    --ddp_broadcast_buffers False --use_cpu --report_to none --disable_tqdm True""".split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """The same training on one and on two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folder / "topics.txt")
+    outputs = []
+    for place, processes in (("single_cpu", 1), ("two_cpu_processes", 2)):
+        outputs.append(folder / place)
+        launch = ["--config_file", f"accelerate_configs/{place}.yaml", "--main_process_port", "0", "run_mlm.py"]
+        more = ["--train_file", str(corpus), "--output_dir", str(outputs[-1])]
+        more += ["--per_device_train_batch_size", str(GLOBAL_BATCH // processes)]
+        done = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *launch, *RUN, *more],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return outputs
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def test_losses_and_weights_do_not_depend_on_the_number_of_processes(runs):
+    one, two = (torch.tensor(logged(run, "loss")) for run in runs)
+    assert len(one) == STEPS
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    one, two = (load_file(run / "model.safetensors") for run in runs)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_schedule_advances_once_per_step_whatever_the_number_of_processes(runs):
+    planned = [1e-3 * min(step / WARMUP, (STEPS - step) / (STEPS - WARMUP)) for step in range(STEPS)]
+    for run in runs:
+        assert logged(run, "learning_rate") == pytest.approx(planned, abs=1e-12)
