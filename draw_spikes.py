@@ -38,7 +38,7 @@ class PictureArguments:
 
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
-        parser = HfArgumentParser((InputArguments, PictureArguments), allow_abbrev=False)
+        parser = HfArgumentParser([InputArguments, PictureArguments], allow_abbrev=False)  # type: ignore[list-item]
         inputs, pictures = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         model, tokenizer, batches = load_inputs(inputs)
         counted = count(model, batches)

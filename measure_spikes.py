@@ -37,7 +37,7 @@ class OutputArguments:
 
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
-        parser = HfArgumentParser((InputArguments, OutputArguments), allow_abbrev=False)
+        parser = HfArgumentParser([InputArguments, OutputArguments], allow_abbrev=False)  # type: ignore[list-item]
         inputs, output = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         model, _, batches = load_inputs(inputs)
         model.eval()
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             for batch in batches:
                 model(**batch)
     counts = {"without_padding": tokens.result(), "with_padding": padded.result()}
-    print(format_report(inputs.model_name_or_path, *counts.values()))
+    print(format_report(inputs.model_name_or_path, counts["without_padding"], counts["with_padding"]))
     if output.output_file:
         report = {
             name: {"energy_mj_per_sequence": energies(count), "counts": count.to_dict(output.per_neuron)}

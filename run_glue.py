@@ -38,10 +38,19 @@ from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
-from glue_tasks.scoring import evaluation_at, make_compute_metrics, metric_key, predicted_values, scores_of
+from glue_tasks.scoring import (
+    evaluation_at,
+    make_compute_metrics,
+    metric_key,
+    predicted_values,
+    present_scores,
+    scores_of,
+)
 from glue_tasks.submission import write_submission
 from glue_tasks.table import ColumnResult, build_table, write_table
 from glue_tasks.tasks import TASKS, GlueTask, resolve_task_names
+from spike_metrics.callback import log_firing_rate
+from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +84,8 @@ class TaskData:
 def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found in here, before anything is written.
     with input_errors():
-        model_arguments, arguments, training = parse_arguments(
-            (ModelArguments, GlueArguments, GlueTrainingArguments), argv
+        model_arguments, arguments, spikes, training = parse_arguments(
+            (ModelArguments, GlueArguments, SpikeArguments, GlueTrainingArguments), argv
         )
         set_up_logging(training)
         tasks = resolve_task_names(arguments.task_name)
@@ -116,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             submission_dir = Path(
                 training.output_dir, SUBMISSION_FOLDER, f"seed_{run.seed}" if arguments.num_seeds > 1 else ""
             )
-            run_task(data, run, checkpoint, tokenizer, model_arguments, repositories[run.output_dir], submission_dir)
+            repository = repositories[run.output_dir]
+            run_task(data, run, checkpoint, tokenizer, model_arguments, spikes, repository, submission_dir)
             records[run.output_dir].record_end()
     results = finished_results(record)
     if results and training.process_index == 0:
@@ -207,6 +217,7 @@ def run_task(
     checkpoint: str | None,
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
+    spikes: SpikeArguments,
     repository: HubRepository | None,
     submission_dir: Path,
 ) -> None:
@@ -227,6 +238,8 @@ def run_task(
         compute_metrics=make_compute_metrics(task),
         callbacks=[publisher],
     )
+    if spikes.spike_batches:
+        log_firing_rate(trainer)
     history: list[dict[str, float]] = []
     if run.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -237,6 +250,8 @@ def run_task(
     metrics = {}
     if run.do_eval:
         metrics = trainer.evaluate()
+        for split in task.validation_splits:
+            metrics |= evaluate_spikes(trainer, splits[split], spikes, prefix=metric_key(task, split, ""))
         report(trainer, "eval", metrics | {"eval_samples": sum(map(len, validation.values()))})
     if run.do_train:
         publisher.publish(trainer, metrics)
@@ -275,6 +290,8 @@ def column_results(
 ) -> list[ColumnResult]:
     """What the table shows: the kept model's scores, but MNLI-mm from the last epoch, as in the paper.
 
+    Firing rate and energy are always the kept model's.
+
     Args:
         metrics: the last evaluation, that of the kept model.
         history: the Trainer's log of the training, with an evaluation of every epoch if the best was to be kept.
@@ -299,6 +316,7 @@ def column_results(
                 epoch=epoch,
                 train_examples=len(data.splits["train"]) if run.do_train else 0,
                 validation_examples=len(data.splits[split]),
+                spikes=present_scores(task, split, metrics, FIGURES),
             )
         )
     return results
@@ -323,6 +341,11 @@ def make_card(
         training_data=f"Fine-tuned on {name} ({len(data.splits['train'])} examples); the epoch kept is {kept}.",
         dataset_for_results=f"{name}, validation set",
         datasets=[HUB_DATASET] if task.on_hub else [],
+        figures={
+            metric_key(task, split, name).removeprefix("eval_"): (f"{column}: {title}", form)
+            for split, column in zip(task.validation_splits, task.columns, strict=True)
+            for name, (title, form) in FIGURES.items()
+        },
         metrics={key: HUB_METRICS.get(metric, metric) for key, (metric, _) in shown.items()},
         results_dataset=HUB_DATASET if task.on_hub else None,
         results_config=task.name if task.on_hub else None,

@@ -44,6 +44,8 @@ from pretraining_data.packing import check_token_ids, content_fingerprint, numbe
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
 from pretraining_data.tokenizers import train_wordpiece
+from spike_metrics.callback import log_firing_rate
+from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ class ScriptArguments:
 
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
-        script, model_arguments, data_arguments, training = parse_arguments(
-            (ScriptArguments, ModelArguments, DataArguments, TrainingArguments), argv
+        script, model_arguments, data_arguments, spikes, training = parse_arguments(
+            (ScriptArguments, ModelArguments, DataArguments, SpikeArguments, TrainingArguments), argv
         )
         set_up_logging(training)
         check_streaming(script, data_arguments, training)
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         training_data=describe(data_arguments),
         datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
         metrics=METRICS,
+        figures=FIGURES,
         dataset_for_results="the validation split",
         **hub_origin(documents["validation"], data_arguments),
         started_from=model_arguments.model_name_or_path,
@@ -161,6 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         preprocess_logits_for_metrics=predictions_and_losses,
         callbacks=[EpochCallback(collator), publisher],
     )
+    if spikes.spike_batches:
+        log_firing_rate(trainer)
     if trained:
         restore_state(trainer, trained)
     elif training.do_train:
@@ -172,9 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     if training.do_eval:
         results = trainer.evaluate() | unigram_baseline(splits, validation, tokenizer, config)
+        results |= evaluate_spikes(trainer, validation, spikes)
         trainer.save_metrics("eval", results)
         if training.process_index == 0:
-            print(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=2))
+            print(json.dumps({name: float(f"{value:.6g}") for name, value in results.items()}, indent=2))
     if training.do_train:
         publisher.publish(trainer, results)
     record.record_end(pushed_to)

@@ -24,6 +24,7 @@ class RunCard:
         training_data: one sentence on the data, for people.
         datasets: Hub names of the data sets.
         metrics: names of the metrics, from result key (without "eval_") to the Hub's metric type.
+        figures: title and format of what is shown besides, firing rate and energy, for result keys (without "eval_").
         dataset_for_results: name of the data that the results are on, for people.
         results_dataset: its name on the Hub, if it is there.
         results_config: the configuration of that.
@@ -40,6 +41,7 @@ class RunCard:
     dataset_for_results: str
     datasets: list[str] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, tuple[str, str]] = field(default_factory=dict)
     results_dataset: str | None = None
     results_config: str | None = None
     results_splits: dict[str, str] = field(default_factory=dict)
@@ -111,6 +113,9 @@ class RunCard:
             hyperparameters=self._hyperparameters(),
             progress=_progress(state),
             results=shown,
+            figures={
+                title: format(results[name], form) for name, (title, form) in self.figures.items() if name in results
+            },
             results_heading=f"On {self.dataset_for_results}:",
         )
         path = Path(folder) / "README.md"

@@ -1,6 +1,6 @@
 """From a model's outputs to classes, metrics and the results of a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ def metric_key(task: GlueTask, split: str, metric: str) -> str:
 def scores_of(task: GlueTask, split: str, logged: Mapping[str, float]) -> dict[str, float]:
     """The task's metrics on a validation split among what the Trainer reports."""
     return {metric: float(logged[metric_key(task, split, metric)]) for metric in task.metrics}
+
+
+def present_scores(task: GlueTask, split: str, logged: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Those of the named figures on a validation split that are among what was logged."""
+    keys = {name: metric_key(task, split, name) for name in names}
+    return {name: logged[key] for name, key in keys.items() if key in logged}
 
 
 def evaluation_at(

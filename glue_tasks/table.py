@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -16,6 +16,12 @@ _METRIC_TITLES = {
     "matthews_correlation": "Matthews",
     "pearson": "Pearson",
     "spearmanr": "Spearman",
+}
+# Title and format of what stands beside a score.
+_SPIKE_COLUMNS = {
+    "firing_rate": ("firing rate", ".1%"),
+    "model_energy_mj": ("energy, mJ", ".3g"),
+    "model_energy_ratio": ("dense / this", ".2f"),
 }
 
 
@@ -33,6 +39,7 @@ class ColumnResult:
         epoch: the epoch whose scores these are; `None` for "as loaded".
         train_examples: number of training examples; 0 for "as loaded".
         validation_examples: number of examples scored.
+        spikes: firing rate and energy of the kept model (`spike_metrics.evaluation.FIGURES`), those that there are.
     """
 
     task: str
@@ -44,17 +51,19 @@ class ColumnResult:
     epoch: float | None
     train_examples: int
     validation_examples: int
+    spikes: dict[str, float] = field(default_factory=dict)
 
 
 def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
     """Gather the results of all runs into one JSON-able table, scores times 100.
 
     With several seeds a score is the median over the seeds, beside its lowest and highest value. The average is the
-    unweighted mean of the shown scores over those of `GLUE_AVERAGE_COLUMNS` that are present.
+    unweighted mean of the shown scores over those of `GLUE_AVERAGE_COLUMNS` that are present; so are the averages of
+    firing rate and energies, but ratios are those of the mean energies.
 
     Returns:
-        `{"columns": {column: {...}}, "average": {"score", "columns", "missing", "by_seed"}}`; the average's score is
-        `None` when no column of the paper's average is present.
+        `{"columns": {column: {...}}, "average": {"score", "spikes", "columns", "missing", "by_seed"}}`; the average's
+        score is `None` when no column of the paper's average is present, its spikes have what all these columns have.
 
     Raises:
         ValueError: no result at all, two results of one column and seed, or runs of one column that show different
@@ -76,6 +85,7 @@ def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
     }
     average = {
         "score": fmean(columns[column]["score"] for column in present) if present else None,
+        "spikes": _average_spikes([columns[column]["spikes"] for column in present]),
         "columns": present,
         "missing": [column for column in GLUE_AVERAGE_COLUMNS if column not in columns],
         "by_seed": by_seed,
@@ -83,21 +93,30 @@ def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
     return {"columns": columns, "average": average}
 
 
+def _average_spikes(columns: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    shared = [name for name in (columns[0] if columns else {}) if all(name in column for column in columns)]
+    means = {name: fmean(column[name]["median"] for column in columns) for name in shared}
+    for name in shared:
+        if name.endswith("_energy_ratio"):
+            part = name.removesuffix("_energy_ratio")
+            means[name] = means[f"{part}_dense_energy_mj"] / means[f"{part}_energy_mj"]
+    return means
+
+
 def _column(runs: list[ColumnResult]) -> dict[str, Any]:
     first = runs[0]
     shown = {run.epoch_shown for run in runs}
     if len(shown) > 1:
         raise ValueError(f"the runs of {first.column} show different epochs: {', '.join(sorted(shown))}.")
-    metrics = {}
-    for name in first.metrics:
-        values = [100 * run.metrics[name] for run in runs]
-        metrics[name] = {"median": median(values), "lowest": min(values), "highest": max(values), "values": values}
+    metrics = {name: _spread([100 * run.metrics[name] for run in runs]) for name in first.metrics}
+    counted = [name for name in first.spikes if all(name in run.spikes for run in runs)]
     metric = TASKS[first.task].shown_metric
     return {
         "task": first.task,
         "metric": metric,
         "score": metrics[metric]["median"],
         "metrics": metrics,
+        "spikes": {name: _spread([run.spikes[name] for run in runs]) for name in counted},
         "epochs_trained": first.epochs_trained,
         "epoch_shown": first.epoch_shown,
         "epochs": [run.epoch for run in runs],
@@ -107,12 +126,17 @@ def _column(runs: list[ColumnResult]) -> dict[str, Any]:
     }
 
 
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"median": median(values), "lowest": min(values), "highest": max(values), "values": values}
+
+
 def render_markdown(table: dict[str, Any]) -> str:
     """The table of `build_table` as Markdown; the score in bold is the one the paper's table shows."""
-    lines = [
-        "| task | metric | score | other metrics | epochs trained | epoch shown | seeds | train / dev examples |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    # Without any count, of a model that cannot be counted for instance, the columns would be empty.
+    spikes = _SPIKE_COLUMNS if any(column["spikes"] for column in table["columns"].values()) else {}
+    header = ["task", "metric", "score", *(title for title, _ in spikes.values()), "other metrics", "epochs trained"]
+    header += ["epoch shown", "seeds", "train / dev examples"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, column in table["columns"].items():
         scores = {metric: _score(values) for metric, values in column["metrics"].items()}
         others = [f"{_METRIC_TITLES[metric]} {text}" for metric, text in scores.items() if metric != column["metric"]]
@@ -122,6 +146,7 @@ def render_markdown(table: dict[str, Any]) -> str:
             name,
             _METRIC_TITLES[column["metric"]],
             f"**{scores[column['metric']]}**",
+            *(_figure(column["spikes"].get(figure, {}).get("median"), form) for figure, (_, form) in spikes.items()),
             ", ".join(others) or "-",
             f"{column['epochs_trained']:g}",
             f"{column['epoch_shown']} ({', '.join(epochs)})" if epochs else column["epoch_shown"],
@@ -149,6 +174,10 @@ def _score(values: dict[str, Any]) -> str:
     return f"{text} ({values['lowest']:.1f} to {values['highest']:.1f})" if several else text
 
 
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _notes(table: dict[str, Any]) -> list[str]:
     average, columns = table["average"], table["columns"].values()
     notes = []
@@ -171,4 +200,21 @@ def _notes(table: dict[str, Any]) -> list[str]:
         )
     if any(len(column["seeds"]) > 1 for column in columns):
         notes.append("Several seeds: median (lowest to highest).")
+    if any(column["spikes"] for column in columns):
+        notes.append(_spike_note(average["spikes"], any(len(column["seeds"]) > 1 for column in columns)))
     return notes
+
+
+def _spike_note(average: dict[str, float], several_seeds: bool) -> str:
+    means = [f"{title} {average[name]:{form}}" for name, (title, form) in _SPIKE_COLUMNS.items() if name in average]
+    sentences = [
+        "Firing rate (the share of neurons that spike at a token in a time step) and energy are counted with the kept "
+        "model on the first validation batches, padding left out.",
+        "Energy is that of the whole model's arithmetic for one sequence by the 45 nm convention, 4.6 pJ per "
+        "multiply-accumulate and 0.9 pJ per accumulate, without the moving of data; nothing was measured on a chip.",
+        '"dense / this": how many times as much the same network takes without spikes.',
+        "docs/energy.md derives the figures, glue_results.json has those of the encoder alone as well.",
+        "With several seeds they are medians." if several_seeds else "",
+        f"Means over the columns of the average: {', '.join(means)}." if means else "",
+    ]
+    return " ".join(filter(None, sentences))

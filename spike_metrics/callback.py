@@ -15,7 +15,8 @@ class FiringRateCallback(TrainerCallback):
 
     It counts the first forward of that training step on this process (with `--logging_strategy epoch` the first one of
     every epoch); all other steps run without a hook. It only reads, so the training is the same with and without it.
-    A model without spiking neurons is left alone. Add it with `log_firing_rate`.
+    A model without spiking neurons is left alone, and so is one that is compiled or replicated in threads (several GPUs
+    without a launcher), where hooks cannot count. Add it with `log_firing_rate`.
 
     Args:
         every: count at every how many logging steps.
@@ -36,14 +37,14 @@ class FiringRateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if args.logging_strategy == IntervalStrategy.EPOCH and round(state.epoch or 0) % self.every == 0:
-            self._count_next_forward(model)
+            self._count_next_forward(model, args)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         interval = state.logging_steps * self.every
         if args.logging_strategy == IntervalStrategy.STEPS and (state.global_step + 1) % interval == 0:
-            self._count_next_forward(model)
+            self._count_next_forward(model, args)
 
     def on_log(
         self,
@@ -63,8 +64,8 @@ class FiringRateCallback(TrainerCallback):
     ) -> None:
         self._stop()
 
-    def _count_next_forward(self, model: nn.Module) -> None:
-        if not spiking_modules(model):
+    def _count_next_forward(self, model: nn.Module, args: TrainingArguments) -> None:
+        if args.torch_compile or args.n_gpu > 1 or not spiking_modules(model):
             return
         self._stop()
         self._counter = SpikeCounter(model, neurons_only=True)

@@ -25,6 +25,7 @@ WHY_NOT_COUNTED = {
     "neuron updates": "the convention counts matrix products only (membrane, comparison and reset of each neuron)",
     "residual additions": "no module, so no hook sees them: one addition per entry of every LayerNorm after a residual",
 }
+NO_RULE = "no rule for this module"
 _ACTIVATION_LIBRARIES = ("transformers.activations", "torch.nn.modules.activation")
 _LAYER = re.compile(r"\.(\d+)\.(.+)")
 
@@ -216,6 +217,19 @@ class SpikeCount:
     def scalings(self) -> int:
         return sum(product.scalings for product in self.products)
 
+    def check_is_complete(self) -> None:
+        """Refuses a count whose energy would lack matrix products, which is that of an architecture unlike BERT's.
+
+        Raises:
+            ValueError: a module's work is unknown, or not every layer has an attention that was counted.
+        """
+        unknown = [entry.what for entry in self.not_counted if entry.why == NO_RULE]
+        if unknown:
+            raise ValueError(f"there is no rule for the work of {', '.join(unknown)}.")
+        layers = {product.layer for product in self.products} - {None}
+        if not layers or layers != {product.layer for product in self.products if product.place.endswith("q k^T")}:
+            raise ValueError("its layers have no attention with modules named query, key and value, as BERT's have.")
+
     def to_dict(self, per_neuron: bool = False) -> dict[str, Any]:
         """Plain values for JSON, all counts as totals over the sequences."""
         totals = ("firing_rate", "dense_macs", "macs", "accumulates", "bias_adds", "scalings")
@@ -313,7 +327,7 @@ class SpikeCounter:
         skipped = self._not_counted
         not_counted = [NotCounted(what, skipped.get(what), why) for what, why in WHY_NOT_COUNTED.items()]
         not_counted = [entry for entry in not_counted if entry.entries or entry.what == "residual additions"]
-        not_counted += [NotCounted(name, entries, "no rule for this module") for name, entries in self._unknown.items()]
+        not_counted += [NotCounted(name, entries, NO_RULE) for name, entries in self._unknown.items()]
         return SpikeCount(
             include_padding=self.include_padding,
             num_time_steps=self.num_time_steps,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
@@ -26,6 +26,8 @@ import run_mlm
 from configuration_spikelm import SpikeLMConfig
 from experiment.publishing import Publisher
 from modeling_spikelm import SpikeLMForMaskedLM
+from spike_metrics.counting import count
+from spike_metrics.evaluation import spike_figures
 from tests.corpus import TINY, write_corpus
 from tests.hub_server import HubServer, check_card, run_client
 
@@ -81,6 +83,8 @@ def test_every_checkpoint_has_code_weights_tokenizer_and_a_card(trained, checkpo
     assert names >= {
         "configuration_spikelm.py",
         "modeling_spikelm.py",
+        "dropout.py",
+        "quantization.py",
         "spiking.py",
         "model.safetensors",
         "config.json",
@@ -100,6 +104,44 @@ def test_the_final_card_shows_the_runs_numbers(trained):
     shown = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert shown["mlm_loss"] == pytest.approx(results(trained)["eval_mlm_loss"], abs=1e-3)
     assert f"{results(trained)['eval_mlm_loss']:.4f}" in card.text
+
+
+def test_firing_rate_and_energy_stand_beside_the_scores_and_are_those_of_the_saved_model(trained, tmp_path):
+    rows = [{"input_ids": [2, 10 + n, 4, 30 + n, 3], "labels": [-100, -100, 30, -100, -100]} for n in range(40)]
+    splits = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(rows[:20])}
+    DatasetDict(splits).save_to_disk(tmp_path / "static")
+    command = ["--dataset_name", str(tmp_path / "static"), *SHORT, "--model_name_or_path", str(trained)]
+    command += ["--max_eval_samples", "20", "--per_device_eval_batch_size", "6", "--spike_batches", "2"]
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "run")])
+    saved_model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run")
+    counted = spike_figures(count(saved_model, [{"input_ids": torch.tensor([row["input_ids"] for row in rows[:12]])}]))
+    assert counted["counted_sequences"] == 12 and 0 < counted["firing_rate"] < 1
+    for file in ("all_results.json", "eval_results.json"):
+        reported = json.loads((tmp_path / "run" / file).read_text())
+        assert {name: reported[f"eval_{name}"] for name in counted} == pytest.approx(counted, rel=1e-9)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| firing rate | {counted['firing_rate']:.1%} |" in card
+    assert f"| dense / this, with pooler and heads | {counted['model_energy_ratio']:.2f} |" in card
+    assert "4.6 pJ" in card
+
+
+def test_firing_rates_are_logged_while_training_and_change_nothing(trained, corpus, tmp_path):
+    for name, more in (("counted", []), ("plain", ["--spike_batches", "0"])):
+        run_mlm.main(from_scratch(corpus, "--logging_steps", "1", *more, "--output_dir", str(tmp_path / name)))
+        assert_same_weights(tmp_path / name, trained)
+    rates = [[e.get("firing_rate") for e in history(tmp_path / name) if "loss" in e] for name in ("counted", "plain")]
+    assert len(rates[0]) == 4 and all(0 < rate < 1 for rate in rates[0])
+    assert rates[1] == [None] * 4
+    assert not [name for name in results(tmp_path / "plain") if "energy" in name or "firing" in name]
+
+
+def test_a_model_that_cannot_be_counted_trains_without_figures(corpus, tmp_path):
+    sizes = "dim=32,n_layers=1,n_heads=2,hidden_dim=64"
+    more = ["--model_type", "distilbert", "--config_overrides", sizes, "--output_dir", str(tmp_path)]
+    run_mlm.main(from_scratch(corpus, *more))
+    assert results(tmp_path)["eval_mlm_loss"] > 0
+    assert not [name for name in results(tmp_path) if "energy" in name]
+    assert "energy of the encoder" not in (tmp_path / "README.md").read_text()
 
 
 def assert_same_weights(folder: Path, expected: Path) -> None:
@@ -298,7 +340,12 @@ def test_dense_bert_trains_through_the_same_script(corpus, tmp_path):
         [*from_scratch(corpus, "--model_type", "bert", "--output_dir", str(tmp_path)), "--config_overrides", overrides]
     )
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is BertForMaskedLM
-    assert "trust_remote_code" not in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    reported = results(tmp_path)
+    assert reported["eval_model_energy_ratio"] == 1
+    assert reported["eval_model_energy_mj"] == reported["eval_model_dense_energy_mj"] > 0
+    assert "eval_firing_rate" not in reported and "| firing rate |" not in card
 
 
 def test_bert_checkpoint_is_warm_start_or_baseline_as_model_type_says(trained, corpus, tmp_path):
@@ -384,6 +431,12 @@ def test_two_processes_train_what_one_trains_and_then_have_nothing_left_to_do(co
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-5, msg=name)
     assert results(tmp_path / "two")["eval_mlm_loss"] == pytest.approx(
         results(tmp_path / "one")["eval_mlm_loss"], rel=1e-5
+    )
+    # Every process counts the same rows, so the figures are those of one process.
+    counted = [results(tmp_path / name)["eval_counted_sequences"] for name in ("one", "two")]
+    assert counted[0] == counted[1] > 0
+    assert results(tmp_path / "two")["eval_firing_rate"] == pytest.approx(
+        results(tmp_path / "one")["eval_firing_rate"], rel=1e-3
     )
     assert launch("two_cpu_processes", *two).stdout.count("This run is finished") == 1
 
@@ -509,8 +562,6 @@ def touch(path: Path, text: str = "") -> Path:
 
 
 def saved(folder: Path, ids: list[int] | None = None) -> str:
-    from datasets import DatasetDict
-
     rows = [{"input_ids": [*ids, n]} for n in range(40)] if ids else [{"text": f"document {n}"} for n in range(40)]
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(folder)
     return str(folder)

@@ -18,6 +18,8 @@ from experiment.publishing import Publisher
 from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
 from modeling_spikelm import SpikeLMForMaskedLM
 from run_glue import TaskData, column_results, main
+from spike_metrics.counting import count
+from spike_metrics.evaluation import spike_figures
 from tests.clean_machine import run_on_clean_machine
 from tests.hub_server import HubServer, check_card, run_client
 
@@ -99,6 +101,13 @@ def test_a_spikelm_starts_from_its_masked_lm_and_the_kept_model_has_the_shown_sc
     with torch.no_grad():
         correct = model(**inputs).logits.argmax(-1) == torch.tensor([int(row[0]) for row in rows])
     assert 100 * correct.float().mean().item() == pytest.approx(shown["metrics"]["accuracy"]["median"])
+    counted = spike_figures(count(model, [dict(inputs)]))
+    assert {name: values["median"] for name, values in shown["spikes"].items()} == pytest.approx(counted, rel=1e-9)
+    row = (output / "glue_results.md").read_text().splitlines()[2]
+    assert f"** | {counted['firing_rate']:.1%} | {counted['model_energy_mj']:.3g} | " in row
+    reported = json.loads((output / "mrpc" / "all_results.json").read_text())
+    assert reported["eval_firing_rate"] == shown["spikes"]["firing_rate"]["median"]
+    assert f"| MRPC: firing rate | {counted['firing_rate']:.1%} |" in (output / "mrpc" / "README.md").read_text()
 
 
 def test_amplitudes_calibrated_in_pretraining_stay_as_they_are(write_glue, tiny_spikelm, tmp_path):
@@ -384,6 +393,16 @@ def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path
     assert run.stdout.count("| MNLI-mm |") == 1
     columns = results(tmp_path / "out")["columns"]
     assert {name: column["validation_examples"] for name, column in columns.items()} == {"MNLI-m": 7, "MNLI-mm": 7}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "mnli").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    for column, ending in (("MNLI-m", "matched"), ("MNLI-mm", "mismatched")):
+        rows = [line.split("\t") for line in (data / "MNLI" / f"dev_{ending}.tsv").read_text().splitlines()[1:]]
+        pairs = ([row[8] for row in rows], [row[9] for row in rows])
+        inputs = tokenizer(*pairs, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        counted = spike_figures(count(model, [dict(inputs)]))
+        spikes = {name: values["median"] for name, values in columns[column]["spikes"].items()}
+        assert spikes == pytest.approx(counted, rel=1e-9)
+        assert "firing_rate" not in spikes and spikes["model_energy_ratio"] == 1
     state = json.loads((tmp_path / "out" / "mnli" / "trainer_state.json").read_text())
     assert state["global_step"] == 4  # 12 rows, 2 epochs, 2 processes x 4 rows
     for column in ("MNLI-m", "MNLI-mm"):

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from glue_tasks.scoring import evaluation_at, make_compute_metrics, metric_key, predicted_values, scores_of
+from glue_tasks.scoring import (
+    evaluation_at,
+    make_compute_metrics,
+    metric_key,
+    predicted_values,
+    present_scores,
+    scores_of,
+)
 from glue_tasks.tasks import TASKS
 
 
@@ -27,6 +34,8 @@ def test_mnli_keeps_its_two_sets_apart():
     assert metric_key(TASKS["rte"], "validation", "accuracy") == "eval_accuracy"
     assert scores_of(mnli, "validation_matched", logged) == {"accuracy": 0.7}
     assert scores_of(mnli, "validation_mismatched", logged) == {"accuracy": 0.6}
+    figures = {"eval_matched_firing_rate": 0.4, "eval_mismatched_firing_rate": 0.3}
+    assert present_scores(mnli, "validation_matched", figures, ["firing_rate", "energy"]) == {"firing_rate": 0.4}
 
 
 def test_the_evaluation_of_a_step_or_the_last_one_is_found_in_the_log():

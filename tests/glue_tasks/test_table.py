@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -99,6 +100,48 @@ def test_the_average_is_the_mean_of_the_shown_scores(scores):
     shown = [table["columns"][column]["score"] for column in scores]
     assert table["average"]["score"] == pytest.approx(fmean(shown))
     assert all(table["columns"][c]["score"] == pytest.approx(100 * sorted(v)[1]) for c, v in scores.items())
+
+
+def spikes(own: float, dense: float, rate: float | None = None) -> dict[str, float]:
+    figures = {"model_energy_mj": own, "model_dense_energy_mj": dense, "model_energy_ratio": dense / own}
+    return figures if rate is None else {"firing_rate": rate} | figures
+
+
+def test_firing_rate_and_energy_stand_beside_the_score_and_are_averaged():
+    """An energy ratio is averaged as the ratio of the mean energies, or short sequences would count for too much."""
+    runs = [
+        replace(result("RTE", 0.6), spikes=spikes(2.0, 8.0, 0.3)),
+        replace(result("CoLA", 0.4), spikes=spikes(1.0, 2.0, 0.5)),
+        replace(result("WNLI", 0.5), spikes=spikes(9.0, 9.0, 0.9)),
+    ]
+    table = build_table(runs)
+    assert table["columns"]["RTE"]["spikes"]["model_energy_mj"]["median"] == 2.0
+    average = {"model_energy_mj": 1.5, "model_dense_energy_mj": 5.0, "firing_rate": 0.4, "model_energy_ratio": 5 / 1.5}
+    assert table["average"]["spikes"] == pytest.approx(average)
+    header, _, row, *_ = (text := render_markdown(table)).splitlines()
+    assert header.startswith("| task | metric | score | firing rate | energy, mJ | dense / this | other metrics |")
+    assert row.startswith("| RTE | accuracy | **60.0** | 30.0% | 2 | 4.00 | - |")
+    assert "Means over the columns of the average: firing rate 40.0%, energy, mJ 1.5, dense / this 3.33." in text
+    assert all(words in text for words in ("padding left out", "4.6 pJ", "0.9 pJ", "docs/energy.md"))
+
+
+def test_what_was_not_counted_is_a_dash_and_a_table_without_any_figure_has_no_columns_for_it():
+    dense = replace(result("RTE", 0.6), spikes=spikes(8.0, 8.0))
+    text = render_markdown(build_table([dense, result("CoLA", 0.4)]))
+    assert "| RTE | accuracy | **60.0** | - | 8 | 1.00 | - |" in text
+    assert "| CoLA | Matthews | **40.0** | - | - | - | - |" in text
+    assert "Means over" not in text
+    assert "energy" not in render_markdown(build_table([result("CoLA", 0.4)]))
+
+
+def test_figures_of_several_seeds_are_medians_over_those_that_all_have():
+    runs = [
+        replace(result("RTE", 0.6, seed=seed), spikes=spikes(own, 8.0, 0.3)) for seed, own in ((1, 4), (2, 1), (3, 2))
+    ]
+    table = build_table(runs)
+    assert table["columns"]["RTE"]["spikes"]["model_energy_mj"]["values"] == [4, 1, 2]
+    assert "| 2 | 4.00 |" in render_markdown(table)
+    assert build_table([*runs, result("RTE", 0.6, seed=4)])["columns"]["RTE"]["spikes"] == {}
 
 
 def test_contradictory_results_are_refused():
