@@ -12,6 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from spike_metrics import evaluation
 from spike_metrics.counting import count
 from spike_metrics.energy import compute_energy
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes, spike_figures
@@ -98,12 +99,20 @@ def test_the_figures_are_logged_under_their_prefix(model, rows, make_trainer):
     assert figures.items() <= logged.items()
 
 
-def test_a_model_that_the_counter_does_not_know_has_no_figures_and_that_is_said_once(rows, make_trainer, caplog):
+def test_a_model_that_the_counter_does_not_know_has_no_figures_and_that_is_said_once(
+    rows, make_trainer, caplog, monkeypatch
+):
     """Without its attention, which has other names than BERT's, the energy would be too low."""
     sizes = {"vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 32}
     trainer = make_trainer(DistilBertForMaskedLM(DistilBertConfig(**sizes)))
-    with caplog.at_level(logging.WARNING):
+    # An earlier test may have raised transformers' verbosity, or said this already.
+    logging.Logger.warning_once.cache_clear()
+    monkeypatch.setattr(evaluation.logger, "disabled", False)
+    monkeypatch.setattr(evaluation.logger, "propagate", False)
+    evaluation.logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger=evaluation.logger.name):
         assert [evaluate_spikes(trainer, rows, SpikeArguments()) for _ in range(2)] == [{}, {}]
+    evaluation.logger.removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records if "firing rate" in record.getMessage()]
     assert len(said) == 1 and "DistilBertForMaskedLM: its layers have no attention" in said[0]
 
