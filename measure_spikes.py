@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         with SpikeCounter(model) as tokens, SpikeCounter(model, include_padding=True) as padded, torch.no_grad():
             for batch in batches:
                 model(**batch)
-    counts = {"without_padding": tokens.result(), "with_padding": padded.result()}
+        counts = {"without_padding": tokens.result(), "with_padding": padded.result()}
+        for count in counts.values():
+            count.check_is_complete()
     print(format_report(inputs.model_name_or_path, counts["without_padding"], counts["with_padding"]))
     if output.output_file:
         report = {

@@ -18,7 +18,7 @@ SIDES = {
     "bert-sparse": "the same BERT with masked-LM logits at the labels only: what of our gain is the sparse head",
     "bert-int8": "the same BERT under PyTorch's dynamic int8 quantisation (inference on the CPU)",
     "spikelm": "SpikeLM",
-    "oracle": "SpikeLM with its step-by-step oracle neuron and dense logits: our own strawman",
+    "oracle": "SpikeLM with its step-by-step oracle neuron, torch's own dropout and dense logits: our own strawman",
 }
 SPIKING_SIDES = ("spikelm", "oracle")
 

@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .spiking import is_eager_on_cpu
 
 # Values of a mask are int16; the probability is met to 1 / 65,536.
 _LEVELS = 1 << 16
 # So many floats lie in a core's second-level cache of today.
 _CACHED_VALUES = 1 << 18
-
-
-def applies_to(tensor: torch.Tensor) -> bool:
-    """Whether the dropout of this file serves this tensor: eager, on a CPU."""
-    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _random_levels(shape: torch.Size) -> torch.Tensor:
@@ -31,14 +29,14 @@ def _random_levels(shape: torch.Size) -> torch.Tensor:
     return draws.view(torch.int16)[:count].view(shape)
 
 
-def _first_kept_level(probability: float) -> float:
-    """Levels above this one are kept; it lies between two of them."""
-    return round(probability * _LEVELS) - _LEVELS // 2 - 0.5
+def _signs(levels: torch.Tensor, probability: float) -> torch.Tensor:
+    """Float32 numbers, above 0 where a level says kept and below 0 where it says dropped."""
+    return levels.float().sub_(round(probability * _LEVELS) - _LEVELS // 2 - 0.5)
 
 
 def _where_kept(values: torch.Tensor, levels: torch.Tensor, probability: float) -> torch.Tensor:
     """`values / (1 - probability)` where the level says kept, else 0."""
-    kept = torch.ops.aten.threshold_backward(values, levels.to(values.dtype), _first_kept_level(probability))
+    kept = torch.ops.aten.threshold_backward(values, _signs(levels, probability).to(values.dtype), 0)
     return kept.mul_(1 / (1 - probability))
 
 
@@ -51,6 +49,7 @@ class _Dropout(torch.autograd.Function):
         return _where_kept(values, levels, probability)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (levels,) = ctx.saved_tensors
         return _where_kept(gradient, levels, ctx.probability), None
@@ -60,7 +59,7 @@ class Dropout(nn.Dropout):
     """`nn.Dropout`, quicker on a CPU."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if self.training and 0 < self.p < 1 and applies_to(values):
+        if self.training and 0 < self.p < 1 and is_eager_on_cpu(values):
             return _Dropout.apply(values, self.p)
         return super().forward(values)
 
@@ -91,7 +90,7 @@ class _Attention(torch.autograd.Function):
                 scores.add_(mask[piece])
             signed = torch.softmax(scores, -1)
             # The sign is the mask: a dropped probability is kept as its negative.
-            signed.copysign_(levels[piece].float().sub_(_first_kept_level(probability)))
+            signed.copysign_(_signs(levels[piece], probability))
             signed_probabilities[piece] = signed
             kept = nn.functional.relu(signed).to(value.dtype)
             context[piece] = torch.matmul(kept, value[piece]).mul_(1 / (1 - probability))
@@ -100,6 +99,7 @@ class _Attention(torch.autograd.Function):
         return context
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         query, key, value, signed_probabilities, context = ctx.saved_tensors
         query_gradient, key_gradient, value_gradient = map(torch.empty_like, (query, key, value))

@@ -35,8 +35,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spikelm import SpikeLMConfig
-from .dropout import Dropout, applies_to, attention_with_dropout
-from .spiking import SpikePacking, SpikingNeurons
+from .dropout import Dropout, attention_with_dropout
+from .spiking import SpikePacking, SpikingNeurons, is_eager_on_cpu
 
 
 class _TapMean(torch.autograd.Function):
@@ -168,11 +168,11 @@ class SpikeLMSelfAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The context of `(..., L, H)` queries, keys and values, of their shape; and mean probabilities, if asked."""
+        """The context of `(N, L, H)` queries, keys and values, of their shape; and mean probabilities, if asked for."""
         query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and 0 < dropout < 1 and applies_to(query):
+        if implementation == "sdpa" and 0 < dropout < 1 and is_eager_on_cpu(query):
             # torch's own is written out on a CPU when it has to drop, and keeps three matrices of probabilities.
             context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
@@ -369,10 +369,11 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             # A configuration of the caller's says nothing about the checkpoint, so the checkpoint's own is asked.
             location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
             checkpoint, _ = type(config).get_config_dict(name, **location)
-            if checkpoint.get("int8_weights", False) != config.int8_weights:
+            saved, given = checkpoint.get("int8_weights", False), getattr(config, "int8_weights", False)
+            if saved != given:
                 raise ValueError(
-                    f"{name} has int8_weights={checkpoint.get('int8_weights', False)}, the configuration given has "
-                    f"int8_weights={config.int8_weights}; take the checkpoint's own."
+                    f"{name} has int8_weights={saved}, the configuration given has int8_weights={given}; take the "
+                    "checkpoint's own."
                 )
         loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
         # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.

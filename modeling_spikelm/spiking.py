@@ -16,6 +16,7 @@ with one byte per spike kept for the backward pass. `SpikingNeurons` is the laye
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -83,24 +84,22 @@ class _Spike(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
     ) -> torch.Tensor:
-        emit = _emit_on_cpu if _is_eager_on_cpu(inputs) else _emit
+        emit = _emit_on_cpu if is_eager_on_cpu(inputs) else _emit
         spikes, codes = emit(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
         ctx.decay, ctx.reset, ctx.has_membrane = decay, reset, has_membrane
-        SpikePacking.announce(spikes, codes, amplitude)
+        if not torch.compiler.is_compiling():
+            SpikePacking.announce(spikes, codes, amplitude)
         return spikes
 
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         codes, amplitude = ctx.saved_tensors
-        pass_back = _pass_back_on_cpu if _is_eager_on_cpu(codes) else _pass_back
-        return (
-            pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane),
-            None,
-            None,
-            None,
-            None,
-        )
+        # Gradients are enabled in here for `create_graph`, which the CPU's in-place passes cannot give.
+        is_quick = is_eager_on_cpu(codes) and not torch.is_grad_enabled()
+        pass_back = _pass_back_on_cpu if is_quick else _pass_back
+        gradient = pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane)
+        return gradient, None, None, None, None
 
 
 def _emit(
@@ -140,14 +139,15 @@ def _pass_back(
     return gradient
 
 
-def _is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether this is a CPU's tensor that nothing traces: what the fast paths of a CPU serve."""
     return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _emit_on_cpu(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_emit` in a quarter of its time: float32 passes only, for those that give or take bool are not vectorised.
+    """`_emit` in float32 passes only, for those that give or take bool are not vectorised on a CPU.
 
     Comparing with `amplitude / 2` decides as rounding the quotient half to even does: the half is exact in float32, and
     a membrane beyond it by one unit in the last place has a quotient above one half. Likewise for `amplitude`.
@@ -155,10 +155,15 @@ def _emit_on_cpu(
     spikes = torch.empty_like(inputs)
     codes = torch.empty_like(inputs, dtype=torch.int8)
     amplitudes, silent_shares = _on_host(amplitude, decay, reset)
-    membrane, kept = torch.empty(0), None
+    membrane, kept = None, None
     for step, step_amplitude in enumerate(amplitudes):
-        membrane = inputs[step].float() if kept is None else kept.mul_(membrane).add_(inputs[step])
-        emitted = nn.functional.hardshrink(membrane, step_amplitude / 2).sign_()
+        if membrane is None or kept is None:
+            membrane = inputs[step].float()
+        else:
+            membrane = kept.mul_(membrane).add_(inputs[step])
+        # What is left is 1 or more in units of the threshold; other than sign(), clamping keeps a NaN.
+        threshold = step_amplitude / 2
+        emitted = nn.functional.hardshrink(membrane, threshold).div_(threshold).clamp_(-1, 1)
         codes[step].copy_(nn.functional.hardshrink(membrane, step_amplitude).sign_().add_(emitted))
         if spikes.dtype == torch.float32:
             torch.mul(emitted, step_amplitude, out=spikes[step])
@@ -209,39 +214,47 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
     up here. A saved tensor is packed if it is (a view of) one that neurons announced and nobody has written since.
     """
 
-    _active: "SpikePacking | None" = None
-
     def __init__(self) -> None:
         super().__init__(self._pack, _unpack)
-        self._announced: dict[int, tuple[StorageWeakRef, int, torch.Tensor, torch.Tensor]] = {}
+        self._announced: dict[int, _Announcement] = {}
 
     def __enter__(self) -> None:
-        self._outer, SpikePacking._active = SpikePacking._active, self
+        self._token = _PACKING.set(self)
         super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        SpikePacking._active = self._outer
-        self._announced.clear()
+        _PACKING.reset(self._token)
         super().__exit__(*error)
 
     @staticmethod
     def announce(spikes: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor) -> None:
         """Tells the innermost context, if there is one, what `spikes` `(T, ...)` are made of."""
-        packing = SpikePacking._active
-        if packing is not None and spikes.is_contiguous():
-            # As long as the weak reference lives, no other storage can have its number.
-            storage = StorageWeakRef(spikes.untyped_storage())
-            packing._announced[storage.cdata] = (storage, spikes._version, codes, amplitude)
+        packing = _PACKING.get()
+        if packing is None or not spikes.is_contiguous():
+            return
+        # Codes of spikes that are gone would be kept for nothing; of a checkpointed layer, all are.
+        alive = {number: entry for number, entry in packing._announced.items() if not entry.storage.expired()}
+        # As long as the weak reference lives, no other storage can have its number.
+        storage = StorageWeakRef(spikes.untyped_storage())
+        packing._announced = alive | {storage.cdata: _Announcement(storage, spikes._version, codes, amplitude)}
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _PackedSpikes":
-        storage, version, codes, amplitude = self._announced.get(
-            tensor.untyped_storage()._cdata, (None, 0, tensor, tensor)
-        )
-        if storage is None or storage.expired() or tensor._version != version:
+        announced = self._announced.get(tensor.untyped_storage()._cdata)
+        if announced is None or tensor._version != announced.version:
             return tensor
-        return _PackedSpikes(
-            codes, amplitude, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
-        )
+        layout = tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        return _PackedSpikes(announced.codes, announced.amplitude, tensor.dtype, *layout)
+
+
+# Of each thread and task its own: replicas of torch.nn.DataParallel run side by side.
+_PACKING: ContextVar[SpikePacking | None] = ContextVar("packing", default=None)
+
+
+class _Announcement(NamedTuple):
+    storage: StorageWeakRef
+    version: int
+    codes: torch.Tensor
+    amplitude: torch.Tensor
 
 
 class _PackedSpikes(NamedTuple):

@@ -30,8 +30,24 @@ _ACTIVATION_LIBRARIES = ("transformers.activations", "torch.nn.modules.activatio
 _LAYER = re.compile(r"\.(\d+)\.(.+)")
 
 
+class Located:
+    """A part of the model that has a name."""
+
+    name: str
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the encoder layer, None outside of the layers."""
+        return layer_and_place(self.name)[0]
+
+    @property
+    def place(self) -> str:
+        """The name within a layer, equal in all layers; outside of the layers the whole name."""
+        return layer_and_place(self.name)[1]
+
+
 @dataclass(frozen=True)
-class NeuronCount:
+class NeuronCount(Located):
     """Spikes of one group of neurons.
 
     Args:
@@ -49,16 +65,6 @@ class NeuronCount:
     negative: torch.Tensor
     amplitude: tuple[float, ...]
     has_membrane: bool = True
-
-    @property
-    def layer(self) -> int | None:
-        """Number of the encoder layer, None outside of the layers."""
-        return layer_and_place(self.name)[0]
-
-    @property
-    def place(self) -> str:
-        """The name within a layer, equal in all layers."""
-        return layer_and_place(self.name)[1]
 
     @property
     def spikes(self) -> torch.Tensor:
@@ -107,7 +113,7 @@ class NeuronCount:
 
 
 @dataclass
-class ProductCount:
+class ProductCount(Located):
     """Work of one matrix product: a linear layer, or q k^T or probs v of an attention layer.
 
     Args:
@@ -134,16 +140,6 @@ class ProductCount:
     scalings: int = 0
     real_inputs: int = 0
     spike_inputs: int = 0
-
-    @property
-    def layer(self) -> int | None:
-        """Number of the encoder layer, None outside of the layers."""
-        return layer_and_place(self.name)[0]
-
-    @property
-    def place(self) -> str:
-        """The name within a layer, equal in all layers; outside of the layers the whole name."""
-        return layer_and_place(self.name)[1]
 
     @property
     def sees_spikes(self) -> bool:

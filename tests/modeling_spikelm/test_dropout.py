@@ -1,10 +1,12 @@
 """The CPU's dropout: its statistics, its gradients, and what autograd keeps."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
-from modeling_spikelm import SpikeLMConfig
+from modeling_spikelm import SpikeLMConfig, spiking
 from modeling_spikelm.dropout import Dropout, attention_with_dropout
 from modeling_spikelm.spiking import SpikePacking, SpikingNeurons
 
@@ -14,6 +16,13 @@ def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
     dropped = Dropout(0.1)(torch.ones(1000, 1000))
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.002)
+
+
+def test_the_share_is_as_exact_in_bfloat16():
+    """Whose own precision would round the threshold, and drop 10.06 %."""
+    torch.manual_seed(0)
+    dropped = Dropout(0.1)(torch.ones(1 << 24, dtype=torch.bfloat16))
+    assert (dropped == 0).float().mean(dtype=torch.float64).item() == pytest.approx(0.1, abs=3e-4)
 
 
 def test_dropout_passes_the_gradient_through_the_mask_of_its_forward():
@@ -99,3 +108,34 @@ def test_spikes_that_a_hook_has_written_are_kept_as_they_are():
         outputs = linear(neurons(inputs))
     (found,) = torch.autograd.grad(outputs.sum(), linear.weight)
     torch.testing.assert_close(found[0], neurons(inputs).sum((0, 1)))
+
+
+def test_codes_of_spikes_that_are_gone_are_not_kept():
+    """As in a checkpointed layer, whose spikes nobody saves."""
+    neurons, _ = neurons_and_linear()
+    packing = SpikePacking()
+    with packing:
+        for _ in range(3):
+            neurons(torch.randn(6, 5, 8))
+    assert len(packing._announced) == 1
+
+
+def test_threads_that_pack_side_by_side_leave_nothing_behind():
+    entered, leave = threading.Event(), threading.Event()
+
+    def pack_until_told():
+        with SpikePacking():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=pack_until_told)
+    with SpikePacking():
+        thread.start()
+        entered.wait()
+    leave.set()
+    thread.join()
+    assert spiking._PACKING.get() is None
+    neurons, linear = neurons_and_linear()
+    inputs = torch.randn(6, 5, 8)
+    kept_bytes, _ = saved_bytes(lambda: linear(neurons(inputs)))
+    assert kept_bytes >= inputs.numel() * 4
