@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,10 @@ def main(argv: list[str] | None = None) -> None:
             | {"checkpoint_digest": checkpoint_digest(model_arguments)},
             "+".join(content_fingerprint(split) for split in splits.values()),
         )
-        pushed_to = push_target(training)
-        checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        checkpoint, pushed_to = None, push_target(training)
+        # What is wrong with the model is said first; a folder of another run is refused after that.
+        with suppress(ValueError):
+            checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         if record.has_nothing_left(pushed_to):
             if training.process_index == 0:
                 results_file = Path(training.output_dir, "all_results.json")
@@ -119,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{type(model).__name__} has no next-sentence head; choose --objective mlm or another --model_type."
             )
+        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
         record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
 
