@@ -19,6 +19,8 @@ def set_up_logging(arguments: TrainingArguments) -> None:
     logging.getLogger().setLevel(level)
     transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.disable_progress_bar()
+    # Transformers has a handler of its own; where CI=true it hands its messages on as well, and they would show twice.
+    transformers.utils.logging.disable_propagation()
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     if not PartialState().is_main_process:
         datasets.utils.logging.disable_progress_bar()
