@@ -18,9 +18,11 @@ SIDES = {
     "bert-sparse": "the same BERT with masked-LM logits at the labels only: what of our gain is the sparse head",
     "bert-int8": "the same BERT under PyTorch's dynamic int8 quantisation (inference on the CPU)",
     "spikelm": "SpikeLM",
-    "oracle": "SpikeLM with its step-by-step oracle neuron, torch's own dropout and dense logits: our own strawman",
+    "oracle": "SpikeLM with its step-by-step oracle neuron, dense logits and no fast path: our own strawman",
 }
 SPIKING_SIDES = ("spikelm", "oracle")
+# Of modeling_spikelm.fast_paths, which needs torch.
+FAST_PATHS = ("cpu_neurons", "cpu_products", "cpu_dropout", "cpu_attention", "packed_spikes")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,13 @@ class Case:
     warmup: int = 3
     gradient_checkpointing: bool = False
     with_optimizer: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        return f"{self.side} T={self.num_time_steps}" if self.side in SPIKING_SIDES else self.side
+        if self.side not in SPIKING_SIDES:
+            return self.side
+        return " ".join([f"{self.side} T={self.num_time_steps}", *(f"-{name}" for name in self.without)])
 
     @property
     def setting(self) -> str:
@@ -77,6 +82,9 @@ class CommonArguments:
     dtype: Literal["float32", "bf16_autocast"] = field(default="float32", metadata={"help": "Arithmetic."})
     device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
     compile: bool = field(default=False, metadata={"help": "torch.compile every side."})
+    without: list[str] = list_of(
+        choices=FAST_PATHS, help="Fast paths that the SpikeLM side does without (modeling_spikelm/fast_paths.py)."
+    )
     rounds: int = field(default=3, metadata={"help": "Rounds; in each, every side has its turn."})
     keep_environment: bool = field(
         default=False, metadata={"help": "Leave the memory allocator's environment variables (MALLOC_*) alone."}
@@ -107,7 +115,12 @@ class CommonArguments:
             "compile": self.compile,
         } | changes
         return [
-            Case(side=side, num_time_steps=steps, **common)
+            Case(
+                side=side,
+                num_time_steps=steps,
+                without=tuple(self.without) if side == "spikelm" else (),
+                **common,
+            )
             for side in sides
             for steps in (self.num_time_steps if side in SPIKING_SIDES else [1])
         ]

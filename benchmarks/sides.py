@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from cases import SHAPES, VOCABULARY_SIZES, Case
+from cases import FAST_PATHS, SHAPES, VOCABULARY_SIZES, Case
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
-from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, dropout, modeling_spikelm, spiking
+from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, fast_paths, spiking
 
 LABEL_SHARE = 0.15
 
@@ -31,8 +31,8 @@ def build_model(case: Case) -> PreTrainedModel:
         is_oracle = case.side == "oracle"
         if is_oracle:
             spiking.spike = spiking.spike_reference
-            for module in (dropout, modeling_spikelm):
-                module.is_eager_on_cpu = lambda tensor: False
+        for name in FAST_PATHS if is_oracle else case.without:
+            setattr(fast_paths.FAST_PATHS, name, False)
         model_class = SpikeLMForMaskedLM if has_head else SpikeLMModel
         model = model_class(SpikeLMConfig(**sizes, num_time_steps=case.num_time_steps, sparse_prediction=not is_oracle))
     if case.gradient_checkpointing:

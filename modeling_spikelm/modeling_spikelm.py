@@ -36,7 +36,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spikelm import SpikeLMConfig
 from .dropout import Dropout, attention_with_dropout
-from .spiking import SpikePacking, SpikingNeurons, is_eager_on_cpu
+from .fast_paths import FAST_PATHS, is_eager_on_cpu
+from .linear import Linear
+from .spiking import SpikePacking, SpikingNeurons
 
 
 class _TapMean(torch.autograd.Function):
@@ -141,9 +143,9 @@ class SpikeLMSelfAttention(nn.Module):
         self.is_causal = False
         # Queries, keys and values see the same input, so one group of neurons serves all three.
         self.neurons = SpikingNeurons(config)
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
         self.key_neurons = SpikingNeurons(config, has_membrane=False)
         self.value_neurons = SpikingNeurons(config, has_membrane=False)
         self.step_mean = SpikeLMStepMean(config)
@@ -172,7 +174,7 @@ class SpikeLMSelfAttention(nn.Module):
         query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and 0 < dropout < 1 and is_eager_on_cpu(query):
+        if FAST_PATHS.cpu_attention and implementation == "sdpa" and 0 < dropout < 1 and is_eager_on_cpu(query):
             # torch's own is written out on a CPU when it has to drop, and keeps three matrices of probabilities.
             context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
@@ -192,7 +194,7 @@ class SpikeLMResidual(nn.Module):
     def __init__(self, config: SpikeLMConfig, input_size: int):
         super().__init__()
         self.neurons = SpikingNeurons(config)
-        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.dense = Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -222,7 +224,7 @@ class SpikeLMIntermediate(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
         self.neurons = SpikingNeurons(config)
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -286,7 +288,7 @@ class SpikeLMPooler(nn.Module):
 class SpikeLMPredictionHeadTransform(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.transform_act_fn = ACT2FN[config.mlm_transform_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -300,7 +302,7 @@ class SpikeLMLMPredictionHead(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
         self.transform = SpikeLMPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder: nn.Linear = Linear(config.hidden_size, config.vocab_size)
         # BERT's checkpoints hold the decoder's bias under this name as well.
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -521,7 +523,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             attention_mask = attention_mask.repeat(steps, *[1] * (attention_mask.dim() - 1))
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         # torch.compile decides by itself what to keep and what to compute again from the codes.
-        packs = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        packs = FAST_PATHS.packed_spikes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with SpikePacking() if packs else nullcontext():
             last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None

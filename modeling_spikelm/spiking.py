@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
 from .configuration_spikelm import SpikeLMConfig
+from .fast_paths import FAST_PATHS, is_eager_on_cpu
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +85,7 @@ class _Spike(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
     ) -> torch.Tensor:
-        emit = _emit_on_cpu if is_eager_on_cpu(inputs) else _emit
+        emit = _emit_on_cpu if FAST_PATHS.cpu_neurons and is_eager_on_cpu(inputs) else _emit
         spikes, codes = emit(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
         ctx.decay, ctx.reset, ctx.has_membrane = decay, reset, has_membrane
@@ -96,7 +97,7 @@ class _Spike(torch.autograd.Function):
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         codes, amplitude = ctx.saved_tensors
         # Gradients are enabled in here for `create_graph`, which the CPU's in-place passes cannot give.
-        is_quick = is_eager_on_cpu(codes) and not torch.is_grad_enabled()
+        is_quick = FAST_PATHS.cpu_neurons and is_eager_on_cpu(codes) and not torch.is_grad_enabled()
         pass_back = _pass_back_on_cpu if is_quick else _pass_back
         gradient = pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane)
         return gradient, None, None, None, None
@@ -137,11 +138,6 @@ def _pass_back(
             passed = passed + later * kept_share(codes[step].sign(), amplitude[step], decay, reset)
         gradient[step] = later = passed
     return gradient
-
-
-def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether this is a CPU's tensor that nothing traces: what the fast paths of a CPU serve."""
-    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _emit_on_cpu(

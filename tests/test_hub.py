@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.carried_code import CODE
 from tests.clean_machine import run_on_clean_machine
 from tests.corpus import TINY, write_corpus
 from tests.hub_server import HubServer, check_card
 
 ROOT = Path(__file__).parent.parent
-CODE_FILES = {"configuration_spikelm.py", "dropout.py", "modeling_spikelm.py", "quantization.py", "spiking.py"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_pushed_commit_is_a_complete_model_and_holds_no_pickle(hub, pushed
     ]
     for commit in commits:
         names = set(commit.files) - {".gitattributes"}
-        assert names >= CODE_FILES | {"config.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
+        assert names >= CODE.keys() | {"config.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
         assert not [name for name in names if name.endswith((".bin", ".pt", ".pth")) or "/" in name]
         assert not names & {"run.json", "trainer_state.json"}
         errors, _ = check_card(commit.files["README.md"].decode())
@@ -93,7 +93,7 @@ print(type(again).__name__, again.config.num_labels)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["5", "SpikeLMForSequenceClassification", "3"]
-    assert set(hub.commits("tester/classifier")[-1].files) >= CODE_FILES
+    assert set(hub.commits("tester/classifier")[-1].files) >= CODE.keys()
 
 
 def test_revision_pins_weights_and_code(hub, pushed, tmp_path):

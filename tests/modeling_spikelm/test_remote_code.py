@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-import configuration_spikelm.configuration_spikelm as configuration_file
-import modeling_spikelm
+from configuration_spikelm.configuration_spikelm import AUTO_MAP
 from modeling_spikelm import SpikeLMForMaskedLM
+from tests.carried_code import CODE
 from tests.clean_machine import run_on_clean_machine
 
-CODE_FILES = {"configuration_spikelm.py", "dropout.py", "modeling_spikelm.py", "quantization.py", "spiking.py"}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "france", "is", "paris", "."]
 
 
@@ -35,14 +34,7 @@ def clean_run(code: str) -> str:
 
 def test_checkpoint_carries_its_code_byte_for_byte(checkpoint):
     carried = {path.name: path.read_bytes() for path in checkpoint.glob("*.py")}
-    package = Path(modeling_spikelm.__file__).parent
-    assert carried == {
-        "configuration_spikelm.py": Path(configuration_file.__file__).read_bytes(),
-        "modeling_spikelm.py": (package / "modeling_spikelm.py").read_bytes(),
-        "dropout.py": (package / "dropout.py").read_bytes(),
-        "quantization.py": (package / "quantization.py").read_bytes(),
-        "spiking.py": (package / "spiking.py").read_bytes(),
-    }
+    assert carried == {name: path.read_bytes() for name, path in CODE.items()}
 
 
 def test_loads_saves_and_loads_again_without_us(checkpoint, tmp_path):
@@ -67,9 +59,9 @@ print(type(model).__name__, len(fill("the capital of france is [MASK].")), model
     ours = SpikeLMForMaskedLM.from_pretrained(checkpoint).eval()(torch.arange(5, 12).unsqueeze(0)).logits.sum().item()
     assert float(total) == pytest.approx(ours, rel=1e-5)
     for folder in (again, tmp_path / "classifier"):
-        assert {path.name for path in folder.glob("*.py")} == CODE_FILES
+        assert {path.name for path in folder.glob("*.py")} == CODE.keys()
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert auto_map == configuration_file.AUTO_MAP
+        assert auto_map == AUTO_MAP
 
 
 def test_saved_again_by_us_it_still_loads_without_us(checkpoint, tmp_path):
@@ -99,7 +91,7 @@ arguments = TrainingArguments({str(tmp_path / "trained")!r}, max_steps=2, save_s
 Trainer(model, arguments, train_dataset=rows).train()
 """)
     saved = tmp_path / "trained" / "checkpoint-2"
-    assert {path.name for path in saved.glob("*.py")} == CODE_FILES
+    assert {path.name for path in saved.glob("*.py")} == CODE.keys()
     clean_run(f"""
 from transformers import AutoModelForMaskedLM
 AutoModelForMaskedLM.from_pretrained({str(saved)!r}, trust_remote_code=True)
@@ -138,5 +130,5 @@ trainer.save_model()
 print("accuracy", metrics["eval_accuracy"])
 """)
     assert "accuracy" in printed.splitlines()[-1]
-    assert {path.name for path in saved.glob("*.py")} == CODE_FILES
+    assert {path.name for path in saved.glob("*.py")} == CODE.keys()
     assert json.loads((saved / "config.json").read_text())["label2id"] == {"no": 1, "yes": 0}

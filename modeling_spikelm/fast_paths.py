@@ -1,0 +1,40 @@
+"""What makes SpikeLM quick and small, with a switch for each; none changes a result by more than float rounding.
+
+    from modeling_spikelm.fast_paths import FAST_PATHS
+
+    FAST_PATHS.packed_spikes = False
+
+The neurons' fused pass (`spiking.spike`) has no switch: `spiking.spike_reference` stands beside it. The masked-LM head
+on labelled positions alone is `config.sparse_prediction`, for it changes what a model returns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class FastPaths:
+    """Those that begin with `cpu_` serve a CPU's tensors in eager mode; everywhere else torch's own code runs.
+
+    Attributes:
+        cpu_neurons: neurons in float passes, because torch's CPU kernels that take or give bool are not vectorised.
+        cpu_products: float32 linear layers of the encoder and the masked-LM head through oneDNN instead of MKL.
+        cpu_dropout: dropout masks of 16 random bits, four to a draw, kept in a byte per value.
+        cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
+        packed_spikes: what autograd keeps of spikes is their int8 codes, on every device.
+    """
+
+    cpu_neurons: bool = True
+    cpu_products: bool = True
+    cpu_dropout: bool = True
+    cpu_attention: bool = True
+    packed_spikes: bool = True
+
+
+FAST_PATHS = FastPaths()
+
+
+def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether this is a CPU's tensor that nothing traces: what the fast paths of a CPU serve."""
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
