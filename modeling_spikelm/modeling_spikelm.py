@@ -302,7 +302,8 @@ class SpikeLMLMPredictionHead(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
         self.transform = SpikeLMPredictionHeadTransform(config)
-        self.decoder: nn.Linear = Linear(config.hidden_size, config.vocab_size)
+        # Not ours: oneDNN works on a copy of the weight, which here is the largest one, at the peak of memory.
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         # BERT's checkpoints hold the decoder's bias under this name as well.
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
