@@ -24,6 +24,14 @@ AUTO_MAP = {
 
 MEMBRANE_RESETS = ("reference", "symmetric")
 
+# Every neuron there is, and which of the fields that not all neurons use it does use. Its class, a subclass of
+# SpikingNeurons that gives this name, is in modeling_spikelm/neurons.py.
+NEURONS = {
+    "elastic": ("amplitude_scale", "membrane_reset", "int8_weights"),
+    "bi-spiking": ("membrane_reset", "int8_weights"),
+    "lif": (),
+}
+
 # A subset of transformers.activations.ACT2FN, spelled out because importing that table imports torch.
 ACTIVATIONS = (
     "gelu",
@@ -81,6 +89,11 @@ class SpikeLMConfig(PreTrainedConfig):
     Besides BERT's fields, with BERT's meaning:
 
     Args:
+        neuron (`str`, *optional*, defaults to `"elastic"`):
+            Which neuron fires the spikes: `"elastic"`, -a, 0 or +a with a calibrated amplitude a (the paper's);
+            `"bi-spiking"`, -1, 0 or +1; `"lif"`, leaky integrate-and-fire, 0 or 1. The last two are there to be
+            compared with. They have no `amplitude_scale`, and `"lif"` has a single reset and no int8 weights: such
+            fields have to stay at their defaults.
         num_time_steps (`int`, *optional*, defaults to 4):
             Number of time steps T that the encoder runs for; at least 1.
         membrane_decay (`float`, *optional*, defaults to 0.25):
@@ -135,6 +148,7 @@ class SpikeLMConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
     tie_word_embeddings: bool = True
 
+    neuron: str = "elastic"
     num_time_steps: int = 4
     membrane_decay: float | int = 0.25
     amplitude_scale: float | int = 2.0
@@ -177,11 +191,17 @@ class SpikeLMConfig(PreTrainedConfig):
             self._require(field, getattr(self, field) in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
 
     def validate_neuron(self) -> None:
-        """Refuses time steps and neuron constants for which the neuron's equations make no sense."""
+        """Refuses a neuron there is not, and constants that its equations do not have or make no sense with."""
+        self._require("neuron", self.neuron in NEURONS, f"one of {', '.join(NEURONS)}")
         self._require("num_time_steps", self.num_time_steps >= 1, "a whole number of at least 1")
         self._require("membrane_decay", 0 <= self.membrane_decay <= 1, "a number in [0, 1]")
         self._require("amplitude_scale", 0 < self.amplitude_scale < float("inf"), "a finite number above 0")
         self._require("membrane_reset", self.membrane_reset in MEMBRANE_RESETS, f"one of {', '.join(MEMBRANE_RESETS)}")
+        for field in NEURONS["elastic"]:
+            default = getattr(type(self), field)
+            is_used = field in NEURONS[self.neuron]
+            allowed = f"{default!r}, its default, because neuron={self.neuron!r} does not use it"
+            self._require(field, is_used or getattr(self, field) == default, allowed)
 
     def _require(self, field: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -222,8 +242,8 @@ class SpikeLMConfig(PreTrainedConfig):
             # The masked-LM head comes along, so its activation has to stay what its weights were trained with.
             translated["mlm_transform_act"] = bert.get("hidden_act", "gelu")
         logger.warning_once(
-            f"{name} is a BERT checkpoint: SpikeLM takes its weights as a warm start. Its neurons are not calibrated "
-            "yet; they calibrate in the first training forward, or by model.calibrate(batches)."
+            f"{name} is a BERT checkpoint: SpikeLM takes its weights as a warm start. Elastic neurons are then not "
+            "calibrated yet; they calibrate in the first training forward, or by model.calibrate(batches)."
         )
         return {**translated, "model_type": cls.model_type}
 

@@ -1,1 +1,4 @@
-from configuration_spikelm.configuration_spikelm import SpikeLMConfig  # noqa: F401  (a checkpoint carries the real file)
+from configuration_spikelm.configuration_spikelm import (  # noqa: F401  (a checkpoint carries the real file)
+    NEURONS,
+    SpikeLMConfig,
+)

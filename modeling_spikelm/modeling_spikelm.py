@@ -38,6 +38,7 @@ from .configuration_spikelm import SpikeLMConfig
 from .dropout import Dropout, attention_with_dropout
 from .fast_paths import FAST_PATHS, is_eager_on_cpu
 from .linear import Linear
+from .neurons import make_neurons
 from .spiking import SpikePacking, SpikingNeurons
 
 
@@ -132,7 +133,7 @@ def eager_attention_forward(
 
 
 class SpikeLMSelfAttention(nn.Module):
-    """Self-attention on spikes: real queries, ternary keys and values, `(T * B, L, H)` in and out."""
+    """Self-attention on spikes: real queries, spiking keys and values, `(T * B, L, H)` in and out."""
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
@@ -142,12 +143,12 @@ class SpikeLMSelfAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         # Queries, keys and values see the same input, so one group of neurons serves all three.
-        self.neurons = SpikingNeurons(config)
+        self.neurons = make_neurons(config)
         self.query = Linear(config.hidden_size, config.hidden_size)
         self.key = Linear(config.hidden_size, config.hidden_size)
         self.value = Linear(config.hidden_size, config.hidden_size)
-        self.key_neurons = SpikingNeurons(config, has_membrane=False)
-        self.value_neurons = SpikingNeurons(config, has_membrane=False)
+        self.key_neurons = make_neurons(config, has_membrane=False)
+        self.value_neurons = make_neurons(config, has_membrane=False)
         self.step_mean = SpikeLMStepMean(config)
 
     def forward(
@@ -193,7 +194,7 @@ class SpikeLMResidual(nn.Module):
 
     def __init__(self, config: SpikeLMConfig, input_size: int):
         super().__init__()
-        self.neurons = SpikingNeurons(config)
+        self.neurons = make_neurons(config)
         self.dense = Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
@@ -223,7 +224,7 @@ class SpikeLMIntermediate(nn.Module):
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.neurons = SpikingNeurons(config)
+        self.neurons = make_neurons(config)
         self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
 
@@ -353,8 +354,9 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SpikingNeurons):
-            init.zeros_(module.amplitude)
-            module.is_calibrated = False  # the next forward looks at the buffer, whatever is in it by then
+            init.constant_(module.amplitude, module.initial_amplitude)
+            # If it can be calibrated, the next forward looks at the buffer, whatever is in it by then.
+            module.is_calibrated = module.fixed_amplitude is not None
         elif isinstance(module, SpikeLMLMPredictionHead):
             init.zeros_(module.bias)
 
@@ -395,7 +397,8 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
 
         Each batch is treated as if it were the first of a training (dropout off), in execution order; an amplitude
         becomes the mean of its values over the batches, weighted by their number of positions. With several processes
-        every one has to call, each with batches of its own, and all end with the same amplitudes.
+        every one has to call, each with batches of its own, and all end with the same amplitudes. Neurons with a fixed
+        amplitude need none of this and stay as they are.
 
         Args:
             batches: forward arguments, for instance `[tokenizer(texts, padding=True, return_tensors="pt")]`.
@@ -406,6 +409,9 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         """
         if self.config.int8_weights:
             raise ValueError("A SpikeLM with int8 weights keeps its amplitudes; calibrate the float model instead.")
+        groups = _elastic_neurons(self)
+        if not groups:
+            return
         weighted: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0))
         weights: dict[SpikingNeurons, int] = defaultdict(int)
 
@@ -416,7 +422,6 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             weights[neurons] += steps[0].numel()
             neurons.set_amplitude(amplitude)
 
-        groups = _neurons(self)
         before = [neurons.amplitude.clone() for neurons in groups]
         was_training = self.training
         hooks = [neurons.register_forward_pre_hook(use_batch_amplitude) for neurons in groups]
@@ -442,7 +447,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
 
     def reset_calibration(self) -> None:
         """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew."""
-        for neurons in _neurons(self):
+        for neurons in _elastic_neurons(self):
             neurons.set_amplitude(torch.zeros_like(neurons.amplitude))
 
     def quantize_weights(self) -> "SpikeLMPreTrainedModel":
@@ -452,12 +457,13 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         and loaded like any SpikeLM; `config.int8_weights` says so. Embeddings, pooler and heads stay float32.
 
         Raises:
-            ValueError: the neurons are not calibrated, the weights are int8 already, not float32, or wear an adapter.
+            ValueError: the neurons are not calibrated or not ternary, or the weights are int8 already, not float32, or
+                wear an adapter.
         """
         from .quantization import check_can_quantize, quantize_layer
 
         encoder = next(module for module in self.modules() if isinstance(module, SpikeLMEncoder))
-        check_can_quantize(encoder.layer)
+        check_can_quantize(encoder.layer, self.config)
         for number, layer in enumerate(encoder.layer):
             encoder.layer[number] = quantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are SpikeLMLayers by now
         self.config.int8_weights = True
@@ -470,6 +476,10 @@ _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token
 
 def _neurons(model: nn.Module) -> list[SpikingNeurons]:
     return [module for module in model.modules() if isinstance(module, SpikingNeurons)]
+
+
+def _elastic_neurons(model: nn.Module) -> list[SpikingNeurons]:
+    return [neurons for neurons in _neurons(model) if neurons.fixed_amplitude is None]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_spikelm import SpikeLMConfig
+from .configuration_spikelm import NEURONS, SpikeLMConfig
 from .modeling_spikelm import SpikeLMLayer, SpikeLMSelfAttention
 from .spiking import SpikingNeurons
 
@@ -350,11 +350,18 @@ def quantize_layer(layer: SpikeLMLayer, config: SpikeLMConfig) -> QuantizedLayer
     return quantized.eval()
 
 
-def check_can_quantize(layers: Iterable[nn.Module]) -> None:
+def check_can_quantize(layers: Iterable[nn.Module], config: SpikeLMConfig) -> None:
     """
     Raises:
-        ValueError: a layer is quantised already, not float32, not calibrated or wears an adapter; the message says so.
+        ValueError: a layer is quantised already, not float32, not calibrated or wears an adapter, or its neurons are
+            not ternary; the message says so.
     """
+    if "int8_weights" not in NEURONS[config.neuron]:
+        able = [repr(neuron) for neuron, fields in NEURONS.items() if "int8_weights" in fields]
+        raise ValueError(
+            f"quantize_weights() takes ternary spikes, but this SpikeLM has neuron={config.neuron!r}; it works with "
+            f"{' and '.join(able)}."
+        )
     for layer in layers:
         if isinstance(layer, QuantizedLayer):
             raise ValueError("The weights of this SpikeLM are int8 already.")

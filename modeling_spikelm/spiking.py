@@ -1,5 +1,7 @@
 """Spiking neurons with elastic bi-directional spikes (Xing et al., ICML 2024, arXiv:2406.03287, section 3).
 
+neurons.py has the others that they are compared with.
+
 A group of neurons runs for T time steps and has one amplitude per step, `amplitude[t] > 0`. With the input `x[t]`, the
 membrane `m[t]` and the emitted spike `s[t]`:
 
@@ -17,7 +19,7 @@ with one byte per spike kept for the backward pass. `SpikingNeurons` is the laye
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -285,12 +287,24 @@ class SpikingNeurons(nn.Module):
     are `amplitude_scale * mean(|membrane|)` over every position, of every process, of the first training batch, and
     frozen from then on. While they are not calibrated, evaluation uses the statistics of the batch at hand.
 
+    Neurons of another kind are a subclass that gives its name, `class LIFNeurons(SpikingNeurons, neuron="lif")`, and
+    overrides `emit`, sets `fixed_amplitude`, or both. With a `fixed_amplitude` nothing is calibrated, and the buffer is
+    no part of a checkpoint.
+
     Args:
         config: gives T, the decay, the amplitude's scale and the reset.
         has_membrane: without one every step stands alone, `m[t] = x[t]` (keys and values).
     """
 
+    # The class of every `SpikeLMConfig.neuron`.
+    kinds: ClassVar[dict[str, type["SpikingNeurons"]]] = {}
+    fixed_amplitude: ClassVar[float | None] = None
     amplitude: torch.Tensor
+
+    def __init_subclass__(cls, neuron: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if neuron is not None:
+            SpikingNeurons.kinds[neuron] = cls
 
     def __init__(self, config: SpikeLMConfig, has_membrane: bool = True):
         super().__init__()
@@ -299,9 +313,10 @@ class SpikingNeurons(nn.Module):
         self.amplitude_scale = config.amplitude_scale
         self.reset = config.membrane_reset
         self.has_membrane = has_membrane
-        self.register_buffer("amplitude", torch.zeros(config.num_time_steps, dtype=torch.float32))
+        amplitude = torch.full((config.num_time_steps,), self.initial_amplitude, dtype=torch.float32)
+        self.register_buffer("amplitude", amplitude, persistent=self.fixed_amplitude is None)
         # True once `amplitude` is known on the host to be set, so that a forward need not ask the device.
-        self.is_calibrated = False
+        self.is_calibrated = self.fixed_amplitude is not None
         self.register_load_state_dict_post_hook(SpikingNeurons._read_after_load)
 
     def extra_repr(self) -> str:
@@ -310,10 +325,19 @@ class SpikingNeurons(nn.Module):
             f"has_membrane={self.has_membrane}"
         )
 
+    @property
+    def initial_amplitude(self) -> float:
+        """What the amplitudes are in a new model; 0 means "not calibrated"."""
+        return 0.0 if self.fixed_amplitude is None else self.fixed_amplitude
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         steps = inputs.unflatten(0, (self.num_time_steps, -1))
         amplitude = self.amplitude if self.is_calibrated else self._first_amplitude(steps)
-        return spike(steps, amplitude, self.decay, self.reset, self.has_membrane).flatten(0, 1)
+        return self.emit(steps, amplitude).flatten(0, 1)
+
+    def emit(self, steps: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
+        """Spikes `(T, B, L, F)` of inputs `(T, B, L, F)` at amplitudes `(T,)`, differentiable."""
+        return spike(steps, amplitude, self.decay, self.reset, self.has_membrane)
 
     @torch.compiler.disable
     def _first_amplitude(self, steps: torch.Tensor) -> torch.Tensor:
@@ -359,13 +383,21 @@ class SpikingNeurons(nn.Module):
         return torch.stack(amplitudes)
 
     def set_amplitude(self, amplitude: torch.Tensor) -> None:
-        """Calibrates the group to `amplitude`, `(T,)`, above 0; all zeros: not calibrated again."""
+        """Calibrates the group to `amplitude`, `(T,)`, above 0; all zeros: not calibrated again.
+
+        Raises:
+            ValueError: these neurons have a fixed amplitude.
+        """
+        if self.fixed_amplitude is not None:
+            raise ValueError(f"{type(self).__name__} have the fixed amplitude {self.fixed_amplitude}.")
         with torch.no_grad():
             self.amplitude.copy_(amplitude)
         self.read_calibration()
 
     def read_calibration(self) -> None:
         """Asks the buffer whether it is calibrated; to be called when something else has written it."""
+        if self.fixed_amplitude is not None:
+            return
         values = [0.0] if self.amplitude.is_meta else self.amplitude.tolist()
         self.is_calibrated = all(values)
         if any(values) and not self.is_calibrated:
@@ -384,6 +416,9 @@ class SpikingNeurons(nn.Module):
         if self.amplitude.dtype != torch.float32:
             self.amplitude = before.to(self.amplitude.device)
         return self
+
+
+SpikingNeurons.kinds["elastic"] = SpikingNeurons
 
 
 def _mean(values: torch.Tensor, every_process: bool) -> torch.Tensor:

@@ -18,6 +18,7 @@ def test_defaults_are_the_base_model_of_the_paper():
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (12, 768, 12)
     assert (config.num_time_steps, config.membrane_decay, config.amplitude_scale) == (4, 0.25, 2.0)
     assert (config.hidden_act, config.mlm_transform_act, config.membrane_reset) == ("gelu", "relu", "reference")
+    assert config.neuron == "elastic"
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_defaults_are_the_base_model_of_the_paper():
         ("amplitude_scale", 0.0, "above 0"),
         ("amplitude_scale", float("inf"), "finite"),
         ("membrane_reset", "hard", "reference, symmetric"),
+        ("neuron", "plif", "elastic, bi-spiking, lif"),
         ("hidden_act", "gelo", "gelu"),
         ("mlm_transform_act", "", "relu"),
         ("hidden_dropout_prob", 1.0, "[0, 1)"),
@@ -43,6 +45,28 @@ def test_impossible_value_is_refused_naming_field_value_and_what_is_allowed(fiel
         SpikeLMConfig(**{field: value})
     assert f"{field}={value!r}" in str(refusal.value)
     assert allowed in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("neuron", "field", "value", "default"),
+    [
+        ("lif", "amplitude_scale", 3.0, "2.0"),
+        ("bi-spiking", "amplitude_scale", 1.0, "2.0"),
+        ("lif", "membrane_reset", "symmetric", "'reference'"),
+        ("lif", "int8_weights", True, "False"),
+    ],
+)
+def test_field_that_a_neuron_does_not_use_has_to_stay_at_its_default(neuron, field, value, default):
+    with pytest.raises(ValueError) as refusal:
+        SpikeLMConfig(neuron=neuron, **{field: value})
+    assert f"{field}={value!r}" in str(refusal.value)
+    assert f"{default}, its default, because neuron={neuron!r}" in str(refusal.value)
+    SpikeLMConfig(neuron="elastic", **{field: value})
+
+
+def test_what_a_neuron_uses_is_free():
+    SpikeLMConfig(neuron="bi-spiking", membrane_reset="symmetric", membrane_decay=0.5, num_time_steps=7)
+    SpikeLMConfig(neuron="lif", membrane_decay=0.5, num_time_steps=7)
 
 
 def test_value_of_the_wrong_type_is_refused():
