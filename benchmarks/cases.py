@@ -18,9 +18,10 @@ SIDES = {
     "bert-sparse": "the same BERT with masked-LM logits at the labels only: what of our gain is the sparse head",
     "bert-int8": "the same BERT under PyTorch's dynamic int8 quantisation (inference on the CPU)",
     "spikelm": "SpikeLM",
+    "spikelm-int8": "SpikeLM after quantize_weights() (inference)",
     "oracle": "SpikeLM with its step-by-step oracle neuron, dense logits and no fast path: our own strawman",
 }
-SPIKING_SIDES = ("spikelm", "oracle")
+SPIKING_SIDES = ("spikelm", "spikelm-int8", "oracle")
 # Of modeling_spikelm.fast_paths, which needs torch.
 FAST_PATHS = ("cpu_neurons", "cpu_products", "cpu_dropout", "cpu_attention", "packed_spikes")
 
@@ -53,6 +54,10 @@ class Case:
         if self.side not in SPIKING_SIDES:
             return self.side
         return " ".join([f"{self.side} T={self.num_time_steps}", *(f"-{name}" for name in self.without)])
+
+    @property
+    def is_int8(self) -> bool:
+        return self.side.endswith("int8")
 
     @property
     def setting(self) -> str:

@@ -109,7 +109,6 @@ def time_by_turns(
             of_rounds = [mine / other for mine, other in zip(by_round(case), by_round(stock), strict=True)]
             ratio = (times[part] / medians(stock)[part], min(of_rounds), max(of_rounds))
         flops = facts[case]["flops"]
-        # Products outside PyTorch's operators (int8) are not counted.
         share = flops / times[part] / rate if flops else None
         results[case] = {"seconds": times, "ratio": ratio, "flops": flops, "share_of_peak": share}
     return results

@@ -23,6 +23,8 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # Whether a thread that has nothing to do spins (and costs its core) or sleeps (and has to be woken).
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -104,7 +106,8 @@ def _cell(value: Any) -> str:
 
 
 def _identity(run: dict[str, Any]) -> tuple:
-    return run["title"], run["command"], run["machine"]["cpu"], run["machine"]["cores"], run["machine"].get("gpu")
+    facts = ("cpu", "cores", "threads", "wait_policy", "gpu")
+    return run["title"], run["command"], *(run["machine"].get(fact) for fact in facts)
 
 
 def _cpu_name() -> str:

@@ -72,9 +72,11 @@ def training_loss(case: Case, model: PreTrainedModel) -> Callable[[dict[str, tor
 
 
 def inference(case: Case, model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """`batch -> last hidden state` in evaluation mode."""
+    """`batch -> last hidden state` in evaluation mode, of a model that has seen its first batch."""
     model.eval()
-    if case.side == "bert-int8":
+    if case.side == "spikelm-int8":
+        model.quantize_weights()
+    elif case.side == "bert-int8":
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
     def last_hidden_state(batch: dict[str, torch.Tensor]) -> torch.Tensor:

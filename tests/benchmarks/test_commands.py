@@ -1,5 +1,6 @@
 """Every benchmark runs at toy size and reports what it promises; no figure is judged here."""
 
+import importlib
 import json
 import os
 import re
@@ -49,11 +50,37 @@ def test_training_step_is_timed_and_counted_against_the_stock_bert(tmp_path):
 
 
 def test_inference_is_timed_and_kept_with_command_and_machine(tmp_path):
-    (row,) = rows_by_side("inference", *QUICK, "--sides", "spikelm", folder=tmp_path).values()
+    (row,) = rows_by_side("inference", *QUICK, "--batch_size", "2", "--sides", "spikelm", folder=tmp_path).values()
     assert row["sequences per s"] == pytest.approx(2 / (row["forward ms"] / 1e3))
     (result,) = results("inference", tmp_path)
-    assert result["command"] == f"python benchmarks/inference.py {' '.join(TOY + QUICK)} --sides spikelm"
+    assert result["command"] == f"python benchmarks/inference.py {' '.join(TOY + QUICK)} --batch_size 2 --sides spikelm"
     assert result["machine"].keys() >= {"cpu", "cores", "threads", "torch", "transformers"}
+
+
+def test_int8_inference_stands_beside_the_dynamically_quantised_bert_at_both_batch_sizes(tmp_path):
+    finished = run("inference", *QUICK, "--sides", "bert-int8", "spikelm-int8", "--output", str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    found = results("inference", tmp_path)
+    assert [re.search(r"batch (\d+) x", result["title"])[1] for result in found] == ["8", "1"]
+    for result in found:
+        rows = {row["side"]: row for row in result["rows"]}
+        assert list(rows) == ["bert-int8", "spikelm-int8 T=2"]
+        assert all(row["GFLOP"] is None and row["ratio to bert"] is None for row in rows.values())
+        ratios = {side: row["forward ms"] / rows["bert-int8"]["forward ms"] for side, row in rows.items()}
+        assert {side: row["ratio to bert-int8"] for side, row in rows.items()} == pytest.approx(ratios)
+        assert result["machine"]["wait_policy"] == os.environ.get("OMP_WAIT_POLICY", "default")
+
+
+def test_what_the_int8_side_times_has_int8_weights(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cases, sides = importlib.import_module("cases"), importlib.import_module("sides")
+    for side in ("spikelm", "spikelm-int8"):
+        case = cases.Case("inference", side, "tiny", batch_size=2, length=8)
+        model = sides.build_model(case)
+        batch = sides.build_batch(case)
+        sides.calibrate(model, batch)
+        assert sides.inference(case, model)(batch).shape == (2, 8, 32)
+        assert model.config.int8_weights == (side == "spikelm-int8")
 
 
 def test_a_repeated_command_replaces_its_result_and_another_one_is_added(tmp_path, monkeypatch):
