@@ -529,9 +529,10 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         steps = self.config.num_time_steps
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden_states = embeddings.repeat(steps, 1, 1)
+        # Like repeat(), but no copy for a single step.
+        hidden_states = embeddings.expand(steps, *embeddings.shape).flatten(0, 1)
         if attention_mask is not None:
-            attention_mask = attention_mask.repeat(steps, *[1] * (attention_mask.dim() - 1))
+            attention_mask = attention_mask.expand(steps, *attention_mask.shape).flatten(0, 1)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         # torch.compile decides by itself what to keep and what to compute again from the codes.
         packs = FAST_PATHS.packed_spikes and torch.is_grad_enabled() and not torch.compiler.is_compiling()

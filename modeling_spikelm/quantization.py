@@ -106,18 +106,17 @@ class QuantizedNeurons(SpikingNeurons):
             yield SpikeCodes(codes, amplitude)
 
 
-def has_int8_kernel(device: torch.device) -> bool:
-    """Whether oneDNN's int8 product is there; `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+# On other processors than x86 oneDNN falls back to a loop far slower than the float32 product.
+MACHINE_HAS_INT8_KERNEL = (
+    torch.backends.mkldnn.is_available()
+    and platform.machine().lower() in ("x86_64", "amd64")
+    and hasattr(torch.ops.onednn, "qlinear_pointwise")
+)
 
-    On other processors than x86 oneDNN falls back to a loop far slower than the float32 product.
-    """
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-        and platform.machine().lower() in ("x86_64", "amd64")
-        and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    )
+
+def has_int8_kernel(device: torch.device) -> bool:
+    """Whether oneDNN's int8 product is there; `torch.backends.mkldnn.flags(enabled=False)` turns it off."""
+    return MACHINE_HAS_INT8_KERNEL and device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
 
 
 class QuantizedLinear(nn.Module):
@@ -158,7 +157,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Codes `(B, L, in)` to float32 `(B, L, out)`; a `residual` of that shape is added to, in place."""
         if has_int8_kernel(spikes.codes.device):
-            return self._onednn_product(spikes, residual)
+            # The decorator takes its time; without torch.compile there is nothing to keep out of.
+            product = self._product_outside_graphs if torch.compiler.is_compiling() else self._onednn_product
+            return product(spikes, residual)
         # Signs times int8 sum up to integers that float32 holds exactly (in_features <= 2 ** 24 / 127).
         with torch.autocast(spikes.codes.device.type, enabled=False):
             sums = nn.functional.linear(spikes.codes.float() - 1, self.int8_weight.float())
@@ -167,7 +168,6 @@ class QuantizedLinear(nn.Module):
             return residual.add_(outputs)
         return outputs if self.activation is None else ACT2FN[self.activation](outputs)
 
-    @torch.compiler.disable
     def _onednn_product(self, spikes: SpikeCodes, residual: torch.Tensor | None) -> torch.Tensor:
         if self._packed_weight is None:
             self._packed_weight = torch.ops.onednn.qlinear_prepack(self.int8_weight, None)
@@ -188,6 +188,8 @@ class QuantizedLinear(nn.Module):
         if self.activation is None or name != "none":
             return outputs
         return ACT2FN[self.activation](outputs)
+
+    _product_outside_graphs = torch.compiler.disable(_onednn_product)
 
     @staticmethod
     def _forget_after_load(module: "QuantizedLinear", incompatible_keys: Any) -> None:

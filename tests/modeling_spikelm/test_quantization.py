@@ -202,6 +202,13 @@ def test_autocast_changes_no_product(config, batch):
     )
 
 
+def test_compiled_it_is_the_same(config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
 @every_class
 def test_saved_and_loaded_it_is_the_same_to_the_bit(model_class, config, batch, tmp_path):
     inputs = inputs_of(model_class, batch)
