@@ -127,7 +127,13 @@ def main(argv: list[str] | None = None) -> None:
         record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
 
     seed = training.data_seed if training.data_seed is not None else training.seed
-    collator = MaskingCollator(tokenizer, data_arguments.mlm_probability, seed, data_arguments.pad_to_multiple_of)
+    collator = MaskingCollator(
+        tokenizer,
+        data_arguments.mlm_probability,
+        seed,
+        data_arguments.pad_to_multiple_of,
+        with_positions="masked_lm_positions" in inputs,
+    )
     collator.has_token_types &= "token_type_ids" in inputs
     with training.main_process_first(desc="masking the validation rows"):
         validation = mask_statically(

@@ -533,7 +533,13 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         hidden_states = embeddings.expand(steps, *embeddings.shape).flatten(0, 1)
         if attention_mask is not None:
             attention_mask = attention_mask.expand(steps, *attention_mask.shape).flatten(0, 1)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            # Where nothing is padding no mask is needed, but a device would have to be waited for to know.
+            allow_is_bidirectional_skip=attention_mask is None or attention_mask.is_cpu,
+        )
         # torch.compile decides by itself what to keep and what to compute again from the codes.
         packs = FAST_PATHS.packed_spikes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with SpikePacking() if packs else nullcontext():
@@ -571,13 +577,19 @@ class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
     }
 
     def predict_tokens(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None
+        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `(B, L, vocab_size)` and labels `(B, L)`; with `config.sparse_prediction`, in training mode, only the
-        `N` positions that have a label: `(N, vocab_size)` and `(N,)`."""
+        """Logits `(B, L, vocab_size)` and labels `(B, L)`; with `config.sparse_prediction`, in training mode, only
+        those at the `(B, C)` positions given, or without any and on a CPU at all that have a label: `(N, vocab_size)`
+        and `(N,)`."""
         if labels is not None and self.training and self.config.sparse_prediction:
-            is_predicted = labels != -100
-            hidden_states, labels = hidden_states[is_predicted], labels[is_predicted]
+            if positions is None or is_eager_on_cpu(labels):
+                # A device would have to be asked how many there are.
+                is_predicted = labels != -100
+                hidden_states, labels = hidden_states[is_predicted], labels[is_predicted]
+            else:
+                hidden_states = hidden_states.take_along_dim(positions.unsqueeze(-1), 1).flatten(0, 1)
+                labels = labels.take_along_dim(positions, 1).flatten()
         return self.cls(hidden_states), labels
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -610,12 +622,16 @@ class SpikeLMForPreTraining(SpikeLMWithMLMHead):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         next_sentence_label: torch.Tensor | None = None,
+        masked_lm_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | SpikeLMForPreTrainingOutput:
         """
         Args:
             labels: `(B, L)` token ids to predict, -100 where nothing is.
             next_sentence_label: `(B,)`, 0 where the second segment follows the first, 1 where it is a random one.
+            masked_lm_positions: `(B, C)`, optional: distinct positions in each row, every one that has a label among
+                them. With it a sparse prediction (see `config.sparse_prediction`) has a shape that is known beforehand:
+                torch.compile gets by without a graph break, a GPU is not waited for.
         """
         outputs = self.bert(
             input_ids,
@@ -626,7 +642,7 @@ class SpikeLMForPreTraining(SpikeLMWithMLMHead):
             return_dict=True,
             **kwargs,
         )
-        prediction_logits, labels = self.predict_tokens(outputs.last_hidden_state, labels)
+        prediction_logits, labels = self.predict_tokens(outputs.last_hidden_state, labels, masked_lm_positions)
         seq_relationship_logits = self.cls.seq_relationship(outputs.pooler_output)
         loss = None
         if labels is not None and next_sentence_label is not None:
@@ -658,11 +674,13 @@ class SpikeLMForMaskedLM(SpikeLMWithMLMHead):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        masked_lm_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MaskedLMOutput:
         """
         Args:
             labels: `(B, L)` token ids to predict, -100 where nothing is.
+            masked_lm_positions: `(B, C)` as for `SpikeLMForPreTraining`.
         """
         outputs = self.bert(
             input_ids,
@@ -673,7 +691,7 @@ class SpikeLMForMaskedLM(SpikeLMWithMLMHead):
             return_dict=True,
             **kwargs,
         )
-        logits, labels = self.predict_tokens(outputs.last_hidden_state, labels)
+        logits, labels = self.predict_tokens(outputs.last_hidden_state, labels, masked_lm_positions)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -126,6 +128,44 @@ def test_firing_rates_are_logged_while_training_and_change_nothing(trained, corp
     assert len(rates[0]) == 4 and all(0 < rate < 1 for rate in rates[0])
     assert rates[1] == [None] * 4
     assert not [name for name in results(tmp_path / "plain") if "energy" in name or "firing" in name]
+
+
+@pytest.mark.parametrize(("model_type", "gets_positions"), [("spikelm", True), ("bert", False)])
+def test_only_a_model_that_takes_positions_is_given_them_and_only_to_train(
+    model_type, gets_positions, corpus, tmp_path, monkeypatch
+):
+    given = {True: set(), False: set()}
+
+    def load_model(*arguments):
+        model = experiment_load_model(*arguments)
+        model.register_forward_pre_hook(lambda m, _, inputs: given[m.training].update(inputs), with_kwargs=True)
+        return model
+
+    experiment_load_model = run_mlm.load_model
+    monkeypatch.setattr(run_mlm, "load_model", load_model)
+    sizes = TINY.removesuffix(",num_time_steps=2")
+    more = ["--model_type", model_type, "--config_overrides", sizes, "--spike_batches", "0", "--max_steps", "1"]
+    run_mlm.main(from_scratch(corpus, *more, "--output_dir", str(tmp_path)))
+    assert ("masked_lm_positions" in given[True], "masked_lm_positions" in given[False]) == (gets_positions, False)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp"])
+def test_a_compiled_run_trains_in_a_single_graph_and_learns_what_an_eager_one_does(
+    objective, trained, corpus, tmp_path
+):
+    dropouts = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(trained), "--objective", objective]
+    command += ["--config_overrides", dropouts, "--spike_batches", "0", "--pad_to_multiple_of", "64"]
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "eager")])
+    torch.compiler.reset()
+    counters.clear()
+    with mock.patch.dict(os.environ):  # where TrainingArguments leaves what it has been told of compiling
+        # Inductor would take its time to write C++ for the same graphs.
+        compiled = ["--torch_compile", "--torch_compile_backend", "aot_eager"]
+        run_mlm.main([*command, *compiled, "--output_dir", str(tmp_path / "compiled")])
+    assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
+    losses = [results(tmp_path / name)["eval_mlm_loss"] for name in ("eager", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_model_that_cannot_be_counted_trains_without_figures(corpus, tmp_path):

@@ -12,7 +12,9 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
 )
+from transformers.utils.generic import find_labels
 
+import modeling_spikelm
 from modeling_spikelm import (
     SpikeLMForMaskedLM,
     SpikeLMForMultipleChoice,
@@ -242,25 +244,6 @@ def test_half_precision_loading_keeps_the_amplitudes(config, batch, dtype, tmp_p
     assert loaded(**batch).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_graph_breaks_once_calibrated(config, batch, training, tmp_path):
-    calibrated(SpikeLMForMaskedLM, config, batch).save_pretrained(tmp_path)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    model = SpikeLMForMaskedLM.from_pretrained(tmp_path, config=config).train(training)
-    torch._dynamo.reset()
-    # aot_eager traces forward and backward as inductor does, without the minutes that compiling C++ takes.
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    inputs = {**batch, "labels": batch["input_ids"]}
-    output, expected = compiled(**inputs), model(**inputs)
-    torch.testing.assert_close(output.loss, expected.loss)
-    if training:
-        output.loss.backward()
-        gradient = model.bert.embeddings.word_embeddings.weight.grad.clone()
-        model.zero_grad()
-        expected.loss.backward()
-        torch.testing.assert_close(gradient, model.bert.embeddings.word_embeddings.weight.grad, rtol=1e-4, atol=1e-6)
-
-
 def test_lora_on_query_and_value_trains_and_reloads(config, batch, tmp_path):
     model = get_peft_model(
         calibrated(SpikeLMForSequenceClassification, config, batch),
@@ -422,3 +405,40 @@ def test_sparse_prediction_changes_neither_loss_nor_gradients_and_only_training(
     for (name, parameter), other in zip(full.named_parameters(), sparse.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
     assert sparse.eval()(**inputs)[1].shape == (3, 7, config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "more"),
+    [(SpikeLMForMaskedLM, {}), (SpikeLMForMaskedLM, {"num_items_in_batch": 17}), (SpikeLMForPreTraining, {})],
+)
+def test_prediction_at_given_positions_has_the_loss_and_the_gradients_of_the_labels(
+    model_class, more, config, batch, monkeypatch
+):
+    """On a CPU they are left aside, so it is taken for another device."""
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    inputs = {**with_labels(model_class, batch, config), **more}
+    has_label = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    inputs["labels"] = inputs["labels"].masked_fill(~has_label, -100)
+    model = calibrated(model_class, config, batch).train()
+
+    def step(**inputs):
+        model.zero_grad()
+        output = model(**inputs)
+        output.loss.backward()
+        return output.loss.detach(), output[1].shape, {name: p.grad for name, p in model.named_parameters()}
+
+    expected_loss, shape, expected = step(**inputs)
+    assert shape == (5, config.vocab_size)
+    monkeypatch.setattr(modeling_spikelm.modeling_spikelm, "is_eager_on_cpu", lambda tensor: False)
+    positions = torch.tensor([[1, 4, 5, 0], [6, 0, 1, 2], [0, 6, 3, 2]])
+    loss, shape, gradients = step(**inputs, masked_lm_positions=positions)
+    assert shape == (12, config.vocab_size)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-7)
+    assert model.eval()(**inputs, masked_lm_positions=positions)[1].shape == (3, 7, config.vocab_size)
+
+
+def test_no_argument_but_a_label_is_called_one():
+    """The Trainer takes every argument with "label" in its name for one that an evaluation needs."""
+    assert find_labels(SpikeLMForMaskedLM) == ["labels"]
+    assert find_labels(SpikeLMForPreTraining) == ["labels", "next_sentence_label"]

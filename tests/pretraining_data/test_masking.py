@@ -18,7 +18,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically, mask_tokens
+from pretraining_data.masking import (
+    IGNORED,
+    EpochCallback,
+    MaskingCollator,
+    StreamPasses,
+    mask_statically,
+    mask_tokens,
+    most_labels,
+)
 from pretraining_data.packing import numbered
 
 SETTINGS = {"seed": 0, "epoch": 0, "example_id": 0, "probability": 0.15, "mask_token_id": 4, "vocab_size": 1000}
@@ -74,6 +82,34 @@ def test_every_row_has_something_to_predict(length, example_id, epoch, seed, dat
     assert (labels != -100).any() == (not special.all())
 
 
+def test_no_row_has_more_labels_than_the_bound():
+    """Both tokens of a row would be chosen in one of 10,000 rows."""
+    assert most_labels(2, 0.01) == 1
+    ids, special = np.array([20, 21]), np.zeros(2, dtype=bool)
+    settings = {**SETTINGS, "probability": 0.01}
+    labels = [mask_tokens(ids, special, **{**settings, "example_id": number})[1] for number in range(30_000)]
+    assert {int((row != IGNORED).sum()) for row in labels} == {1}
+
+
+def test_the_bound_leaves_the_share_of_chosen_tokens_alone():
+    """At 15 % of 128 tokens it is far above the mean, and below the whole row."""
+    assert 1.9 * 0.15 * 128 < most_labels(128, 0.15) < 0.32 * 128
+    assert most_labels(128, 1.0) == 128
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0.01, 1), st.integers(0, 10_000))
+def test_positions_are_those_of_all_labels_and_others_without(tokenizer, lengths, probability, seed):
+    rows = [{"input_ids": [20] * length, "example_id": number} for number, length in enumerate(lengths)]
+    batch = MaskingCollator(tokenizer, probability, seed, with_positions=True)(rows)
+    labels, positions = batch["labels"], batch["masked_lm_positions"]
+    assert positions.shape == (len(rows), most_labels(max(lengths), probability))
+    for row, places in zip(labels, positions, strict=True):
+        labelled = (row != IGNORED).nonzero().flatten()
+        assert torch.equal(places[: len(labelled)], labelled)
+        assert len(places.unique()) == len(places)
+
+
 @pytest.mark.parametrize("changed", ["seed", "epoch", "example_id"])
 def test_masks_depend_on_seed_epoch_and_example(changed):
     ids, special = np.arange(5, 205), np.zeros(200, dtype=bool)
@@ -123,6 +159,12 @@ def test_labels_that_rows_carry_are_used(tokenizer, collator):
     batch = collator(rows)
     assert batch["input_ids"].tolist() == [[2, 4, 3], [2, 3, 0]]
     assert batch["labels"].tolist() == [[-100, 9, -100], [-100] * 3]
+
+
+def test_rows_with_labels_of_their_own_get_no_positions(tokenizer):
+    """Nothing bounds how many labels they have."""
+    collator = MaskingCollator(tokenizer, with_positions=True)
+    assert "masked_lm_positions" not in collator([{"input_ids": [2, 4, 4, 3], "labels": [-100, 9, 8, -100]}])
 
 
 def test_models_without_token_types_get_none(tokenizer):

@@ -1,0 +1,129 @@
+"""The steady state under torch.compile and on a device: one graph, compiled once, that never asks for a value."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from transformers import BertTokenizer
+
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification
+from pretraining_data.masking import MaskingCollator
+
+HEADS = (SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification)
+every_head = pytest.mark.parametrize("model_class", HEADS, ids=lambda c: c.__name__)
+WAITS_FOR_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@pytest.fixture
+def collator(config) -> MaskingCollator:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens += [f"word{number}" for number in range(config.vocab_size - len(tokens))]
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(tokens)})
+    return MaskingCollator(tokenizer, probability=0.3, with_positions=True)
+
+
+def batches(model_class, collator) -> Iterator[dict[str, torch.Tensor]]:
+    """Three batches of one shape, each with other labels and other padding."""
+    for first in (0, 3, 6):
+        rows = [
+            {"input_ids": [2, *range(10 + n, 26 + n - n % 3), 3], "example_id": n, "next_sentence_label": n % 2}
+            for n in range(first, first + 3)
+        ]
+        batch = collator(rows)
+        next_sentence_label = batch.pop("next_sentence_label")
+        if model_class is SpikeLMForPreTraining:
+            batch["next_sentence_label"] = next_sentence_label
+        if model_class is SpikeLMForSequenceClassification:
+            del batch["masked_lm_positions"]
+            batch["labels"] = next_sentence_label
+        yield batch
+
+
+def calibrated(model_class, config, batch) -> torch.nn.Module:
+    """In training mode, without dropout, which eager and compiled code draw differently."""
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    model = model_class(config)
+    model.calibrate([batch])
+    return model
+
+
+def compiled_into(graphs: list[torch.fx.GraphModule], model: torch.nn.Module) -> torch.nn.Module:
+    """The model as one graph; its forward and its backward are put into `graphs` as a compiler gets them."""
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+
+
+def step(model, batch) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a training step."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def waiting_operations(graph: torch.fx.GraphModule) -> list[str]:
+    """Operations whose output's shape, or a number on the host, depends on values; indexing does with a bool index."""
+
+    def is_boolean(index) -> bool:
+        return index is not None and index.meta["val"].dtype == torch.bool
+
+    return [
+        str(node.target)
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and WAITS_FOR_VALUES & set(node.target.tags)
+        if node.target is not torch.ops.aten.index.Tensor or any(map(is_boolean, node.args[1]))
+    ]
+
+
+@every_head
+def test_training_compiles_once_into_one_graph_without_waiting_and_equals_eager(model_class, config, collator):
+    given = list(batches(model_class, collator))
+    model = calibrated(model_class, config, given[0])
+    graphs = []
+    compiled = compiled_into(graphs, copy.deepcopy(model))
+    step(compiled, given[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = [step(compiled, batch) for batch in given]
+    assert [waiting_operations(graph) for graph in graphs] == [[], []]
+    for batch, mine in zip(given, found, strict=True):
+        torch.testing.assert_close(mine, step(model, batch), rtol=1e-4, atol=1e-6)
+
+
+@every_head
+def test_inference_compiles_once_into_one_graph_without_waiting_and_equals_eager(model_class, config, collator):
+    given = list(batches(model_class, collator))
+    model = calibrated(model_class, config, given[0]).eval()
+    graphs = []
+    compiled = compiled_into(graphs, model)
+    with torch.no_grad():
+        compiled(**given[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = [compiled(**batch).to_tuple() for batch in given]
+        assert [waiting_operations(graph) for graph in graphs] == [[]]
+        for batch, mine in zip(given, found, strict=True):
+            torch.testing.assert_close(mine, model(**batch).to_tuple(), rtol=1e-4, atol=1e-5)
+
+
+@every_head
+def test_a_device_is_never_waited_for(model_class, config, collator):
+    """Nothing on the meta device has a value, so whoever asks for one there fails."""
+    batch, *_ = batches(model_class, collator)
+    model = calibrated(model_class, config, batch)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
+    model.to("meta")
+    batch = {name: value.to("meta") for name, value in batch.items()}
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.is_meta
+    with torch.no_grad():
+        model.eval()(**batch)
