@@ -32,6 +32,7 @@ from transformers import (
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
 from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer
+from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.reporting import errors_only, input_errors, set_up_logging
 from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
@@ -240,9 +241,11 @@ def run_task(
     )
     if spikes.spike_batches:
         log_firing_rate(trainer)
+    stop_when_not_finite(trainer)
     history: list[dict[str, float]] = []
     if run.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with number_errors():
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         history = list(trainer.state.log_history)
         report(trainer, "train", metrics | {"train_samples": len(splits["train"])})
         trainer.save_model()

@@ -34,13 +34,21 @@ from transformers import (
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
 from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer, saved_by_run
+from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.reporting import input_errors, set_up_logging
 from experiment.run_record import RunRecord, recorded_arguments, restore_state
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically
-from pretraining_data.packing import check_token_ids, content_fingerprint, numbered, pack_documents, take_rows
+from pretraining_data.packing import (
+    check_token_ids,
+    content_fingerprint,
+    content_numbers,
+    numbered,
+    pack_documents,
+    take_rows,
+)
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
 from pretraining_data.tokenizers import train_wordpiece
@@ -172,10 +180,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     if spikes.spike_batches:
         log_firing_rate(trainer)
+    stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
     if trained:
         restore_state(trainer, trained)
     elif training.do_train:
-        trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        with number_errors():
+            trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if training.do_train and not record.is_trained:
         trainer.save_model()
         trainer.save_state()

@@ -412,6 +412,16 @@ def numbered(dataset: AnyDataset) -> AnyDataset:
     return dataset.add_column("example_id", np.arange(len(dataset), dtype=np.int64))
 
 
+def content_numbers(batch: dict[str, Any]) -> list[int]:
+    """The "example_id" that `numbered` gave the rows of a stream, from the masked batch `[B, L]` they became."""
+    labels, input_ids, mask = (batch[name].cpu().numpy() for name in ("labels", "input_ids", "attention_mask"))
+    originals = np.where(labels == -100, input_ids, labels)
+    return [
+        _content_number({"input_ids": ids[is_token]})["example_id"]
+        for ids, is_token in zip(originals, mask == 1, strict=True)
+    ]
+
+
 def _content_number(row: dict) -> dict[str, int]:
     content = np.asarray(row["input_ids"], dtype=np.int32).tobytes()
     digest = hashlib.blake2b(content, digest_size=8).digest()
