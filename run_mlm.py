@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         # The tokenizer that is saved beside a model must not let through what the model cannot take.
         longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-        splits = check_rows(splits, config, data_arguments)
+        splits = check_rows(splits, config, tokenizer, data_arguments)
         record = RunRecord(
             training.output_dir,
             recorded_arguments(model_arguments, data_arguments, training)
@@ -269,15 +269,17 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArgumen
         )
 
 
-def check_rows(splits, config, arguments: DataArguments):
-    """Refuses token ids that the model has no embedding for (a stream is checked as it is read)."""
+def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
+    """Refuses token ids that the model has no embedding for, drops rows with nothing to predict (of a stream, as it is
+    read)."""
     check = partial(
         check_token_ids,
         vocab_size=config.vocab_size,
         max_seq_length=arguments.max_seq_length,
         type_vocab_size=getattr(config, "type_vocab_size", 2),
+        special_ids=tokenizer.all_special_ids,
     )
-    return type(splits)({name: check(split) for name, split in splits.items()})
+    return type(splits)({name: check(split, name=f"{name} rows") for name, split in splits.items()})
 
 
 def training_rows(rows: Dataset | IterableDataset) -> Dataset | StreamPasses:

@@ -11,12 +11,22 @@ from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import TrainingArguments
 
+# What these say of the data and the run is worth a line each; what libraries say at this level is not.
+OWN_LOGGERS = ("__main__", "run_mlm", "run_glue", "experiment", "glue_tasks", "pretraining_data")
+
 
 def set_up_logging(arguments: TrainingArguments) -> None:
-    """The main process logs at `--log_level`, the others at `--log_level_replica`."""
+    """The main process logs at `--log_level`, the others at `--log_level_replica`.
+
+    Without `--log_level`, our own code logs on the main process what it does to the data and the run, and libraries
+    only warnings.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     level = arguments.get_process_log_level()
     logging.getLogger().setLevel(level)
+    if arguments.log_level == "passive" and PartialState().is_main_process:
+        for name in OWN_LOGGERS:
+            logging.getLogger(name).setLevel(min(level, logging.INFO))
     transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.disable_progress_bar()
     # Transformers has a handler of its own; where CI=true it hands its messages on as well, and they would show twice.

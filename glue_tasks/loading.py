@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from glue_tasks.tasks import GlueTask
@@ -14,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 SENTENCES = ("sentence1", "sentence2")
+LARGEST_INDEX = 2**31 - 1  # as on the Hub
 
 
 def load_task(task: GlueTask, data_dir: str | Path | None = None, cache_dir: str | None = None) -> DatasetDict:
@@ -81,7 +83,19 @@ def _load_from_hub(task: GlueTask, cache_dir: str | None) -> DatasetDict:
         if found != (None if task.labels is None else list(task.labels)):
             raise ValueError(f"{HUB_DATASET} ({task.name}) has the labels {found}, expected {task.labels}.")
         splits[split] = dataset.rename_columns(renamed).select_columns(list(features)).cast(features)
+        _check_hub_rows(task, split, splits[split])
     return splits
+
+
+def _check_hub_rows(task: GlueTask, split: str, dataset: Dataset) -> None:
+    """Refuses rows without a sentence, and labelled rows without a label, which the Hub writes as -1."""
+    if not len(dataset):
+        raise ValueError(f"{HUB_DATASET} ({task.name}): the {split} split is empty.")
+    columns = dataset.data.table
+    for name in columns.column_names:
+        if columns[name].null_count or (name == "label" and pc.min(columns[name]).as_py() < 0):
+            raise ValueError(f"{HUB_DATASET} ({task.name}): the {split} split has rows without a {name}.")
+    logger.info("%s (%s), %s: %d rows read, all used.", HUB_DATASET, task.name, split, len(dataset))
 
 
 def _read_split(task: GlueTask, split: str, path: Path) -> Dataset:
@@ -96,6 +110,9 @@ def _read_split(task: GlueTask, split: str, path: Path) -> Dataset:
     absent = [name for name in wanted if name not in header]
     if header and absent:
         raise ValueError(f"{path}: no column {', '.join(map(repr, absent))}; the columns are {header}.")
+    repeated = [name for name in wanted if header.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{path}: several columns {', '.join(map(repr, repeated))}; the columns are {header}.")
     *sentence_positions, last_position = (header.index(name) for name in wanted) if header else (0,)
 
     columns: dict[str, list] = {name: [] for name in _features(task, labelled)}
@@ -121,12 +138,13 @@ def _read_split(task: GlueTask, split: str, path: Path) -> Dataset:
     used = len(columns["idx"])
     if used == 0:
         raise ValueError(f"{path} is empty: it has no row to use (rows read: {read}).")
-    if used < read:
-        reasons = [f"{len(malformed)} malformed (first at line {malformed[0]})"] if malformed else []
-        reasons += [f"{unlabelled} without a gold label"] if unlabelled else []
-        logger.warning(
-            "%s: %d rows read, %d used, %d dropped: %s.", path, read, used, read - used, " and ".join(reasons)
-        )
+    reasons = [f"{len(malformed)} malformed (first at line {malformed[0]})"] if malformed else []
+    reasons += [f"{unlabelled} without a gold label"] if unlabelled else []
+    logger.log(
+        logging.WARNING if reasons else logging.INFO,
+        "%s: %d rows read, %d used, %d dropped%s.",
+        *(path, read, used, read - used, f": {' and '.join(reasons)}" if reasons else ""),
+    )
     return Dataset.from_dict(columns, features=_features(task, labelled))
 
 
@@ -158,6 +176,6 @@ def _parse_label(task: GlueTask, text: str, where: str) -> int | float:
 
 
 def _parse_index(text: str, where: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{where}: the row index {text!r} is not a number.")
+    if not text.isdecimal() or int(text) > LARGEST_INDEX:
+        raise ValueError(f"{where}: the row index {text!r} is not a number from 0 to {LARGEST_INDEX}.")
     return int(text)

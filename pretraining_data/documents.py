@@ -4,11 +4,12 @@ import csv
 import glob
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets import (
     Dataset,
@@ -16,6 +17,7 @@ from datasets import (
     Features,
     IterableDataset,
     IterableDatasetDict,
+    Json,
     Value,
     concatenate_datasets,
     get_dataset_split_names,
@@ -42,6 +44,8 @@ TOKEN_COLUMNS = (
     "next_sentence_label",
 )
 TEXT_FEATURES = Features({"text": Value("string")})
+# "null": a column without a single value.
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".csv": ("csv", {"keep_default_na": False}),
@@ -52,6 +56,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Files of a saved dataset that are read in parallel when it is streamed.
 STREAM_SHARDS = 64
+NO_TEXT = "their text is blank"
 ROWS_PER_BATCH = 1000
 
 
@@ -60,9 +65,9 @@ def load_documents(
 ) -> DatasetDict | IterableDatasetDict:
     """Load the documents that the arguments name.
 
-    A row, or so many rows as `arguments.rows_per_document` says, is a document: column "text" (never blank; rows
-    without text are dropped and counted in the log), or, where the data is tokenised already, "input_ids" and those of
-    `TOKEN_COLUMNS` that are there.
+    A row, or so many rows as `arguments.rows_per_document` says, is a document: column "text" (never blank: rows
+    without text are dropped; rows read, used and dropped are counted in the log), or, where the data is tokenised
+    already, "input_ids" and those of `TOKEN_COLUMNS` that are there.
 
     Where the data brings no validation split, whole documents are held out. Which ones is a function of `seed` and
     each document's content, so equal documents never sit on both sides and the order of the files does not matter.
@@ -243,26 +248,44 @@ def _check_file(path: Path, text_column: str, may_be_empty: bool = False) -> boo
     row = None
     if path.stat().st_size:
         try:
-            row = next(_rows([path], suffix), None)
+            rows = _rows([path], suffix)
+            row = next(iter(rows), None)
         except (ValueError, DatasetGenerationError) as error:
             raise _unreadable(path, error) from error
     if row is None:
         if may_be_empty:
             return False
         raise ValueError(f"{path} is empty: it holds no document.")
+    is_csv = READERS[suffix][0] == "csv"
     # A cell of a table in text form cannot hold a list of token ids.
-    _check_columns(str(path), list(row), text_column, may_be_tokenised=READERS[suffix][0] != "csv")
+    _check_columns(str(path), list(row), text_column, may_be_tokenised=not is_csv)
+    if is_csv:
+        _check_header(path, suffix, text_column)
+    elif text_column in row and rows.features is not None and "input_ids" not in row:
+        _check_text(str(path), text_column, rows.features)
     return True
 
 
-def _rows(files: list[Path], suffix: str) -> Iterator[dict[str, Any]]:
+def _check_header(path: Path, suffix: str, text_column: str) -> None:
+    """Refuses a table in text form whose text pandas would look for in the wrong column."""
+    separator = {name: value for name, value in READERS[suffix][1].items() if name != "keep_default_na"}
+    try:
+        # Without a header, a first row longer than it is an error; with one, its first cell would become an index.
+        head = pd.read_csv(path, header=None, nrows=2, dtype=str, encoding="utf-8-sig", **separator)
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    header = head.iloc[0].tolist()
+    if header.count(text_column) > 1:
+        raise ValueError(f"{path} has several columns {text_column!r}; its columns are {header}. Rename all but one.")
+
+
+def _rows(files: list[Path], suffix: str) -> IterableDataset:
     """The rows of files of one kind, read lazily with whatever columns they have."""
     if suffix == ".txt":
-        yield from _read_text([_stamp(path) for path in files])
-    else:
-        loader, options = READERS[suffix]
-        names = [glob.escape(str(path)) for path in files]
-        yield from load_dataset(loader, data_files=names, split="train", streaming=True, **options)
+        return IterableDataset.from_generator(_read_text, TEXT_FEATURES, {"files": [_stamp(path) for path in files]})
+    loader, options = READERS[suffix]
+    names = [glob.escape(str(path)) for path in files]
+    return load_dataset(loader, data_files=names, split="train", streaming=True, **options)
 
 
 def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDataset:
@@ -299,6 +322,7 @@ def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDatase
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = str(error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error)
+    reason = reason.strip()
     return ValueError(reason if str(path) in reason else f"{path} cannot be read: {reason}")
 
 
@@ -336,6 +360,14 @@ def _check_columns(name: str, columns: list[str], text_column: str, may_be_token
         )
 
 
+def _check_text(name: str, column: str, features: Features, shown_as: str | None = None) -> None:
+    """Refuses a column that holds something else than text, in some of its rows at least."""
+    feature = features[column]
+    if not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
+        kind = "a mixture of types" if isinstance(feature, Json) else f"{getattr(feature, 'dtype', feature)} values"
+        raise ValueError(f"Column {shown_as or column!r} of {name} holds {kind}, not text.")
+
+
 def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments, rows_per_document: int) -> AnyDataset:
     """The dataset reduced to the columns that matter, without blank rows, which are then joined."""
     if arguments.streaming and isinstance(dataset, Dataset):
@@ -355,23 +387,62 @@ def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments, rows
         ids = first_row["input_ids"]
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
             raise ValueError(f"Column 'input_ids' of {name} does not hold lists of token ids.")
+        if isinstance(dataset, Dataset):
+            logger.info("%s: %d tokenised rows read.", name, len(dataset))
         return _fit_objective(name, dataset, arguments.objective)
     text_column = arguments.text_column_name
     dataset = dataset.select_columns([text_column])
     if text_column != "text":
         dataset = dataset.rename_column(text_column, "text")
-    first = next((row["text"] for row in dataset if row["text"] is not None), "")
-    if not isinstance(first, str):
-        raise ValueError(f"Column {text_column!r} of {name} holds {type(first).__name__} values, not text.")
+    _check_text(name, "text", dataset.features, text_column)
     if dataset.features != TEXT_FEATURES:
         dataset = dataset.cast(TEXT_FEATURES)
     dataset = _without_blank_rows(name, dataset, arguments)
     return dataset if rows_per_document == 1 else _join_rows(dataset, rows_per_document, arguments)
 
 
+class StreamedRows:
+    """Counts the rows of a stream that are read and dropped, and says so at the 1st, the 10th, the 100th dropped one.
+
+    Every process that reads the stream, and every reading of it, counts on its own.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self.why = why
+        self.read = self.dropped = 0
+        self._next_to_say = 1
+
+    def add(self, is_kept: Sequence[bool]) -> None:
+        self.read += len(is_kept)
+        self.dropped += len(is_kept) - sum(is_kept)
+        if self.dropped >= self._next_to_say:
+            report_rows(self.name, self.read, self.dropped, self.why, " so far")
+            self._next_to_say = 10 ** len(str(self.dropped))
+
+
+def report_rows(name: str, read: int, dropped: int, why: str, when: str = "") -> None:
+    """One line in the log on what became of the rows of a source."""
+    level = logging.WARNING if dropped else logging.INFO
+    reason = f" ({why})" if dropped else ""
+    logger.log(level, "%s: %d rows read%s, %d used, %d dropped%s.", name, read, when, read - dropped, dropped, reason)
+
+
+class _HaveText:
+    """`_have_text` for a stream."""
+
+    def __init__(self, name: str) -> None:
+        self.rows = StreamedRows(name, NO_TEXT)
+
+    def __call__(self, batch: dict[str, list[str | None]]) -> list[bool]:
+        is_kept = _have_text(batch)
+        self.rows.add(is_kept)
+        return is_kept
+
+
 def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
-        kept = dataset.filter(_have_text, batched=True)
+        kept = dataset.filter(_HaveText(name), batched=True)
     else:
         num_proc = _processes(arguments.preprocessing_num_workers, len(dataset))
         kept = dataset.filter(
@@ -381,9 +452,9 @@ def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments
             load_from_cache_file=not arguments.overwrite_cache,
             desc="Looking for blank documents",
         )
+        report_rows(name, len(dataset), len(dataset) - len(kept), NO_TEXT)
         if len(kept) == len(dataset):
             return dataset
-        logger.warning("%s: %d of %d rows have no text and are dropped.", name, len(dataset) - len(kept), len(dataset))
     if next(iter(kept), None) is None:
         raise ValueError(f"{name} holds no document: the text of every row is blank.")
     return kept
@@ -475,6 +546,7 @@ def _hold_out(name: str, dataset: AnyDataset, seed: int, arguments: DataArgument
             f"{name} holds {len(ranks)} document(s), too few different ones to hold out any for validation; "
             "give --validation_file."
         )
+    logger.info("%s: %d of %d documents held out for validation.", name, is_held_out.sum(), len(ranks))
     return dataset.select(np.flatnonzero(~is_held_out)), dataset.select(np.flatnonzero(is_held_out))
 
 

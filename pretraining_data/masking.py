@@ -1,6 +1,7 @@
 """BERT's masking as a function of (seed, epoch, example), as a collator for training and once for evaluation."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from .documents import AnyDataset
 from .packing import numbered
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 
@@ -257,11 +260,12 @@ class StreamPasses(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count():
             self.stream.set_epoch(epoch)
-            is_empty = True
+            count = 0
             for row in self.stream:
-                is_empty = False
+                count += 1
                 yield {**row, "epoch": epoch}
-            if is_empty:
+            logger.info("The stream is read to its end: %d rows in pass %d.", count, epoch + 1)
+            if not count:
                 return
 
 

@@ -15,18 +15,23 @@ from datasets import Features, IterableDataset, List, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .documents import AnyDataset, map_in_aligned_shards
+from .documents import AnyDataset, StreamedRows, map_in_aligned_shards, report_rows
 
 logger = logging.getLogger(__name__)
 
-BLOCK_FEATURES = Features({"input_ids": List(Value("int32"))})
+# How many documents begin in a row; a document without a token begins in none.
+BEGINNINGS = "documents_that_begin"
+BLOCK_FEATURES = Features({"input_ids": List(Value("int32")), BEGINNINGS: Value("int32")})
 PAIR_FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "token_type_ids": List(Value("int8")),
         "next_sentence_label": Value("int8"),
+        BEGINNINGS: Value("int32"),
     }
 )
+LIST_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "labels")
+NOTHING_TO_PREDICT = "there is nothing to predict: no label, or only padding and special tokens"
 # Documents packed together. Every batch ends with one short row, so it must not be small.
 DOCUMENTS_PER_BATCH = 1000
 # Characters given to the tokenizer at once: its result takes about 100 bytes a token before only the ids remain.
@@ -107,14 +112,19 @@ def pack_documents(
         "fn_kwargs": settings,
     }
     if isinstance(documents, IterableDataset):
-        return documents.with_format("arrow").map(**arguments).with_format(None)
+        return documents.with_format("arrow").map(**arguments).with_format(None).remove_columns(BEGINNINGS)
     arguments |= {"load_from_cache_file": not overwrite_cache, "desc": "Packing documents"}
     packed = map_in_aligned_shards(documents.with_format("arrow"), num_proc, arguments).with_format(None)
     if not len(packed):
         raise ValueError(f"None of the {len(documents)} documents holds a token.")
-    tokens = sum(int(pc.sum(pc.list_value_length(table["input_ids"])).as_py()) for table in _tables(packed))
-    logger.info("Packed %d documents into %d rows with %d tokens.", len(documents), len(packed), tokens)
-    return packed
+    tokens = used = 0
+    for table in _tables(packed):
+        tokens += int(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
+        used += int(pc.sum(table[BEGINNINGS]).as_py())
+    logger.info("Packed %d documents into %d rows with %d tokens.", used, len(packed), tokens)
+    if used < len(documents):
+        logger.warning("%d of %d documents hold no token and are dropped.", len(documents) - used, len(documents))
+    return packed.remove_columns(BEGINNINGS)
 
 
 def _serialise(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -158,13 +168,15 @@ def _tokenise(texts: Sequence[str], backend: str) -> list[np.ndarray]:
 def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: int) -> pa.Table:
     cls, sep = np.array([cls_id], dtype=np.int32), np.array([sep_id], dtype=np.int32)
     rows: list[np.ndarray] = []
+    beginnings: list[int] = []
     parts: list[np.ndarray] = []
-    used = 0
+    used = begun = 0
 
     def close_row() -> None:
-        nonlocal parts, used
+        nonlocal parts, used, begun
         rows.append(np.concatenate([cls, *parts, sep]))
-        parts, used = [], 0
+        beginnings.append(begun)
+        parts, used, begun = [], 0, 0
 
     for token_ids in _tokenise(table["text"].to_pylist(), backend):
         if used and len(token_ids):
@@ -174,6 +186,7 @@ def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: 
             else:
                 parts.append(sep)
                 used += 1
+        begun += len(token_ids) > 0
         start = 0
         while start < len(token_ids):
             part = token_ids[start : start + room - used]
@@ -184,7 +197,8 @@ def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: 
                 close_row()
     if used:
         close_row()
-    return pa.table({"input_ids": _list_array(rows, pa.int32())}, schema=BLOCK_FEATURES.arrow_schema)
+    columns = {"input_ids": _list_array(rows, pa.int32()), BEGINNINGS: pa.array(beginnings, type=pa.int32())}
+    return pa.table(columns, schema=BLOCK_FEATURES.arrow_schema)
 
 
 def _list_array(rows: list[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
@@ -222,9 +236,10 @@ def _pack_pairs(
     else:
         others = _sentences([text for text in partners if text != texts[0]], backend, room)
         pools = [(others, None)] * len(documents)
-    rows, segments, labels = [], [], []
+    rows, segments, labels, beginnings = [], [], [], []
     for document, (pool, own_index) in zip(documents, pools, strict=True):
-        for first, second, is_random in _pairs(document, pool, own_index, room, rng):
+        for number, (first, second, is_random) in enumerate(_pairs(document, pool, own_index, room, rng)):
+            beginnings.append(int(number == 0))
             rows.append(np.concatenate([[cls_id], first, [sep_id], second, [sep_id]]))
             segments.append(np.repeat([0, 1], [len(first) + 2, len(second) + 1]))
             labels.append(is_random)
@@ -232,6 +247,7 @@ def _pack_pairs(
         "input_ids": _list_array(rows, pa.int32()),
         "token_type_ids": _list_array(segments, pa.int8()),
         "next_sentence_label": pa.array(labels, type=pa.int8()),
+        BEGINNINGS: pa.array(beginnings, type=pa.int32()),
     }
     return pa.table(columns, schema=PAIR_FEATURES.arrow_schema)
 
@@ -319,17 +335,27 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
     return column.to_numpy()
 
 
-def check_token_ids(dataset: AnyDataset, vocab_size: int, max_seq_length: int, type_vocab_size: int = 2) -> AnyDataset:
-    """Check that a model can take the rows.
+def check_token_ids(
+    dataset: AnyDataset,
+    vocab_size: int,
+    max_seq_length: int,
+    type_vocab_size: int = 2,
+    special_ids: Sequence[int] = (),
+    name: str = "the data",
+) -> AnyDataset:
+    """Check that a model can take the rows and learn from them.
 
     Args:
         dataset: rows with "input_ids" and whatever else of `TOKEN_COLUMNS`.
         vocab_size: ids have to lie in [0, vocab_size), labels there or at -100.
         max_seq_length: most tokens in a row.
         type_vocab_size: token_type_ids have to lie in [0, type_vocab_size).
+        special_ids: ids that are never predicted, padding among them.
+        name: of the data, for the log.
 
     Returns:
-        The dataset; a streamed one is checked row by row as it is read.
+        The dataset without the rows that hold nothing to predict, which are counted in the log. A streamed one is
+        checked row by row as it is read.
 
     Raises:
         ValueError: with the number and the fault of the first row that does not fit.
@@ -339,24 +365,52 @@ def check_token_ids(dataset: AnyDataset, vocab_size: int, max_seq_length: int, t
         "labels": (0, vocab_size),
         "token_type_ids": (0, type_vocab_size),
         "attention_mask": (0, 2),
+        "special_tokens_mask": (0, 2),
         "next_sentence_label": (0, 2),
     }
     checks: dict[str, Any] = {"limits": limits, "max_seq_length": max_seq_length}
     if isinstance(dataset, IterableDataset):
         checked = dataset.with_format("arrow").map(
-            _check_table, batched=True, with_indices=True, features=dataset.features, fn_kwargs=checks
+            _StreamCheck(checks, special_ids, StreamedRows(name, NOTHING_TO_PREDICT)),
+            batched=True,
+            with_indices=True,
+            features=dataset.features,
         )
         return checked.with_format(None)
     first_row = 0
+    is_kept = []
     for table in _tables(dataset):
         _check_table(table, range(first_row, first_row + len(table)), **checks)
+        is_kept.append(_has_something_to_predict(table, special_ids))
         first_row += len(table)
-    return dataset
+    kept = np.flatnonzero(np.concatenate(is_kept)) if is_kept else []
+    report_rows(name, len(dataset), len(dataset) - len(kept), NOTHING_TO_PREDICT)
+    if not len(kept):
+        raise ValueError(f"In {name} {NOTHING_TO_PREDICT} in any of {len(dataset)} rows.")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+class _StreamCheck:
+    """What `check_token_ids` does to a table of a stream."""
+
+    def __init__(self, checks: dict[str, Any], special_ids: Sequence[int], rows: StreamedRows) -> None:
+        self.checks = checks
+        self.special_ids = special_ids
+        self.rows = rows
+
+    def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
+        _check_table(table, indices, **self.checks)
+        is_kept = _has_something_to_predict(table, self.special_ids)
+        self.rows.add(is_kept.tolist())
+        return table.filter(pa.array(is_kept))
 
 
 def _check_table(
     table: pa.Table, indices: Sequence[int], limits: dict[str, tuple[int, int]], max_seq_length: int
-) -> pa.Table:
+) -> None:
+    for name in limits:
+        if name in table.column_names:
+            _check_type(name, table[name].type)
     lengths = _lengths(table["input_ids"])
 
     def refuse(is_bad: np.ndarray, fault: str) -> None:
@@ -377,14 +431,39 @@ def _check_table(
         else:
             refuse(_lengths(column) != lengths, f"has {{length}} input_ids but another number of {name}")
             owners = np.repeat(np.arange(len(table)), lengths)
-        values = _flat(column)
+            column = pc.list_flatten(column)
+        if column.null_count:
+            is_null = column.is_null().to_numpy()
+            refuse(np.bincount(owners[is_null], minlength=len(table)) > 0, f"has {name} that are null")
+        values = column.to_numpy()
         is_bad = (values < low) | (values >= high)
         if name == "labels":
             is_bad &= values != -100
         if is_bad.any():
             fault = f"has {name} {values[np.argmax(is_bad)]}, outside [{low}, {high})"
             refuse(np.bincount(owners[is_bad], minlength=len(table)) > 0, fault)
-    return table
+
+
+def _check_type(name: str, column_type: pa.DataType) -> None:
+    is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
+    values = column_type.value_type if is_list else column_type
+    if is_list != (name in LIST_COLUMNS) or not pa.types.is_integer(values):
+        wanted = "a list of whole numbers" if name in LIST_COLUMNS else "a whole number"
+        raise ValueError(f"Column {name!r} of the tokenised data holds {column_type}; every row needs {wanted} there.")
+
+
+def _has_something_to_predict(table: pa.Table, special_ids: Sequence[int]) -> np.ndarray:
+    """Whether any token of a row has a label or, where rows are masked later, may get one; bool `[rows]`."""
+    if "labels" in table.column_names:
+        is_predicted = _flat(table["labels"]) != -100
+    else:
+        is_predicted = np.isin(_flat(table["input_ids"]), special_ids, invert=True)
+        if "special_tokens_mask" in table.column_names:
+            is_predicted &= _flat(table["special_tokens_mask"]) == 0
+        if "attention_mask" in table.column_names:
+            is_predicted &= _flat(table["attention_mask"]) != 0
+    starts = np.cumsum([0, *_lengths(table["input_ids"])[:-1]])
+    return np.logical_or.reduceat(is_predicted, starts) if len(table) else np.array([], dtype=bool)
 
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:
