@@ -442,6 +442,8 @@ class _HaveText:
 
 def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
+        # Looking for the first document is no reading of the stream, and is not counted.
+        first = next(iter(dataset.filter(_have_text, batched=True)), None)
         kept = dataset.filter(_HaveText(name), batched=True)
     else:
         num_proc = _processes(arguments.preprocessing_num_workers, len(dataset))
@@ -453,11 +455,10 @@ def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments
             desc="Looking for blank documents",
         )
         report_rows(name, len(dataset), len(dataset) - len(kept), NO_TEXT)
-        if len(kept) == len(dataset):
-            return dataset
-    if next(iter(kept), None) is None:
+        first = next(iter(kept), None)
+    if first is None:
         raise ValueError(f"{name} holds no document: the text of every row is blank.")
-    return kept
+    return dataset if isinstance(kept, Dataset) and len(kept) == len(dataset) else kept
 
 
 def _have_text(batch: dict[str, list[str | None]]) -> list[bool]:
