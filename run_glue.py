@@ -31,7 +31,7 @@ from transformers import (
 
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
-from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer
+from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer, refuse_pickled_weights
 from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.reporting import errors_only, input_errors, set_up_logging
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for run in plans[data.task.name]:
                 run_arguments = common_arguments(model_arguments, arguments, run) | start
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
-                records[run.output_dir].check(overwrite, run.resume_from_checkpoint)
+                refuse_pickled_weights(records[run.output_dir].check(overwrite, run.resume_from_checkpoint))
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(overwrite, training.resume_from_checkpoint)
     if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:

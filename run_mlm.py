@@ -33,7 +33,14 @@ from transformers import (
 
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.model_card import RunCard
-from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer, saved_by_run
+from experiment.models import (
+    checkpoint_digest,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_pickled_weights,
+    saved_by_run,
+)
 from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.reporting import input_errors, set_up_logging
@@ -117,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         # What is wrong with the model is said first; a folder of another run is refused after that.
         with suppress(ValueError):
             checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        refuse_pickled_weights(checkpoint)
         if record.has_nothing_left(pushed_to):
             if training.process_index == 0:
                 results_file = Path(training.output_dir, "all_results.json")

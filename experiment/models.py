@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig
@@ -126,6 +127,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             config=config,
             cache_dir=arguments.cache_dir,
             revision=arguments.model_revision,
+            use_safetensors=True,
             output_loading_info=True,
             **options,
         )
@@ -134,7 +136,8 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             f"The weights of {name} are damaged ({error}); copy or download the checkpoint again."
         ) from error
     except OSError as error:
-        raise ValueError(f"{name} has no weights that can be loaded: {error}") from error
+        refuse_pickled_weights(name)
+        raise ValueError(f"{name} has no weights in safetensors files that can be loaded: {error}") from error
     except RuntimeError as error:
         raise ValueError(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"
@@ -154,6 +157,23 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             "save it again."
         )
     return _with_mean_loss(auto_class, model)
+
+
+def refuse_pickled_weights(folder: str | None) -> str | None:
+    """Returns the folder of a checkpoint, if there is one, unless its weights are a pickle, which can hold code.
+
+    Raises:
+        ValueError: the weights are not in safetensors files.
+    """
+    if folder is not None and not list(Path(folder).glob("*.safetensors")):
+        pickles = sorted(path.name for path in Path(folder).glob("*.bin") if path.name != TRAINING_ARGS_NAME)
+        if pickles:
+            raise ValueError(
+                f"The weights of {folder} are a pickle ({pickles[0]}), and those are not loaded, for a pickle can hold "
+                "code. If you trust its origin, load it in Python with from_pretrained, which reads tensors only, and "
+                "save it again with save_pretrained, which writes safetensors."
+            )
+    return folder
 
 
 def saved_by_run(arguments: ModelArguments, folder: str | None) -> ModelArguments:

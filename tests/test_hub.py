@@ -45,9 +45,11 @@ def pushed(hub, tmp_path_factory) -> Path:
         *("--max_steps", "6", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"),
         *("--max_eval_samples", "8", "--per_device_train_batch_size", "2", "--save_total_limit", "1"),
         *("--push_to_hub", "--hub_model_id", "tester/tiny", "--hub_always_push", "--output_dir", str(folder / "run")),
+        # What libraries say when they are asked to say all is looked through for the token, too.
+        *("--log_level", "debug"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert hub.token not in done.stdout + done.stderr
+    (folder / "printed.txt").write_text(done.stdout + done.stderr)
     return folder / "run"
 
 
@@ -71,9 +73,17 @@ def test_every_pushed_commit_is_a_complete_model_and_holds_no_pickle(hub, pushed
         assert 'from_pretrained("tester/tiny", trust_remote_code=True)' in card.text
 
 
-def test_the_token_is_in_no_file_of_the_run(hub, pushed):
+def test_the_token_is_in_nothing_written_printed_or_pushed(hub, pushed):
+    """In the run's folder (logs, configurations, cards, pickles), the caches, the output and the repository."""
     secret = hub.token.encode()
-    assert [path for path in pushed.rglob("*") if path.is_file() and secret in path.read_bytes()] == []
+    files = [path for path in pushed.parent.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "README.md", "run.json", "printed.txt"} <= {path.name for path in files}
+    assert "DEBUG" in (pushed.parent / "printed.txt").read_text()
+    assert [path for path in files if secret in path.read_bytes()] == []
+    commits = hub.commits("tester/tiny")
+    assert [name for commit in commits for name, content in commit.files.items() if secret in content] == []
+    assert not [commit for commit in commits if hub.token in commit.message]
+    assert not [address for _, address in hub.requests if hub.token in address]
     assert not list(pushed.glob(".publishing-*"))
 
 

@@ -425,6 +425,9 @@ def test_every_task_is_pushed_complete_to_a_repository_of_its_own(write_glue, ti
     with HubServer() as hub:
         pushed = run_client(hub, cache, f"import run_glue\nrun_glue.main({argv!r})", OMP_NUM_THREADS="1")
         assert pushed.returncode == 0, pushed.stderr
+        secret = hub.token
+        assert secret not in pushed.stdout + pushed.stderr
+        assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
         for name, scores in (("mnli", ["matched_accuracy", "mismatched_accuracy"]), ("rte", ["accuracy"])):
             files = hub.commits(f"tester/glue-{name}")[-1].files
             assert {"model.safetensors", "config.json", "modeling_spikelm.py", "spiking.py"} <= files.keys()
