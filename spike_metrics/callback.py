@@ -1,4 +1,4 @@
-"""The mean firing rate in the Trainer's logs, sampled from the forward of a step that is logged."""
+"""Firing rate, dead and saturated neurons in the Trainer's logs, sampled from the forward of a step that is logged."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from .counting import SpikeCounter, spiking_modules
 
 
 class FiringRateCallback(TrainerCallback):
-    """Adds `firing_rate`, the share of non-zero entries without padding, to the logs of every `every`-th logging step.
+    """Adds three figures, taken without padding, to the logs of every `every`-th logging step: `firing_rate`, the share
+    of non-zero entries, and `dead_neurons` and `saturated_neurons`, the shares that fired never and always.
 
     It counts the first forward of that training step on this process (with `--logging_strategy epoch` the first one of
     every epoch); all other steps run without a hook. It only reads, so the training is the same with and without it.
@@ -29,7 +30,7 @@ class FiringRateCallback(TrainerCallback):
         if every < 1:
             raise ValueError(f"every has to be at least 1, got {every}.")
         self.every = every
-        self._firing_rate: float | None = None
+        self._figures: dict[str, float] = {}
         self._counter: SpikeCounter | None = None
         self._end_of_forward: RemovableHandle | None = None
 
@@ -55,9 +56,10 @@ class FiringRateCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # Other logs, those of an evaluation for instance, pass by.
-        if self._firing_rate is not None and logs is not None and "loss" in logs:
-            logs["firing_rate"] = state.log_history[-1]["firing_rate"] = self._firing_rate
-            self._firing_rate = None
+        if self._figures and logs is not None and "loss" in logs:
+            logs.update(self._figures)
+            state.log_history[-1].update(self._figures)
+            self._figures = {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,7 +78,9 @@ class FiringRateCallback(TrainerCallback):
         counter = self._counter
         self._stop()
         if counter is not None:
-            self._firing_rate = counter.result().firing_rate
+            counted = counter.result()
+            figures = {name: getattr(counted, name) for name in ("firing_rate", "dead_neurons", "saturated_neurons")}
+            self._figures = {name: value for name, value in figures.items() if value is not None}
 
     def _stop(self) -> None:
         if self._counter is not None and self._end_of_forward is not None:

@@ -91,6 +91,16 @@ class NeuronCount(Located):
         """In each time step, how many neurons fired at every token."""
         return (self.spikes == self.positions).sum(1).tolist()
 
+    @property
+    def always_dead(self) -> int:
+        """How many neurons never fired, in no time step."""
+        return int((self.spikes == 0).all(0).sum()) if self.positions else 0
+
+    @property
+    def always_saturated(self) -> int:
+        """How many neurons fired at every token in every time step."""
+        return int((self.spikes == self.positions).all(0).sum()) if self.positions else 0
+
     def to_dict(self, per_neuron: bool = False) -> dict[str, Any]:
         """Plain values for JSON; with `per_neuron` the `(T, F)` counts as well."""
         summary: dict[str, Any] = {
@@ -181,6 +191,20 @@ class SpikeCount:
         """Share of non-zero entries over all groups and time steps; None without spiking neurons."""
         entries = sum(group.entries * len(group.amplitude) for group in self.neurons)
         return sum(int(group.spikes.sum()) for group in self.neurons) / entries if entries else None
+
+    @property
+    def dead_neurons(self) -> float | None:
+        """Share of the neurons of all groups whose firing rate is 0; None without spiking neurons."""
+        return self._share_of_neurons(group.always_dead for group in self.neurons)
+
+    @property
+    def saturated_neurons(self) -> float | None:
+        """Share of the neurons of all groups whose firing rate is 1; None without spiking neurons."""
+        return self._share_of_neurons(group.always_saturated for group in self.neurons)
+
+    def _share_of_neurons(self, counts: Iterable[int]) -> float | None:
+        neurons = sum(group.positive.shape[1] for group in self.neurons)
+        return sum(counts) / neurons if neurons else None
 
     @property
     def encoder(self) -> "SpikeCount":

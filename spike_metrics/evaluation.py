@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 # For people: title and format of every figure of `spike_figures`.
 FIGURES = {
     "firing_rate": ("firing rate", ".1%"),
+    "dead_neurons": ("dead neurons, which never fired", ".2%"),
+    "saturated_neurons": ("saturated neurons, which always fired", ".2%"),
     "encoder_energy_mj": ("energy of the encoder, mJ per sequence", ".4g"),
     "encoder_dense_energy_mj": ("the same encoder without spikes, mJ", ".4g"),
     "encoder_energy_ratio": ("dense / this, encoder", ".2f"),
@@ -25,6 +27,9 @@ FIGURES = {
     "model_energy_ratio": ("dense / this, with pooler and heads", ".2f"),
     "counted_sequences": ("sequences counted", "d"),
 }
+
+# Groups of neurons that a warning names.
+LISTED = 3
 
 
 @dataclass
@@ -81,9 +86,22 @@ def evaluate_spikes(
         if trainer.is_world_process_zero():
             logger.warning_once(f"No firing rate and energy for {type(model).__name__}: {error}")
         return {}
+    if trainer.is_world_process_zero():
+        report_dead_and_saturated(counted)
     figures = {f"{prefix}{name}": value for name, value in spike_figures(counted).items()}
     trainer.log(figures.copy())  # which adds the epoch to it
     return figures
+
+
+def report_dead_and_saturated(counted: SpikeCount) -> None:
+    """Warns of the groups with neurons that never, or always, fired in all that was counted."""
+    for what, attribute in (("never fired", "always_dead"), ("fired at every token", "always_saturated")):
+        groups = [(getattr(group, attribute), group) for group in counted.neurons if getattr(group, attribute)]
+        groups.sort(key=lambda entry: -entry[0])
+        if groups:
+            listed = [f"{number} of {group.positive.shape[1]} in {group.name}" for number, group in groups[:LISTED]]
+            more = f" and in {len(groups) - LISTED} more groups" if len(groups) > LISTED else ""
+            logger.warning(f"Neurons that {what}, in {counted.tokens} tokens: {', '.join(listed)}{more}.")
 
 
 def spike_figures(counted: SpikeCount) -> dict[str, float]:
@@ -92,7 +110,12 @@ def spike_figures(counted: SpikeCount) -> dict[str, float]:
     Energies are millijoules per sequence by the 45 nm convention, ratios those of the dense network over this one.
     """
     energy = energies(counted)
-    figures = {"firing_rate": counted.firing_rate, "counted_sequences": counted.sequences}
+    figures = {
+        "firing_rate": counted.firing_rate,
+        "dead_neurons": counted.dead_neurons,
+        "saturated_neurons": counted.saturated_neurons,
+        "counted_sequences": counted.sequences,
+    }
     for part in PARTS:
         figures |= {
             f"{part}_energy_mj": energy[part]["convention"],

@@ -77,6 +77,19 @@ def test_the_rate_is_that_of_the_batch_and_reaches_every_log(model, tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_dead_and_saturated_neurons_are_logged(model, tmp_path):
+    neurons = 2 * (5 * 16 + 24)
+    assert 0 <= train(model, tmp_path, 1)[2][0]["dead_neurons"] < 16 / neurons
+    # Without a membrane, which grows with the amplitude until it fires; and without dropout in front.
+    model.bert.encoder.layer[1].attention.self.value_neurons.set_amplitude(torch.full((3,), 1e6))
+    model.bert.encoder.layer[0].intermediate.neurons.set_amplitude(torch.full((3,), 1e-6))
+    trainer, _, logs = train(model, tmp_path, 1, learning_rate=0.0)
+    for entries in (logs, trainer.state.log_history):
+        shown = [(entry["dead_neurons"], entry["saturated_neurons"]) for entry in entries if "loss" in entry]
+        assert len(shown) == 4
+        assert all(dead >= 16 / neurons and saturated >= 16 / neurons for dead, saturated in shown)
+
+
 def test_it_is_sampled(model, tmp_path):
     runs = 0
 

@@ -49,6 +49,8 @@ def test_a_case_counted_by_hand():
     assert group.saturated == [1, 0]  # the first neuron in the first step
     assert group.amplitude == (1.0, 2.0)
     assert counted.firing_rate == 0.5
+    # Both fired somewhere, and neither everywhere.
+    assert (counted.dead_neurons, counted.saturated_neurons) == (0, 0)
 
     dense, head = counted.products
     assert (dense.name, dense.steps, dense.sees_spikes) == ("dense", 2, True)
@@ -57,6 +59,15 @@ def test_a_case_counted_by_hand():
     assert dense.scalings == 2 * 3  # an amplitude of 1 needs no multiplication
     assert (head.name, head.steps, head.sees_spikes) == ("head", 1, False)
     assert (head.macs, head.dense_macs, head.accumulates, head.bias_adds) == (2 * 3 * 5, 2 * 3 * 5, [], 0)
+
+
+def test_dead_and_saturated_over_all_time_steps_by_hand():
+    inputs = torch.tensor([[[9.0, 0.1], [-9.0, -0.1], [0.0, 9.0]]])
+    counted = count(OneLayer(), [{"inputs_embeds": inputs, "attention_mask": HAND["attention_mask"]}])
+    assert (counted.dead_neurons, counted.saturated_neurons) == (0.5, 0.5)
+    assert (counted.neurons[0].always_dead, counted.neurons[0].always_saturated) == (1, 1)
+    with_padding = count(OneLayer(), [{"inputs_embeds": inputs}])
+    assert (with_padding.dead_neurons, with_padding.saturated_neurons) == (0, 0)
 
 
 def test_padding_is_counted_if_asked_for():

@@ -1,4 +1,5 @@
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ def test_the_figures_are_those_of_the_count(model, batch):
     assert list(figures) == list(FIGURES)
     assert figures == {
         "firing_rate": counted.firing_rate,
+        "dead_neurons": counted.dead_neurons,
+        "saturated_neurons": counted.saturated_neurons,
         "encoder_energy_mj": encoder.convention,
         "encoder_dense_energy_mj": dense_encoder.convention,
         "encoder_energy_ratio": dense_encoder.convention / encoder.convention,
@@ -99,20 +102,38 @@ def test_the_figures_are_logged_under_their_prefix(model, rows, make_trainer):
     assert figures.items() <= logged.items()
 
 
+@contextmanager
+def warnings_of_evaluation(caplog, monkeypatch):
+    """Caught even if an earlier test has raised transformers' verbosity, or said the same already."""
+    logging.Logger.warning_once.cache_clear()
+    monkeypatch.setattr(evaluation.logger, "disabled", False)
+    monkeypatch.setattr(evaluation.logger, "propagate", False)
+    evaluation.logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger=evaluation.logger.name):
+        yield
+    evaluation.logger.removeHandler(caplog.handler)
+
+
+def test_groups_with_dead_and_saturated_neurons_are_named(model, rows, make_trainer, caplog, monkeypatch):
+    dead, saturated = "bert.encoder.layer.1.attention.self.value_neurons", "bert.encoder.layer.0.intermediate.neurons"
+    model.get_submodule(dead).set_amplitude(torch.full((3,), 1e6))
+    model.get_submodule(saturated).set_amplitude(torch.full((3,), 1e-6))
+    with warnings_of_evaluation(caplog, monkeypatch):
+        figures = evaluate_spikes(make_trainer(model), rows, SpikeArguments())
+    assert figures["eval_dead_neurons"] >= 16 / 208 and figures["eval_saturated_neurons"] >= 16 / 208
+    never, always = (message for message in caplog.messages if message.startswith("Neurons that"))
+    assert f"Neurons that never fired, in {sum(LENGTHS)} tokens: " in never and f"16 of 16 in {dead}" in never
+    assert f"Neurons that fired at every token, in {sum(LENGTHS)} tokens: 16 of 16 in {saturated}" in always
+
+
 def test_a_model_that_the_counter_does_not_know_has_no_figures_and_that_is_said_once(
     rows, make_trainer, caplog, monkeypatch
 ):
     """Without its attention, which has other names than BERT's, the energy would be too low."""
     sizes = {"vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 32}
     trainer = make_trainer(DistilBertForMaskedLM(DistilBertConfig(**sizes)))
-    # An earlier test may have raised transformers' verbosity, or said this already.
-    logging.Logger.warning_once.cache_clear()
-    monkeypatch.setattr(evaluation.logger, "disabled", False)
-    monkeypatch.setattr(evaluation.logger, "propagate", False)
-    evaluation.logger.addHandler(caplog.handler)
-    with caplog.at_level(logging.WARNING, logger=evaluation.logger.name):
+    with warnings_of_evaluation(caplog, monkeypatch):
         assert [evaluate_spikes(trainer, rows, SpikeArguments()) for _ in range(2)] == [{}, {}]
-    evaluation.logger.removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records if "firing rate" in record.getMessage()]
     assert len(said) == 1 and "DistilBertForMaskedLM: its layers have no attention" in said[0]
 
