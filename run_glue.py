@@ -10,7 +10,6 @@ stopped; with other tasks it adds them to the folder and to the table.
 import importlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,12 +29,15 @@ from transformers import (
 )
 
 from experiment.arguments import ModelArguments, parse_arguments
+from experiment.checkpoints import CheckpointKeeper, save_finished_model
+from experiment.durable_files import write_durably
 from experiment.model_card import RunCard
 from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer, refuse_pickled_weights
 from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
-from experiment.reporting import errors_only, input_errors, set_up_logging
-from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
+from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
+from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments, save_metrics
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
@@ -82,6 +84,7 @@ class TaskData:
     fingerprint: str
 
 
+@full_disk_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found in here, before anything is written.
     with input_errors():
@@ -122,13 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if records[run.output_dir].is_finished:
                 logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
                 continue
-            checkpoint = records[run.output_dir].open(resume_from_checkpoint=run.resume_from_checkpoint)
             submission_dir = Path(
                 training.output_dir, SUBMISSION_FOLDER, f"seed_{run.seed}" if arguments.num_seeds > 1 else ""
             )
-            repository = repositories[run.output_dir]
-            run_task(data, run, checkpoint, tokenizer, model_arguments, spikes, repository, submission_dir)
-            records[run.output_dir].record_end()
+            run_record, repository = records[run.output_dir], repositories[run.output_dir]
+            run_task(data, run, tokenizer, model_arguments, spikes, run_record, repository, submission_dir)
     results = finished_results(record)
     if results and training.process_index == 0:
         print(write_table(build_table(results), training.output_dir))
@@ -215,19 +216,21 @@ def prepare(
 def run_task(
     data: TaskData,
     run: GlueTrainingArguments,
-    checkpoint: str | None,
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
     spikes: SpikeArguments,
+    record: RunRecord,
     repository: HubRepository | None,
     submission_dir: Path,
 ) -> None:
     """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder."""
     task, splits = data.task, data.splits
+    checkpoint = record.open(resume_from_checkpoint=run.resume_from_checkpoint)
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
         model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
-    publisher = Publisher(make_card(data, run, model, model_arguments), repository)
+    card = make_card(data, run, model, model_arguments)
+    keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     validation = {name.removeprefix("validation_"): splits[name] for name in task.validation_splits}
     trainer = Trainer(
         model=model,
@@ -237,19 +240,19 @@ def run_task(
         eval_dataset=validation if len(validation) > 1 else validation["validation"],
         processing_class=tokenizer,
         compute_metrics=make_compute_metrics(task),
-        callbacks=[publisher],
+        # A checkpoint is pushed when it is complete.
+        callbacks=[preemption, keeper, publisher],
     )
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)
     history: list[dict[str, float]] = []
     if run.do_train:
-        with number_errors():
+        with preemption, number_errors():
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         history = list(trainer.state.log_history)
         report(trainer, "train", metrics | {"train_samples": len(splits["train"])})
-        trainer.save_model()
-        trainer.save_state()
+        save_finished_model(trainer)
     metrics = {}
     if run.do_eval:
         metrics = trainer.evaluate()
@@ -262,9 +265,10 @@ def run_task(
         predict(data, trainer, submission_dir)
     results = column_results(data, trainer, metrics, history) if run.do_eval else []
     if trainer.is_world_process_zero():
-        unfinished = Path(run.output_dir, f"{RESULT_FILE}.unfinished")
-        unfinished.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, unfinished.with_name(RESULT_FILE))
+        content = json.dumps([asdict(result) for result in results], indent=2) + "\n"
+        write_durably(Path(run.output_dir, RESULT_FILE), content)
+    record.record_end()
+    keeper.keep_best_only(trainer)
     if "wandb" in run.report_to:
         # The Trainer leaves the W&B run open, and the next task would be logged into it.
         importlib.import_module("wandb").finish()
@@ -272,7 +276,7 @@ def run_task(
 
 def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:
     trainer.log_metrics(phase, metrics)
-    trainer.save_metrics(phase, metrics)
+    save_metrics(trainer, phase, metrics)
 
 
 def predict(data: TaskData, trainer: Trainer, folder: Path) -> None:

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from experiment.arguments import ModelArguments, parse_arguments
+from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.model_card import RunCard
 from experiment.models import (
     checkpoint_digest,
@@ -42,9 +43,10 @@ from experiment.models import (
     saved_by_run,
 )
 from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.preemption import StopOnSigterm
 from experiment.publishing import Publisher, push_target, take_over_pushing
-from experiment.reporting import input_errors, set_up_logging
-from experiment.run_record import RunRecord, recorded_arguments, restore_state
+from experiment.reporting import full_disk_errors, input_errors, set_up_logging
+from experiment.run_record import RunRecord, recorded_arguments, restore_state, save_metrics
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically
@@ -80,6 +82,7 @@ class ScriptArguments:
     )
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         script, model_arguments, data_arguments, spikes, training = parse_arguments(
@@ -174,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         started_from=model_arguments.model_name_or_path,
         mask_token=tokenizer.mask_token,
     )
-    publisher = Publisher(card, repository)
+    keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
     trainer = Trainer(
         model=model,
         args=training,
@@ -184,7 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         compute_metrics=masked_lm_metrics,
         preprocess_logits_for_metrics=predictions_and_losses,
-        callbacks=[EpochCallback(collator), publisher],
+        # A checkpoint is pushed when it is complete.
+        callbacks=[EpochCallback(collator), preemption, keeper, publisher],
     )
     if spikes.spike_batches:
         log_firing_rate(trainer)
@@ -192,17 +196,18 @@ def main(argv: list[str] | None = None) -> None:
     if trained:
         restore_state(trainer, trained)
     elif training.do_train:
-        with number_errors():
-            trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        with preemption, number_errors():
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        save_metrics(trainer, "train", metrics)
     if training.do_train and not record.is_trained:
-        trainer.save_model()
-        trainer.save_state()
+        save_finished_model(trainer)
         record.record_training()
+        keeper.keep_best_only(trainer)
     results = {}
     if training.do_eval:
         results = trainer.evaluate() | unigram_baseline(splits, validation, tokenizer, config)
         results |= evaluate_spikes(trainer, validation, spikes)
-        trainer.save_metrics("eval", results)
+        save_metrics(trainer, "eval", results)
         if training.process_index == 0:
             print(json.dumps({name: float(f"{value:.6g}") for name, value in results.items()}, indent=2))
     if training.do_train:

@@ -90,7 +90,7 @@ class HubRepository:
 
 
 class Publisher(TrainerCallback):
-    """Writes the card of every checkpoint, and pushes it if the run has a repository.
+    """Pushes every checkpoint, and the trained model with its card, if the run has a repository.
 
     Args:
         card: the run's card.
@@ -100,19 +100,14 @@ class Publisher(TrainerCallback):
     def __init__(self, card: RunCard, repository: HubRepository | None = None):
         self.card = card
         self.repository = repository
-        self.latest_results: dict[str, float] = {}
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        # A task with several validation sets is evaluated once per set.
-        self.latest_results |= metrics or {}
 
     def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
+        # A run that is being stopped early has no time for an upload.
+        is_stopped = control.should_training_stop and state.global_step < state.max_steps
+        if self.repository is None or not self.repository.every_save or is_stopped:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self.card.write(checkpoint, self.latest_results, state)
-        if self.repository is not None and self.repository.every_save:
-            self.repository.push_while_training(checkpoint, f"Training in progress, step {state.global_step}")
+        self.repository.push_while_training(checkpoint, f"Training in progress, step {state.global_step}")
 
     def publish(self, trainer: Trainer, results: dict[str, float]) -> None:
         """Adds the card to the trained model in the output folder and pushes both."""

@@ -1,5 +1,6 @@
 """How a script talks: logging set up once, and mistakes in its input as one line instead of a traceback."""
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import datasets
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 # What these say of the data and the run is worth a line each; what libraries say at this level is not.
@@ -58,3 +60,29 @@ def input_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
+
+
+@contextmanager
+def full_disk_errors() -> Iterator[None]:
+    """Around a whole script: a disk (or quota) that is full ends it with one line.
+
+    Raises:
+        SystemExit: code 1, instead of what Python, safetensors and torch raise where they cannot write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_for_want_of_space(error):
+            raise
+        sys.exit(
+            f"error: the disk is full, a file could not be written ({error}). Complete checkpoints are as they were; "
+            "free some space, and the same command goes on from the last of them."
+        )
+
+
+def _is_for_want_of_space(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors and torch.save raise errors without a code; torch's names its file writer and no reason at all.
+    codes = (f"os error {code}" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    return any(code in str(error) for code in codes) or "inline_container" in str(error)

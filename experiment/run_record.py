@@ -1,7 +1,6 @@
 """What an output folder belongs to and how far it has come: the same command resumes, another one is refused."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,15 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoints import (
+    DAMAGED_PREFIX,
+    clear_incomplete_checkpoints,
+    damage,
+    is_sealed,
+    latest_complete_checkpoint,
+)
+from .durable_files import UNFINISHED_SUFFIX, write_durably
 
 RECORD_NAME = "run.json"
 
@@ -98,6 +106,8 @@ class RunRecord:
             if overwrite and not resume_from_checkpoint:
                 _delete_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            if not resume_from_checkpoint:
+                clear_incomplete_checkpoints(folder)
         # From here on something is left to do, until `record_end`.
         self.is_finished = False
         self._write()
@@ -137,10 +147,8 @@ class RunRecord:
     def _write(self) -> None:
         state, path = PartialState(), Path(self.output_dir, RECORD_NAME)
         if state.is_main_process:
-            unfinished = path.with_name(f"{RECORD_NAME}.unfinished")
             content = {name: value for name, value in vars(self).items() if name != "output_dir"}
-            unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
+            write_durably(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
         state.wait_for_everyone()
 
     def check(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
@@ -148,10 +156,17 @@ class RunRecord:
         folder = Path(self.output_dir)
         self.is_trained, self.is_finished, self.pushed_to = False, False, None
         if resume_from_checkpoint:
-            if not Path(resume_from_checkpoint, "trainer_state.json").is_file():
-                raise ValueError(f"--resume_from_checkpoint {resume_from_checkpoint} is no checkpoint of the Trainer.")
+            checkpoint = Path(resume_from_checkpoint)
+            if not (checkpoint / TRAINER_STATE_NAME).is_file():
+                raise ValueError(f"--resume_from_checkpoint {checkpoint} is no checkpoint of the Trainer.")
+            # One without a manifest may be another program's.
+            reason = damage(checkpoint) if is_sealed(checkpoint) else None
+            if reason:
+                raise ValueError(f"--resume_from_checkpoint {checkpoint} is damaged: {reason}.")
             return resume_from_checkpoint
-        if overwrite or not folder.exists() or not any(folder.iterdir()):
+        # A run that was killed as it claimed the folder has left no more than this.
+        leftover = folder / (RECORD_NAME + UNFINISHED_SUFFIX)
+        if overwrite or not folder.exists() or not (folder.is_file() or set(folder.iterdir()) - {leftover}):
             return None
         if not folder.is_dir() or not (folder / RECORD_NAME).is_file():
             raise ValueError(
@@ -168,7 +183,8 @@ class RunRecord:
         self.is_trained = earlier.get("is_trained", False)
         self.is_finished = earlier.get("is_finished", False)
         self.pushed_to = earlier.get("pushed_to")
-        return _last_complete_checkpoint(folder)
+        checkpoint = latest_complete_checkpoint(folder)
+        return str(checkpoint) if checkpoint else None
 
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
         before = earlier["arguments"]
@@ -195,17 +211,25 @@ def restore_state(trainer: Trainer, folder: str) -> None:
     trainer.state.is_world_process_zero = trainer.is_world_process_zero()
 
 
-def _last_complete_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint that has its trainer_state.json, which the Trainer writes last; None if there is none."""
-    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    steps = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdecimal()}
-    return str(steps[max(steps)]) if steps else None
+def save_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    """What `Trainer.save_metrics` does, <split>_results.json and all_results.json, with files that are always whole.
+
+    The Trainer reads all_results.json before it writes it, so half of one would stop every later run.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    combined = folder / "all_results.json"
+    earlier = json.loads(combined.read_text(encoding="utf-8")) if combined.exists() else {}
+    for path, content in ((folder / f"{split}_results.json", metrics), (combined, earlier | metrics)):
+        write_durably(path, json.dumps(content, indent=4, sort_keys=True))
 
 
 def _delete_run(folder: Path) -> None:
     """Deletes checkpoints, model and results, so that nothing of the earlier run is taken for the new one's."""
-    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(checkpoint)
+    for prefix in (PREFIX_CHECKPOINT_DIR, DAMAGED_PREFIX + PREFIX_CHECKPOINT_DIR):
+        for checkpoint in folder.glob(f"{prefix}-*"):
+            shutil.rmtree(checkpoint)
     for pattern in (RECORD_NAME, TRAINER_STATE_NAME, "*_results.json", "model*.safetensors*", "README.md"):
         for path in folder.glob(pattern):
             path.unlink()

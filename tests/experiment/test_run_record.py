@@ -3,6 +3,7 @@ import json
 import pytest
 from transformers import TrainingArguments
 
+from experiment.checkpoints import MANIFEST_NAME, seal
 from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
 
 
@@ -13,7 +14,8 @@ def record(folder, fingerprint="f", **arguments):
 def checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    (path / "trainer_state.json").write_text("{}")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    seal(path)
     return path
 
 
@@ -62,19 +64,33 @@ def test_overwrite_deletes_checkpoints_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", RECORD_NAME]
 
 
+def test_a_folder_that_a_kill_left_without_its_record_is_a_new_one(tmp_path):
+    (tmp_path / f"{RECORD_NAME}.unfinished").write_text('{"arg')
+    assert record(tmp_path).open() is None
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD_NAME]
+
+
 def test_named_checkpoint_overrides_the_record(tmp_path):
     record(tmp_path).open()
     path = checkpoint(tmp_path, 5)
     assert record(tmp_path, seed=1).open(resume_from_checkpoint=str(path)) == str(path)
     with pytest.raises(ValueError, match="no checkpoint of the Trainer"):
         record(tmp_path).open(resume_from_checkpoint=str(tmp_path / "absent"))
+    (path / "trainer_state.json").write_text("damaged")
+    with pytest.raises(ValueError, match="is damaged: trainer_state.json is not what was written"):
+        record(tmp_path).open(resume_from_checkpoint=str(path))
+    (path / MANIFEST_NAME).unlink()  # another program's
+    assert record(tmp_path, seed=1).open(resume_from_checkpoint=str(path)) == str(path)
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+def test_a_half_written_checkpoint_is_passed_over_and_only_a_run_that_is_opened_removes_it(tmp_path):
     record(tmp_path).open()
     whole = checkpoint(tmp_path, 5)
-    (tmp_path / "checkpoint-10").mkdir()
+    (checkpoint(tmp_path, 10) / MANIFEST_NAME).unlink()
+    assert record(tmp_path).check() == str(whole)
+    assert (tmp_path / "checkpoint-10").is_dir()
     assert record(tmp_path).open() == str(whole)
+    assert not (tmp_path / "checkpoint-10").exists()
 
 
 def test_check_writes_nothing(tmp_path):
@@ -117,7 +133,6 @@ def test_nothing_is_left_to_train_once_the_model_is_there_or_a_checkpoint_has_al
     run.open()
     for step, expected in ((5, None), (10, str(checkpoint(folder, 10)))):
         path = folder / "checkpoint-10" if step == 10 else checkpoint(folder, step)
-        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         assert run.trained_model(str(path), arguments) == expected
     run.record_training()
     again = record(folder)

@@ -1,0 +1,36 @@
+"""Files that are whole or not there, whenever the process or the machine stops."""
+
+import os
+from pathlib import Path
+
+UNFINISHED_SUFFIX = ".unfinished"
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a text file that is there as before or as a whole, and is on the disk when this returns.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is still there.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until a folder with all that is in it is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -1,0 +1,138 @@
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from experiment.checkpoints import (
+    MANIFEST_NAME,
+    CheckpointKeeper,
+    clear_incomplete_checkpoints,
+    latest_complete_checkpoint,
+    seal,
+)
+
+FILES = {"model.safetensors": b"weights" * 100, "rng_state_0.pth": b"0", "global_step/shard.pt": b"shard"}
+
+
+def write(folder, step, sealed=True):
+    path = folder / f"checkpoint-{step}"
+    for name, content in FILES.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    (path / "trainer_state.json").write_text("{}")
+    if sealed:
+        seal(path)
+    return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_manifest_is_what_sha256sum_reads(tmp_path):
+    path = write(tmp_path, 5)
+    done = subprocess.run(["sha256sum", "--strict", "--check", MANIFEST_NAME], cwd=path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == sorted([*FILES, "trainer_state.json"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from([*FILES, "trainer_state.json"]), data=st.data())
+def test_whatever_one_file_has_lost_the_checkpoint_before_is_the_latest(tmp_path_factory, name, data):
+    folder = tmp_path_factory.mktemp("run")
+    before, path = write(folder, 90), write(folder, 100)
+    assert latest_complete_checkpoint(folder) == path
+    content = (path / name).read_bytes()
+    if data.draw(st.booleans()):
+        (path / name).write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    else:
+        position = data.draw(st.integers(0, len(content) - 1))
+        (path / name).write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    assert latest_complete_checkpoint(folder) == before
+    (path / name).unlink()
+    assert latest_complete_checkpoint(folder) == before
+
+
+def test_files_without_a_manifest_and_half_a_manifest_do_not_count(tmp_path):
+    before, path = write(tmp_path, 5), write(tmp_path, 10, sealed=False)
+    assert latest_complete_checkpoint(tmp_path) == before
+    (path / f"{MANIFEST_NAME}.unfinished").write_text("")
+    assert latest_complete_checkpoint(tmp_path) == before
+    seal(path)
+    assert latest_complete_checkpoint(tmp_path) == path
+
+
+def test_half_written_ones_are_deleted_and_damaged_ones_kept_aside_and_both_are_reported(tmp_path, caplog):
+    complete = write(tmp_path, 5)
+    write(tmp_path, 10, sealed=False)
+    damaged = write(tmp_path, 20)
+    (damaged / "model.safetensors").write_bytes(b"")
+    clear_incomplete_checkpoints(tmp_path)
+    assert names(tmp_path) == ["checkpoint-5", "damaged-checkpoint-20"]
+    newest, middle = (record.getMessage() for record in caplog.records)
+    assert "checkpoint-20 is damaged: model.safetensors is not what was written" in newest
+    assert "checkpoint-10 is not complete" in middle and "It was deleted" in middle
+    assert f"goes on from {complete}" in newest and f"goes on from {complete}" in middle
+    clear_incomplete_checkpoints(tmp_path)
+    assert len(caplog.records) == 2
+
+
+def test_nothing_a_plain_trainer_may_have_finished_is_deleted_while_no_checkpoint_is_complete(tmp_path, caplog):
+    write(tmp_path, 10, sealed=False)
+    (write(tmp_path, 20, sealed=False) / "trainer_state.json").unlink()  # the Trainer writes it last
+    clear_incomplete_checkpoints(tmp_path)
+    assert names(tmp_path) == ["damaged-checkpoint-10"]
+    assert "name it with --resume_from_checkpoint" in caplog.text and "starts at the beginning" in caplog.text
+
+
+class Card:
+    """Where the run's card would be written."""
+
+    def write(self, folder, results, state):
+        (folder / "README.md").write_text(f"{results}")
+
+
+def keeper(folder, limit):
+    return CheckpointKeeper(Card(), TrainingArguments(output_dir=str(folder), use_cpu=True, save_total_limit=limit))
+
+
+def save(keeper, folder, step, best=None):
+    write(folder, step, sealed=False)
+    state = TrainerState(global_step=step, best_model_checkpoint=best and str(folder / f"checkpoint-{best}"))
+    keeper.on_save(TrainingArguments(output_dir=str(folder), use_cpu=True), state, TrainerControl())
+
+
+def test_the_trainer_deletes_nothing_itself(tmp_path):
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_total_limit=2)
+    assert CheckpointKeeper(Card(), training).limit == 2
+    assert training.save_total_limit is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, [5, 10, 15, 20]), (2, None, [15, 20]), (1, None, [20]), (1, 10, [10, 20]), (3, 5, [5, 15, 20])],
+)
+def test_the_newest_and_the_best_are_kept_within_the_limit(tmp_path, limit, best, left):
+    kept = keeper(tmp_path, limit)
+    for step in (5, 10, 15, 20):
+        save(kept, tmp_path, step, best)
+    assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
+    assert "README.md" in (tmp_path / "checkpoint-20" / MANIFEST_NAME).read_text()
+
+
+def test_incomplete_checkpoints_take_no_complete_ones_place(tmp_path):
+    write(tmp_path, 5)
+    write(tmp_path, 10, sealed=False)  # half deleted, when a kill came
+    write(tmp_path, 15).rename(tmp_path / "damaged-checkpoint-15")
+    save(keeper(tmp_path, 2), tmp_path, 20)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
+
+
+def test_older_checkpoints_stay_when_the_new_one_cannot_be_sealed(tmp_path):
+    before = write(tmp_path, 5)
+    (tmp_path / "checkpoint-10" / f"{MANIFEST_NAME}.unfinished").mkdir(parents=True)
+    with pytest.raises(OSError):
+        save(keeper(tmp_path, 1), tmp_path, 10)
+    assert latest_complete_checkpoint(tmp_path) == before
