@@ -168,6 +168,27 @@ def test_a_compiled_run_trains_in_a_single_graph_and_learns_what_an_eager_one_do
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["map", "stream"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line_and_is_not_resumed(corpus, tmp_path, more):
+    command = from_scratch(corpus, "--validation_split_percentage", "20", *more, "--output_dir", str(tmp_path))
+    command += [
+        "--learning_rate",
+        "1e30",
+        "--save_steps",
+        "1",
+        "--max_grad_norm",
+        "0",
+        "--lr_scheduler_type",
+        "constant",
+    ]
+    with pytest.raises(SystemExit, match=r"^error: The training stopped in step 2, .* Training rows: \d+, \d+, \d+"):
+        run_mlm.main(command)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"run.json", "checkpoint-1", "not-finite-step-2"}
+    with pytest.raises(SystemExit, match="The training stopped in step 2"):
+        run_mlm.main(command)
+
+
 def test_a_model_that_cannot_be_counted_trains_without_figures(corpus, tmp_path):
     sizes = "dim=32,n_layers=1,n_heads=2,hidden_dim=64"
     more = ["--model_type", "distilbert", "--config_overrides", sizes, "--output_dir", str(tmp_path)]
