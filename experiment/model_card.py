@@ -106,7 +106,8 @@ class RunCard:
             auto_class=self.auto_class,
             pipeline_tag=self.pipeline_tag,
             mask_token=self.mask_token,
-            architecture=type(self.model).__name__,
+            # FSDP2 gives a model a class of its own while it trains.
+            architecture=type(self.model).__name__.removeprefix("FSDP"),
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             started_from=self._started_from(),
             training_data=self.training_data,

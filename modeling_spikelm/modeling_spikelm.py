@@ -298,18 +298,51 @@ class SpikeLMPredictionHeadTransform(nn.Module):
 
 
 class SpikeLMLMPredictionHead(nn.Module):
-    """Masked-LM logits `(..., vocab_size)`; the decoder shares the word embeddings' weight."""
+    """Masked-LM logits `(..., vocab_size)`; the decoder shares the word embeddings' weight.
+
+    Its bias is one parameter in one module, for FSDP2 refuses one that BERT's way of sharing puts into two. It has the
+    name that BERT's checkpoints have for it: `bias`, or `decoder.bias` where `config.tie_word_embeddings` is False.
+    """
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
+        is_tied = config.tie_word_embeddings
         self.transform = SpikeLMPredictionHeadTransform(config)
-        # Not ours: oneDNN works on a copy of the weight, which here is the largest one, at the peak of memory.
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        # BERT's checkpoints hold the decoder's bias under this name as well.
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        # Not our linear layer: oneDNN copies the weight, which here is the largest one, at the peak of memory.
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=not is_tied)
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(config.vocab_size)) if is_tied else None
+        self.register_load_state_dict_pre_hook(_keep_one_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.transform(hidden_states))
+        logits = self.decoder(self.transform(hidden_states))
+        # In place: a second tensor of this size would be the largest of a training step.
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def set_decoder(self, decoder: nn.Linear) -> None:
+        """Exchanges the decoder; a bias that it brings becomes the head's where the head keeps it."""
+        if self.bias is not None and decoder.bias is not None:
+            self.bias, decoder.bias = decoder.bias, None  # type: ignore[assignment]  # as in Linear(bias=False)
+        self.decoder = decoder
+
+    def resize_bias(self, size: int, with_mean: bool) -> None:
+        """Cuts a bias that the head keeps to `size`, or appends its mean (or 0) to it."""
+        if self.bias is None or len(self.bias) == size:
+            return
+        old = self.bias.detach()
+        fill = old.float().mean().item() if with_mean else 0.0
+        resized = nn.functional.pad(old, (0, size - len(old)), value=fill)
+        self.bias = nn.Parameter(resized, requires_grad=self.bias.requires_grad)
+
+
+def _keep_one_bias(head: SpikeLMLMPredictionHead, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """State dicts of BERT have the bias under both names; what counts there is the decoder's."""
+    decoder_bias = state_dict.get(f"{prefix}decoder.bias")
+    if decoder_bias is None:
+        return
+    if head.bias is None:
+        state_dict.pop(f"{prefix}bias", None)
+    else:
+        state_dict[f"{prefix}bias"] = state_dict.pop(f"{prefix}decoder.bias")
 
 
 class SpikeLMOnlyMLMHead(nn.Module):
@@ -357,7 +390,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             init.constant_(module.amplitude, module.initial_amplitude)
             # If it can be calibrated, the next forward looks at the buffer, whatever is in it by then.
             module.is_calibrated = module.fixed_amplitude is not None
-        elif isinstance(module, SpikeLMLMPredictionHead):
+        elif isinstance(module, SpikeLMLMPredictionHead) and module.bias is not None:
             init.zeros_(module.bias)
 
     @classmethod
@@ -390,6 +423,17 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
 
             check_is_quantized(model, name)
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`: weights, configuration and code."""
+        current_class = type(self)
+        # FSDP2 gives the model a class of torch's, made of FSDPModule and ours: the code saved would be torch's.
+        if current_class.__name__.startswith("FSDP"):
+            self.__class__ = current_class.__bases__[-1]
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = current_class
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
@@ -571,10 +615,9 @@ class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
 
     cls: "SpikeLMOnlyMLMHead"
 
-    _tied_weights_keys = {
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    }
+    _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    # BERT's second name for the bias, or, where nothing is tied, a parameter that BERT has and does not use.
+    _keys_to_ignore_on_load_unexpected = [r"^cls\.predictions\.(decoder\.)?bias$"]
 
     def predict_tokens(
         self, hidden_states: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor | None
@@ -596,8 +639,14 @@ class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
+        self.cls.predictions.set_decoder(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.cls.predictions.resize_bias(embeddings.num_embeddings, mean_resizing)
+        return embeddings
 
 
 class SpikeLMForPreTraining(SpikeLMWithMLMHead):

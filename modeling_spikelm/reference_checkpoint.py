@@ -24,8 +24,8 @@ _GROUPS = {
     "clip_key": "attention.self.key_neurons",
     "clip_value": "attention.self.value_neurons",
 }
-# Buffers of the reference that carry nothing.
-_IGNORED = re.compile(r"(.*\.)?(position_ids|weight_clip_val)$")
+# Buffers of the reference that carry nothing, and the second name of `cls.predictions.bias`.
+_IGNORED = re.compile(r"(.*\.)?(position_ids|weight_clip_val|predictions\.decoder\.bias)$")
 
 
 def convert_reference_state_dict(state_dict: dict[str, torch.Tensor], config: SpikeLMConfig) -> dict[str, torch.Tensor]:

@@ -446,7 +446,9 @@ class SpikeCounter:
         steps = self._counted_steps(args[0])
         product = self._product(name, steps.shape[0])
         product.weights = module.weight.numel()
-        product.has_bias = module.bias is not None
+        # The masked-LM head of a SpikeLM adds its bias itself, after a decoder without one.
+        head = self.model.get_submodule(name.rpartition(".")[0])
+        product.has_bias = module.bias is not None or isinstance(getattr(head, "bias", None), nn.Parameter)
         inputs, outputs = steps.numel(), steps.shape[:-1].numel() * module.out_features
         product.outputs += outputs
         product.dense_macs += inputs * module.out_features // product.steps

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from modeling_spikelm import SpikeLMForMaskedLM
 from tests.corpus import TINY, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -21,30 +22,42 @@ GLOBAL_BATCH = 4
 RUN = f"""--max_train_samples 40 --max_eval_samples 8 --vocab_size 600 --max_seq_length 64
     --config_overrides {TINY},{NO_DROPOUT} --max_steps {STEPS} --warmup_steps {WARMUP} --learning_rate 1e-3
     --lr_scheduler_type linear --max_grad_norm 0 --logging_steps 1 --save_strategy no --seed 0
-    --ddp_broadcast_buffers False --use_cpu --report_to none --disable_tqdm True""".split()
+    --ddp_broadcast_buffers False --report_to none --disable_tqdm True""".split()
+ON_A_CPU = ["run_mlm.py", "--use_cpu"]
+SHARDED = ["tests/accelerate_configs/gpu_processes_on_cpu.py", "--use_cpu", "False"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[Path]:
-    """The same training on one and on two processes."""
-    folder = tmp_path_factory.mktemp("runs")
-    corpus = write_corpus(folder / "topics.txt")
-    outputs = []
-    for place, processes in (("single_cpu", 1), ("two_cpu_processes", 2)):
-        outputs.append(folder / place)
-        launch = ["--config_file", f"accelerate_configs/{place}.yaml", "--main_process_port", "0", "run_mlm.py"]
-        more = ["--train_file", str(corpus), "--output_dir", str(outputs[-1])]
-        more += ["--per_device_train_batch_size", str(GLOBAL_BATCH // processes)]
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.txt")
+
+
+@pytest.fixture(scope="module")
+def train(corpus, tmp_path_factory):
+    """Trains on a number of processes and returns the output folder; each place once."""
+
+    @cache
+    def train(place: str, processes: int) -> Path:
+        output = tmp_path_factory.mktemp(place)
+        launch = ["--config_file", f"accelerate_configs/{place}.yaml", "--num_processes", str(processes)]
+        launch += ["--main_process_port", "0", "--mixed_precision", "no"]
+        script = SHARDED if place == "fsdp2" else ON_A_CPU
+        files = ["--train_file", str(corpus), "--output_dir", str(output)]
+        batch = ["--per_device_train_batch_size", str(GLOBAL_BATCH // processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *launch, *RUN, *more],
+            [sys.executable, "-m", "accelerate.commands.launch", *launch, *script, *RUN, *files, *batch],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    return outputs
+        return output
+
+    return train
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -52,16 +65,18 @@ def logged(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
-def test_losses_and_weights_do_not_depend_on_the_number_of_processes(runs):
+@pytest.mark.parametrize("place", ["two_cpu_processes", "fsdp2"])
+def test_losses_and_weights_do_not_depend_on_the_number_of_processes(place, train):
+    runs = train("single_cpu", 1), train(place, 2)
     one, two = (torch.tensor(logged(run, "loss")) for run in runs)
     assert len(one) == STEPS
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
-    one, two = (load_file(run / "model.safetensors") for run in runs)
+    one, two = (SpikeLMForMaskedLM.from_pretrained(run).state_dict() for run in runs)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_the_schedule_advances_once_per_step_whatever_the_number_of_processes(runs):
+def test_the_schedule_advances_once_per_step_whatever_the_number_of_processes(train):
     planned = [1e-3 * min(step / WARMUP, (STEPS - step) / (STEPS - WARMUP)) for step in range(STEPS)]
-    for run in runs:
+    for run in (train("single_cpu", 1), train("two_cpu_processes", 2)):
         assert logged(run, "learning_rate") == pytest.approx(planned, abs=1e-12)

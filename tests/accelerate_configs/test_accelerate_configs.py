@@ -16,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM
+from tests.clean_machine import run_on_clean_machine
 from tests.corpus import TINY, write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
@@ -113,12 +114,7 @@ def test_two_nodes_find_each_other(corpus, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(
-            "fsdp2",
-            marks=pytest.mark.xfail(
-                strict=True, reason="The decoder's bias is a parameter of two modules, which FSDP2 refuses."
-            ),
-        ),
+        "fsdp2",
         pytest.param(
             "deepspeed_zero2",
             marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
@@ -128,3 +124,13 @@ def test_two_nodes_find_each_other(corpus, tmp_path):
 def test_sharded_processes_train_and_save_a_whole_model(config, corpus, tmp_path):
     finish(start(config, corpus, tmp_path / "run", "--main_process_port", "0", as_gpu_processes=True))
     assert_trained_by_two_processes(tmp_path / "run")
+    assert "| architecture | SpikeLMForMaskedLM |" in (tmp_path / "run" / "README.md").read_text()
+    loaded = run_on_clean_machine(f"""
+import torch
+from transformers import AutoModelForMaskedLM
+folder = {str(tmp_path / "run")!r}
+model, info = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not any(info.values()), info
+print(model(torch.arange(8)[None]).logits.isfinite().all().item())
+""")
+    assert loaded.stdout == "True\n", loaded.stderr

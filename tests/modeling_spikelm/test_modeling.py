@@ -223,15 +223,53 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_calibration(config, b
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_embeddings_resize_and_stay_tied(config, batch):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [120, 80])
+def test_embeddings_and_the_decoder_s_bias_resize_and_are_saved(tied, size, config, batch, tmp_path):
+    config.tie_word_embeddings = tied
+    batch["input_ids"].clamp_(max=79)
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    head = model.cls.predictions
+    bias = head.bias if tied else head.decoder.bias
+    with torch.no_grad():
+        bias.uniform_(1, 2)
+    before, mean = model(**batch).logits, bias.mean().item()
+    model.resize_token_embeddings(size)
+    assert model.config.vocab_size == size
+    assert (head.decoder.weight is model.get_input_embeddings().weight) == tied
+    kept = min(size, 99)
+    assert model(**batch).logits.shape == (3, 7, size)
+    torch.testing.assert_close(model(**batch).logits[..., :kept], before[..., :kept])
+    bias = head.bias if tied else head.decoder.bias
+    torch.testing.assert_close(bias[kept:], torch.full((size - kept,), mean))
+    model.save_pretrained(tmp_path)
+    loaded, info = SpikeLMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_tied_embeddings_are_a_parameter_of_two_modules(tied, config):
+    """FSDP2 gives each module's parameters to one group and refuses others that are in two."""
+    config.tie_word_embeddings = tied
+    model = SpikeLMForPreTraining(config)
+    once = dict(model.named_parameters())
+    twice = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
+    assert twice == ({"cls.predictions.decoder.weight"} if tied else set())
+    assert ("cls.predictions.bias" in once, "cls.predictions.decoder.bias" in once) == (tied, not tied)
+
+
+def test_the_bias_of_new_output_embeddings_is_added_once(config, batch):
     model = calibrated(SpikeLMForMaskedLM, config, batch)
     before = model(**batch).logits
-    model.resize_token_embeddings(120)
-    assert model.config.vocab_size == 120
-    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
-    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
-    assert model(**batch).logits.shape == (3, 7, 120)
-    torch.testing.assert_close(model(**batch).logits[..., :99], before)
+    decoder = torch.nn.Linear(config.hidden_size, config.vocab_size)
+    with torch.no_grad():
+        decoder.weight.copy_(model.get_output_embeddings().weight)
+        decoder.bias.fill_(2.0)
+    model.set_output_embeddings(decoder)
+    assert model.get_output_embeddings() is decoder
+    torch.testing.assert_close(model(**batch).logits, before + 2.0)
+    assert torch.equal(model.cls.predictions.bias, torch.full((config.vocab_size,), 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -36,16 +36,56 @@ def test_real_bert_checkpoint_gives_every_encoder_weight():
     assert model.config.mlm_transform_act == "relu"
 
 
-def test_bert_with_a_masked_lm_head_brings_all_its_weights(tmp_path):
-    bert = BertForMaskedLM(BertConfig(**SIZES, hidden_act="gelu_new"))
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def bert(request) -> BertForMaskedLM:
+    """Its decoder's bias has two names, and two values where nothing is tied: the decoder's is the one that counts."""
+    torch.manual_seed(0)
+    bert = BertForMaskedLM(BertConfig(**SIZES, hidden_act="gelu_new", tie_word_embeddings=request.param))
     with torch.no_grad():
         bert.cls.predictions.bias.normal_()
+        bert.cls.predictions.decoder.bias.normal_()
+    return bert
+
+
+def decoder_bias(model: SpikeLMForMaskedLM) -> torch.Tensor:
+    head = model.cls.predictions
+    return head.decoder.bias if head.bias is None else head.bias
+
+
+@pytest.mark.parametrize("saved_as", ["safetensors", "bin"])
+def test_bert_with_a_masked_lm_head_brings_all_its_weights(bert, saved_as, tmp_path):
     bert.save_pretrained(tmp_path)
+    if saved_as == "bin":  # holds tied weights under both names
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(bert.state_dict(), tmp_path / "pytorch_model.bin")
     model, info = SpikeLMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     for name, value in bert.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
+        if not name.endswith((".predictions.bias", ".decoder.bias")):
+            assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(decoder_bias(model), bert.cls.predictions.decoder.bias)
     assert all(name.endswith(".amplitude") for name in info["missing_keys"])
+    assert not info["unexpected_keys"]
     assert model.config.mlm_transform_act == "gelu_new"
+
+
+def test_a_state_dict_with_both_names_of_the_bias_loads_strictly(bert):
+    model = SpikeLMForMaskedLM(SpikeLMConfig(**SIZES, tie_word_embeddings=bert.config.tie_word_embeddings))
+    amplitudes = {name: value for name, value in model.state_dict().items() if name.endswith(".amplitude")}
+    given = bert.state_dict() | amplitudes
+    names = set(given)
+    model.load_state_dict(given)
+    assert torch.equal(decoder_bias(model), bert.cls.predictions.decoder.bias)
+    assert set(given) == names
+
+
+def test_a_bert_takes_the_weights_of_a_spikelm(bert, tmp_path):
+    model = SpikeLMForMaskedLM(SpikeLMConfig(**SIZES, tie_word_embeddings=bert.config.tie_word_embeddings))
+    with torch.no_grad():
+        decoder_bias(model).normal_()
+    model.save_pretrained(tmp_path)
+    loaded = BertForMaskedLM.from_pretrained(tmp_path, config=bert.config)
+    assert torch.equal(loaded.cls.predictions.decoder.bias, decoder_bias(model))
+    assert torch.equal(loaded.cls.predictions.decoder.weight, model.cls.predictions.decoder.weight)
 
 
 def test_warm_started_model_trains_saves_and_loads_as_spikelm(tmp_path):

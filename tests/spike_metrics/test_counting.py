@@ -168,6 +168,8 @@ def test_a_bert_costs_what_the_formula_says(lengths, extra):
 def test_the_dense_macs_of_a_spikelm_are_those_of_a_bert(model, bert, batch):
     spiking, dense = count(model, [batch]), count(bert, [batch])
     assert {p.name: p.dense_macs for p in spiking.products} == {p.name: p.macs for p in dense.products}
+    for spiking_head, dense_head in zip(spiking.products[-2:], dense.products[-2:], strict=True):
+        assert spiking_head.bias_adds == dense_head.bias_adds > 0
     real = {product.name for product in spiking.products if not product.sees_spikes}
     assert real == {"cls.predictions.transform.dense", "cls.predictions.decoder"}
 
