@@ -86,8 +86,8 @@ class _LIF(torch.autograd.Function):
             if has_membrane:
                 kept = decay * (1 - emitted)
             spikes[step] = emitted
-            # Float passes, as those that give bool are slow on a CPU.
-            codes[step] = (membrane - membrane.clamp(0, 1)).sign().abs().mul(2).add(emitted)
+            # Float passes here and below, as those that give or take bool are slow on a CPU.
+            codes[step] = (membrane - membrane.clamp(0, 1)).sign_().abs_().mul_(2).add_(emitted)
         ctx.save_for_backward(codes)
         ctx.decay, ctx.has_membrane = decay, has_membrane
         return spikes
@@ -98,9 +98,12 @@ class _LIF(torch.autograd.Function):
         gradient = torch.empty_like(spikes_gradient)
         later = None
         for step in reversed(range(codes.shape[0])):
-            passed = spikes_gradient[step].float() * (codes[step] < 2)
+            code = codes[step].float()
+            is_outside = (code - 1).clamp_(0, 1)
+            passed = spikes_gradient[step].float() * (1 - is_outside)
             if later is not None and ctx.has_membrane:
-                passed = passed + later * (ctx.decay * (1 - codes[step] % 2))
+                emitted = code.sub_(is_outside, alpha=2)
+                passed = passed + later * (ctx.decay * (1 - emitted))
             gradient[step] = later = passed
         return gradient, None, None
 

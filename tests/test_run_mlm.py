@@ -427,6 +427,18 @@ def test_bert_checkpoint_is_warm_start_or_baseline_as_model_type_says(trained, c
     assert 0 < moved < 0.02
 
 
+def test_another_neuron_is_one_field_away_and_named_on_the_card(corpus, tmp_path):
+    command = from_scratch(corpus, "--config_overrides", f"{TINY},neuron=lif", "--output_dir", str(tmp_path))
+    run_mlm.main(command)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert model.config.neuron == "lif"
+    assert all(group.amplitude.tolist() == [1, 1] for group in model.modules() if hasattr(group, "amplitude"))
+    assert results(tmp_path)["eval_firing_rate"] > 0
+    card = ModelCard.load(tmp_path / "README.md").text
+    assert "the spikes of lif neurons" in card and "| neuron | lif |" in card
+    assert "amplitude" not in card
+
+
 def test_next_sentence_objective_trains_the_pre_training_model(corpus, tmp_path):
     run_mlm.main(from_scratch(corpus, "--objective", "mlm_nsp", "--output_dir", str(tmp_path)))
     assert type(AutoModelForPreTraining.from_pretrained(tmp_path)).__name__ == "SpikeLMForPreTraining"
@@ -601,6 +613,10 @@ BAD_INPUT = {
     "impossible field": (
         lambda t, c, p: [*from_scratch(c), "--config_overrides", "num_time_steps=0"],
         "num_time_steps=0",
+    ),
+    "field that the neuron does not use": (
+        lambda t, c, p: [*from_scratch(c), "--config_overrides", "neuron=lif,amplitude_scale=3"],
+        "amplitude_scale=3.0 is not possible; it must be 2.0",
     ),
     "token on the command line": (lambda t, c, p: [*from_scratch(c), "--hub_token", "hf_secret"], "HF_TOKEN"),
     "unknown key in a recipe": (

@@ -1,6 +1,8 @@
 """The neurons beside the elastic ones: their equations, and that every part of the model takes them."""
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from modeling_spikelm.neurons import BiSpikingNeurons, LIFNeurons, lif, lif_refe
 from spike_metrics import count
 
 every_neuron = pytest.mark.parametrize("neuron", NEURONS)
-every_fixed_neuron = pytest.mark.parametrize("neuron", ["bi-spiking", "lif"])
+every_fixed_neuron = pytest.mark.parametrize(
+    "neuron", [name for name, kind in SpikingNeurons.kinds.items() if kind.fixed_amplitude is not None]
+)
 
 
 def run(function, inputs, weights):
@@ -136,6 +140,23 @@ def test_every_neuron_of_the_configuration_has_its_class():
     assert SpikingNeurons.kinds.keys() == NEURONS.keys()
     for neuron, kind in SpikingNeurons.kinds.items():
         assert type(make_neurons(SpikeLMConfig(neuron=neuron))) is kind
+
+
+def test_the_neuron_that_contributing_adds_is_one_class_and_one_entry(config, batch, monkeypatch, tmp_path):
+    monkeypatch.setitem(NEURONS, "if", ())
+    monkeypatch.setitem(SpikingNeurons.kinds, "if", None)
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "if_neurons.py").write_text(f"from modeling_spikelm.neurons import SpikingNeurons, lif, torch\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("if_neurons")
+    fields = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    model = SpikeLMForMaskedLM(SpikeLMConfig(**fields, num_hidden_layers=1, intermediate_size=37, neuron="if"))
+    assert {type(m).__name__ for m in model.modules() if isinstance(m, SpikingNeurons)} == {"IFNeurons"}
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert count(model, [batch]).firing_rate > 0
+    with pytest.raises(ValueError, match="amplitude_scale=3.0"):
+        SpikeLMConfig(neuron="if", amplitude_scale=3.0)
 
 
 @every_fixed_neuron
