@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +38,11 @@ def main() -> None:
     run(
         *("run_mlm.py", "recipes/demo_pretrain.yaml", "--model_name_or_path", warm_start()),
         *("--train_file", data / "text/train.txt", "--validation_file", data / "text/validation.txt"),
-        *("--output_dir", pretrained, "--overwrite_output_dir", "--disable_tqdm", "True"),
+        *("--output_dir", pretrained, "--overwrite_output_dir", "--disable_tqdm", "True", *quick_arithmetic()),
     )
     run(
         *("run_glue.py", "recipes/demo_glue.yaml", "--model_name_or_path", pretrained, "--data_dir", data / "glue"),
-        *("--output_dir", finetuned, "--overwrite_output_dir", "--disable_tqdm", "True"),
+        *("--output_dir", finetuned, "--overwrite_output_dir", "--disable_tqdm", "True", *quick_arithmetic()),
     )
     guesses = subprocess.run(
         [sys.executable, "-I", "-c", FILL_MASK, str(pretrained), SENTENCE],
@@ -57,6 +58,12 @@ def main() -> None:
 def run(*command: str | Path) -> None:
     print("\n$ python " + " ".join(str(part) for part in command), flush=True)
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+
+def quick_arithmetic() -> list[str]:
+    """bf16 where the CPU has instructions for it: it halves the time there; elsewhere it takes several times as long."""
+    capabilities = torch.cpu.get_capabilities()
+    return ["--bf16"] if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else []
 
 
 def warm_start() -> Path:
