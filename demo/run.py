@@ -61,7 +61,7 @@ def run(*command: str | Path) -> None:
 
 
 def quick_arithmetic() -> list[str]:
-    """bf16 where the CPU has instructions for it: it halves the time there; elsewhere it takes several times as long."""
+    """bf16 where the CPU has instructions for it: it halves the time there and multiplies it elsewhere."""
     capabilities = torch.cpu.get_capabilities()
     return ["--bf16"] if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else []
 
