@@ -475,13 +475,23 @@ def test_rows_with_labels_are_used_as_they_are(trained, tmp_path, monkeypatch):
             assert {"input_ids": tokens, "labels": labels} in rows
 
 
-def launch(place: str, *arguments: str) -> subprocess.CompletedProcess:
+def launch(place: str, *arguments: str, may_fail: bool = False) -> subprocess.CompletedProcess:
     """`accelerate launch` with a configuration of ours, on a port that is free."""
     configuration = ["--config_file", f"accelerate_configs/{place}.yaml", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "run_mlm.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert may_fail or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def test_a_loss_that_is_not_finite_ends_every_process_and_is_said_once(corpus, tmp_path):
+    unstable = "--learning_rate 1e30 --max_grad_norm 0 --lr_scheduler_type constant --save_steps 1".split()
+    command = from_scratch(corpus, *unstable, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path))
+    # A process that goes on alone would wait for the other one for half an hour.
+    done = launch("two_cpu_processes", *command, may_fail=True)
+    assert done.returncode != 0
+    assert done.stderr.count("error: The training stopped in step 2") == 1, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "checkpoint-1", "not-finite-step-2"}
 
 
 @pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["map", "stream"])
