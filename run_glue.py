@@ -32,12 +32,19 @@ from experiment.arguments import ModelArguments, parse_arguments
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.durable_files import write_durably
 from experiment.model_card import RunCard
-from experiment.models import checkpoint_digest, load_config, load_model, load_tokenizer, refuse_pickled_weights
+from experiment.models import (
+    checkpoint_digest,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_pickled_weights,
+    saved_by_run,
+)
 from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments, save_metrics
+from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments, restore_state, save_metrics
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
@@ -226,9 +233,10 @@ def run_task(
     """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder."""
     task, splits = data.task, data.splits
     checkpoint = record.open(resume_from_checkpoint=run.resume_from_checkpoint)
+    trained = record.trained_model(checkpoint, run)
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
-        model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
+        model = load_model(AutoModelForSequenceClassification, saved_by_run(model_arguments, trained), data.config)
     card = make_card(data, run, model, model_arguments)
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     validation = {name.removeprefix("validation_"): splits[name] for name in task.validation_splits}
@@ -246,13 +254,16 @@ def run_task(
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)
-    history: list[dict[str, float]] = []
-    if run.do_train:
+    if trained:
+        restore_state(trainer, trained)
+    elif run.do_train:
         with preemption, number_errors():
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        history = list(trainer.state.log_history)
         report(trainer, "train", metrics | {"train_samples": len(splits["train"])})
+    history = list(trainer.state.log_history)
+    if run.do_train and not record.is_trained:
         save_finished_model(trainer)
+        record.record_training()
     metrics = {}
     if run.do_eval:
         metrics = trainer.evaluate()

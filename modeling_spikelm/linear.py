@@ -1,7 +1,7 @@
 """Linear layers whose float32 products run through oneDNN on a CPU.
 
 torch multiplies float32 matrices of a CPU with MKL, its convolutions run through oneDNN, and a linear layer is a
-convolution with a kernel of one pixel. Where a CPU has AVX-512, oneDNN is as quick as MKL or quicker (most so on AMD's);
+convolution with a kernel of one pixel. Where a CPU has AVX-512, oneDNN is as quick as MKL or quicker;
 where it has AVX2 alone, it is half as quick. benchmarks/training_step.py --without cpu_products shows the difference.
 """
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from configuration_spikelm import SpikeLMConfig
 from experiment.publishing import Publisher
@@ -246,6 +246,36 @@ def test_an_interrupted_command_goes_on_and_ends_as_if_it_had_not_been(write_glu
     assert log_history(output / "wnli")[: len(log_before)] == log_before
     weights, expected = (load_file(folder / "wnli" / "model.safetensors") for folder in (output, tmp_path / "whole"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stage", [(Trainer, "evaluate"), (Publisher, "publish")], ids=["evaluation", "push"])
+@pytest.mark.parametrize("epoch", ["best", "last"])
+def test_what_was_cut_off_after_the_training_is_done_without_training_again(
+    write_glue, tiny_bert, tmp_path, monkeypatch, stage, epoch
+):
+    data = write_glue("RTE")
+    whole, cut = (
+        command(
+            tiny_bert, data, tmp_path / name, "--task_name", "rte", "--report_epoch", epoch, "--save_strategy", "no"
+        )
+        for name in ("whole", "cut")
+    )
+    main(whole)
+
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    train = Trainer.train
+    with monkeypatch.context() as patch:
+        # Evaluations within the training are not the one to be cut off.
+        patch.setattr(Trainer, "train", lambda self, **named: (train(self, **named), patch.setattr(*stage, stop))[0])
+        with pytest.raises(KeyboardInterrupt):
+            main(cut)
+    monkeypatch.setattr(Trainer, "train", None)
+    main(cut)
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+    weights = [load_file(tmp_path / name / "rte/model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_another_command_is_refused_by_name_until_it_may_overwrite(write_glue, tiny_bert, tmp_path):
