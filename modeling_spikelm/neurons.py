@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .configuration_spikelm import SpikeLMConfig
-from .spiking import SpikingNeurons, integrate
+from .spiking import SpikingNeurons, integrate, spikes_dtype
 
 
 def make_neurons(config: SpikeLMConfig, has_membrane: bool = True) -> SpikingNeurons:
@@ -76,7 +76,7 @@ class _LIF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, decay: float, has_membrane: bool) -> torch.Tensor:
-        spikes = torch.empty_like(inputs)
+        spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
         # 0: no spike, 1: a spike; 2 and 3: the same with a membrane outside of the window.
         codes = torch.empty_like(inputs, dtype=torch.int8)
         membrane, kept = None, None
@@ -89,13 +89,13 @@ class _LIF(torch.autograd.Function):
             # Float passes here and below, as those that give or take bool are slow on a CPU.
             codes[step] = (membrane - membrane.clamp(0, 1)).sign_().abs_().mul_(2).add_(emitted)
         ctx.save_for_backward(codes)
-        ctx.decay, ctx.has_membrane = decay, has_membrane
+        ctx.decay, ctx.has_membrane, ctx.dtype = decay, has_membrane, inputs.dtype
         return spikes
 
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (codes,) = ctx.saved_tensors
-        gradient = torch.empty_like(spikes_gradient)
+        gradient = torch.empty_like(spikes_gradient, dtype=ctx.dtype)
         later = None
         for step in reversed(range(codes.shape[0])):
             code = codes[step].float()

@@ -90,7 +90,7 @@ class _Spike(torch.autograd.Function):
         emit = _emit_on_cpu if FAST_PATHS.cpu_neurons and is_eager_on_cpu(inputs) else _emit
         spikes, codes = emit(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
-        ctx.decay, ctx.reset, ctx.has_membrane = decay, reset, has_membrane
+        ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
         if not torch.compiler.is_compiling():
             SpikePacking.announce(spikes, codes, amplitude)
         return spikes
@@ -101,15 +101,25 @@ class _Spike(torch.autograd.Function):
         # Gradients are enabled in here for `create_graph`, which the CPU's in-place passes cannot give.
         is_quick = FAST_PATHS.cpu_neurons and is_eager_on_cpu(codes) and not torch.is_grad_enabled()
         pass_back = _pass_back_on_cpu if is_quick else _pass_back
-        gradient = pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane)
+        gradient = pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype)
         return gradient, None, None, None, None
+
+
+def spikes_dtype(inputs: torch.Tensor) -> torch.dtype:
+    """The dtype of the spikes of `inputs`: theirs, or under autocast the one that every product casts its operands to.
+
+    Spikes of that dtype from the start are the same operands, without a cast for each of the products that share them.
+    """
+    device = inputs.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else inputs.dtype
 
 
 def _emit(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spikes and their int8 codes. 0: no spike; +-1: a spike that passes gradient on; +-2: a membrane beyond a."""
-    spikes = torch.empty_like(inputs)
+    spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = torch.empty_like(inputs, dtype=torch.int8)
     membrane, kept = None, None
     for step in range(inputs.shape[0]):
@@ -130,9 +140,10 @@ def _pass_back(
     decay: float,
     reset: str,
     has_membrane: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Gradient of the inputs, `(T, ...)`, from that of the spikes."""
-    gradient = torch.empty_like(spikes_gradient)
+    """Gradient of the inputs, `(T, ...)` and of their dtype, from that of the spikes."""
+    gradient = torch.empty_like(spikes_gradient, dtype=dtype)
     later = None
     for step in reversed(range(codes.shape[0])):
         passed = spikes_gradient[step].float() * (codes[step].abs() < 2)
@@ -150,7 +161,7 @@ def _emit_on_cpu(
     Comparing with `amplitude / 2` decides as rounding the quotient half to even does: the half is exact in float32, and
     a membrane beyond it by one unit in the last place has a quotient above one half. Likewise for `amplitude`.
     """
-    spikes = torch.empty_like(inputs)
+    spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = torch.empty_like(inputs, dtype=torch.int8)
     amplitudes, silent_shares = _on_host(amplitude, decay, reset)
     membrane, kept = None, None
@@ -179,6 +190,7 @@ def _pass_back_on_cpu(
     decay: float,
     reset: str,
     has_membrane: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """`_pass_back` in float32 passes only."""
     gradient = torch.empty_like(spikes_gradient, dtype=torch.float32)
@@ -191,7 +203,7 @@ def _pass_back_on_cpu(
         )
         if has_membrane and step + 1 < len(codes):
             gradient[step].add_(_left_by_(code.sign_(), reset).mul_(silent_shares[step]).mul_(gradient[step + 1]))
-    return gradient.to(spikes_gradient.dtype)
+    return gradient.to(dtype)
 
 
 def _on_host(amplitude: torch.Tensor, decay: float, reset: str) -> tuple[list[float], list[float]]:

@@ -1,10 +1,14 @@
 """bfloat16 autocast beside float32, over a whole small training."""
 
+import pytest
 import torch
 from torch import nn
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMForMaskedLM
+from modeling_spikelm.fast_paths import FAST_PATHS
+from modeling_spikelm.neurons import lif, lif_reference
+from modeling_spikelm.spiking import spike, spike_reference
 
 STEPS = 200
 # Of the mean loss over 20 steps, relative to float32's. Measured here: 0.015; in 200 steps of a 4 x 256 model on real
@@ -49,3 +53,31 @@ def test_bfloat16_trains_as_float32_does_within_the_bound():
     assert full[-1] < 0.7 * full[0]  # there is a course to compare
     assert not torch.equal(full, half)
     assert ((half - full).abs() / full).max() < BOUND, (full, half)
+
+
+AMPLITUDE = torch.tensor([0.9, 1.3])
+NEURONS = {
+    "elastic": (
+        lambda x: spike(x, AMPLITUDE, 0.25, "reference"),
+        lambda x: spike_reference(x, AMPLITUDE, 0.25, "reference"),
+    ),
+    "lif": (lambda x: lif(x, 0.25), lambda x: lif_reference(x, 0.25)),
+}
+
+
+@pytest.mark.parametrize("is_quick", [True, False], ids=["cpu_neurons", "plain"])
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_under_autocast_the_spikes_are_the_operands_that_a_product_would_cast_them_to(neuron, is_quick, monkeypatch):
+    monkeypatch.setattr(FAST_PATHS, "cpu_neurons", is_quick)
+    function, oracle = NEURONS[neuron]
+    inputs = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    wanted = oracle(inputs)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (wanted_gradient,) = torch.autograd.grad(wanted, inputs, weights.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(inputs)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wanted.bfloat16())
+    (gradient,) = torch.autograd.grad(found, inputs, weights)
+    # Through time it is summed in float32, and the inputs are float32: nothing is rounded on the way.
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, wanted_gradient)
