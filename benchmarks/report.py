@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,17 +37,35 @@ def machine(device: str) -> dict[str, Any]:
 def report(
     benchmark: str, title: str, rows: list[Row], device: str, output: str | None, notes: Sequence[str] = ()
 ) -> None:
-    """Prints `rows` as a table; with an `output` folder, `<benchmark>.json` and `.md` there hold it from then on.
+    """Prints `rows` as a table and, with an `output` folder, keeps it there."""
+    print_table(title, rows, notes)
+    if output is not None:
+        keep(benchmark, title, rows, device, output, notes)
 
-    A run of the same command on the same machine takes the place of the earlier one; others are kept.
-    """
+
+def print_table(title: str, rows: list[Row], notes: Sequence[str] = ()) -> None:
+    """Prints `rows` as a Markdown table, with the notes below it."""
     table = "\n".join([*markdown_table(rows), *(line for note in notes for line in ("", note))])
     print(f"\n{title}\n\n{table}", flush=True)
-    if output is None:
-        return
+
+
+def keep(
+    benchmark: str,
+    title: str,
+    rows: list[Row],
+    device: str,
+    output: str,
+    notes: Sequence[str] = (),
+    path_names: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `<benchmark>.json` and `.md` in the folder `output`.
+
+    A run of the same command on the same machine takes the place of the earlier one; others are kept. Of the flags in
+    `path_names`, the command shows these names in place of the paths.
+    """
     run = {
         "title": title,
-        "command": command(),
+        "command": command(path_names or {}),
         "machine": machine(device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
@@ -63,12 +81,17 @@ def report(
     _replace(folder / f"{benchmark}.md", f"# {benchmark}\n\n" + "\n".join(map(_section, runs)))
 
 
-def command() -> str:
+def command(path_names: Mapping[str, str]) -> str:
     """The command line to type in the project's root, without `--output`, which changes no figure."""
-    arguments = sys.argv[1:]
+    arguments: list[str] = []
+    for argument in sys.argv[1:]:
+        arguments += argument.split("=", 1) if argument.startswith("--") else [argument]
     if "--output" in arguments:
         position = arguments.index("--output")
         del arguments[position : position + 2]
+    for flag, name in path_names.items():
+        if flag in arguments:
+            arguments[arguments.index(flag) + 1] = name
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 

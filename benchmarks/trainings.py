@@ -1,0 +1,241 @@
+"""Trains models that differ in one thing by run_mlm.py and run_glue.py, each a process of its own, and reads results.
+
+A training has a folder: `pretrained/` and `glue/` as the two scripts write them, `log.txt` with all they print. Both go
+on where they were cut off, so that the same command again finishes what is there and adds what is missing.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+from cases import list_of
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the recorded command shows in the place of paths, which are of no use elsewhere.
+PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
+
+
+@dataclass(kw_only=True)
+class TrainingsArguments:
+    """Options of the commands that train: the data, the budget, and how many at a time."""
+
+    train_file: str = field(metadata={"help": "Text to train on: a file or a folder, as run_mlm.py takes it."})
+    output_dir: str = field(metadata={"help": "Folder for all trainings; the same command again goes on there."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text to evaluate on (default: held out by run_mlm.py)."}
+    )
+    sizes: str = field(
+        default="hidden_size=128,num_hidden_layers=2,num_attention_heads=2,intermediate_size=512",
+        metadata={"help": "Fields of the configuration that all models have in common."},
+    )
+    pretrain_recipe: str = field(
+        default="recipes/ablation_pretrain.yaml", metadata={"help": "Budget of run_mlm.py, the same for all models."}
+    )
+    seeds: list[int] = list_of(0, help="Seeds of the initial weights, the masks and the order of the data.")
+    jobs: int = field(default=1, metadata={"help": "Trainings at a time; the cores are shared out among them."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the table, benchmarks/results; a repeated command replaces its own."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"--jobs {self.jobs} is not possible; it must be at least 1.")
+        for name in ("train_file", "validation_file", "pretrain_recipe", "data_dir", "glue_recipe"):
+            path = getattr(self, name, None)
+            if path is not None and not Path(path).exists():
+                raise ValueError(f"--{name} {path} does not exist; name a file or a folder that does.")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model from scratch: its type, the fields of its configuration that set it apart, its seed."""
+
+    model_type: str
+    fields: tuple[tuple[str, object], ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        parts = [self.model_type, *(f"{name}={value}" for name, value in self.fields), f"seed={self.seed}"]
+        return ",".join(parts)
+
+    @property
+    def cost(self) -> float:
+        """In units of one time step; to begin with the longest."""
+        return dict(self.fields).get("num_time_steps", 1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Commands to run one after another, with what they print in `folder/log.txt`."""
+
+    name: str
+    folder: Path
+    commands: tuple[tuple[str, ...], ...]
+
+
+def job(training: Training, arguments: TrainingsArguments, corpus: Path, tasks: Sequence[str] = ()) -> Job:
+    """Pre-trains on the prepared corpus and, if there are tasks, fine-tunes the result on each of them."""
+    folder = Path(arguments.output_dir, training.name)
+    overrides = ",".join([arguments.sizes, *(f"{name}={value}" for name, value in training.fields)])
+    commands = [
+        script(
+            *("run_mlm.py", arguments.pretrain_recipe, "--dataset_name", corpus),
+            *("--model_type", training.model_type, "--config_overrides", overrides, "--seed", training.seed),
+            *("--output_dir", folder / "pretrained"),
+        )
+    ]
+    if tasks:
+        commands.append(
+            script(
+                *("run_glue.py", arguments.glue_recipe, "--model_name_or_path", folder / "pretrained"),
+                *("--task_name", *tasks, "--data_dir", arguments.data_dir, "--seed", training.seed),
+                *("--output_dir", folder / "glue"),
+            )
+        )
+    return Job(training.name, folder, tuple(commands))
+
+
+def script(name: str, recipe: str, *flags: object) -> tuple[str, ...]:
+    """The command line of a script with a recipe."""
+    return sys.executable, str(ROOT / name), recipe, *map(str, flags), "--disable_tqdm", "True"
+
+
+def prepare_corpus(arguments: TrainingsArguments) -> Path:
+    """Packs the text once for all trainings, with the tokenizer they share; what was packed before is not touched.
+
+    Raises:
+        SystemExit: run_mlm.py could not; what it said is on the screen.
+    """
+    # Another text or another recipe is another corpus.
+    digest = hashlib.sha256(Path(arguments.pretrain_recipe).read_bytes())
+    for source in filter(None, (arguments.train_file, arguments.validation_file)):
+        for path in sorted([Path(source), *Path(source).rglob("*")]):
+            stat = path.stat()
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    corpus = Path(arguments.output_dir, f"corpus-{digest.hexdigest()[:12]}")
+    if not corpus.exists():
+        validation = ("--validation_file", arguments.validation_file) if arguments.validation_file else ()
+        command = script(
+            *("run_mlm.py", arguments.pretrain_recipe, "--prepare_only", "--train_file", arguments.train_file),
+            *(*validation, "--output_dir", corpus),
+        )
+        if subprocess.run(command).returncode:
+            sys.exit("The text could not be packed; run_mlm.py says why above.")
+    return corpus
+
+
+def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None]) -> list[Job]:
+    """Runs all jobs, `at_a_time` of them side by side; a job that fails stops none of the others.
+
+    Args:
+        jobs: in the order to begin them.
+        at_a_time: each job's processes get their share of the cores (OMP_NUM_THREADS).
+        after_each: called when a job has ended, to keep what there is so far.
+
+    Returns:
+        The jobs that failed.
+    """
+    running: set[subprocess.Popen] = set()
+
+    def run(job: Job) -> bool:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_a_time))}
+        with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
+            for command in job.commands:
+                with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
+                    running.add(process)
+                    is_good = process.wait() == 0
+                    running.discard(process)
+                if not is_good:
+                    return False
+        return True
+
+    # A SIGTERM ends this command as Ctrl-C does: through the finally below.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    failed, pool = [], ThreadPoolExecutor(at_a_time)
+    waiting: dict[Future[bool], Job] = {pool.submit(run, job): job for job in jobs}
+    try:
+        count = len(waiting)
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                job = waiting.pop(future)
+                failed += [] if future.result() else [job]
+                print(f"{count - len(waiting)} of {count}: {job.name}", "" if future.result() else "FAILED", flush=True)
+                after_each()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+        signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def report_failures(failed: Sequence[Job]) -> None:
+    """Ends the command with what failed and where it is said why, if anything did."""
+    if failed:
+        logs = "\n".join(f"  {job.name}: {job.folder / 'log.txt'}" for job in failed)
+        sys.exit(f"{len(failed)} trainings failed and are not in the table; their logs say why:\n{logs}")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a table shows of one training; a dense model has no firing rate, a training without tasks no scores.
+
+    Losses are nats per masked token, scores those of the paper's table times 100, the energy that of the encoder in mJ
+    per sequence by the 45 nm convention, and the ratio that of the dense encoder over it.
+    """
+
+    loss: float
+    unigram_loss: float
+    firing_rate: float | None
+    energy: float
+    energy_ratio: float
+    tasks: dict[str, float]
+
+
+def read_scores(job: Job, tasks: Sequence[str] = ()) -> Scores | None:
+    """The scores of a job; None as long as one of them is missing."""
+    files = job.folder / "pretrained" / "all_results.json", job.folder / "glue" / "glue_results.json"
+    if not all(file.exists() for file in files[: 2 if tasks else 1]):
+        return None
+    results = json.loads(files[0].read_text(encoding="utf-8"))
+    columns = json.loads(files[1].read_text(encoding="utf-8"))["columns"].values() if tasks else ()
+    scores = {column["task"]: column["score"] for column in columns}
+    if "eval_mlm_loss" not in results or not scores.keys() >= set(tasks):
+        return None
+    return Scores(
+        loss=results["eval_mlm_loss"],
+        unigram_loss=results["eval_unigram_loss"],
+        firing_rate=results.get("eval_firing_rate"),
+        energy=results["eval_encoder_energy_mj"],
+        energy_ratio=results["eval_encoder_energy_ratio"],
+        tasks={task: scores[task] for task in tasks},
+    )
+
+
+def over_seeds(values: Sequence[float | None], form: str) -> str | None:
+    """`mean (smallest .. largest)` of several seeds, or the one value there is; None where there is no value."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return None
+    text = format(fmean(numbers), form)
+    return text if len(numbers) == 1 else f"{text} ({min(numbers):{form}} .. {max(numbers):{form}})"
+
+
+def budget_note(recipes: Sequence[str]) -> str:
+    """The recipes that a table rests on, with their content, so that a later change of a file changes no history."""
+    texts = [
+        f"`{recipe}`: {json.dumps(yaml.safe_load(Path(recipe).read_text(encoding='utf-8')))}" for recipe in recipes
+    ]
+    return "Budget of every training: " + "; ".join(texts) + "."
