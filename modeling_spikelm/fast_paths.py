@@ -23,6 +23,7 @@ class FastPaths:
         cpu_dropout: dropout masks of 16 random bits, four to a draw, kept in a byte per value.
         cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
         packed_spikes: what autograd keeps of spikes is their int8 codes, on every device.
+        autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.
     """
 
     cpu_neurons: bool = True
@@ -30,6 +31,7 @@ class FastPaths:
     cpu_dropout: bool = True
     cpu_attention: bool = True
     packed_spikes: bool = True
+    autocast_spikes: bool = True
 
 
 FAST_PATHS = FastPaths()

@@ -111,7 +111,9 @@ def spikes_dtype(inputs: torch.Tensor) -> torch.dtype:
     Spikes of that dtype from the start are the same operands, without a cast for each of the products that share them.
     """
     device = inputs.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_cast = (
+        FAST_PATHS.autocast_spikes and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
     return torch.get_autocast_dtype(device) if is_cast else inputs.dtype
 
 

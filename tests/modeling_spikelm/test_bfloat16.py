@@ -81,3 +81,6 @@ def test_under_autocast_the_spikes_are_the_operands_that_a_product_would_cast_th
     # Through time it is summed in float32, and the inputs are float32: nothing is rounded on the way.
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, wanted_gradient)
+    monkeypatch.setattr(FAST_PATHS, "autocast_spikes", False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(inputs), wanted)
