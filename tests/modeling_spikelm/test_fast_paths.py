@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import FAST_PATHS as BENCHMARKED
-from modeling_spikelm import SpikeLMForMaskedLM
+from modeling_spikelm import SpikeLMForMaskedLM, linear
 from modeling_spikelm.fast_paths import FAST_PATHS, FastPaths
 
 NAMES = [field.name for field in dataclasses.fields(FastPaths)]
@@ -27,7 +27,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def model(config, batch):
+def model(config, batch, monkeypatch):
+    # On every CPU these tests are of the same code.
+    monkeypatch.setattr(linear, "onednn_is_quicker", lambda: True)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     torch.manual_seed(0)
     model = SpikeLMForMaskedLM(config)
