@@ -194,6 +194,7 @@ def draw(points: Sequence[Point], title: str) -> Figure:
     axes.set_xlabel("firing rate, % of neurons per token and time step")
     axes.set_ylabel("masked-LM loss on held-out text, nats")
     axes.set_title(title)
+    axes.margins(x=0.12, y=0.1)  # room for the labels
     axes.grid(alpha=0.3)
     if marks:
         axes.legend()
