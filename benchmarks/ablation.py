@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from cases import list_of
 from report import Row, keep, print_table
 from trainings import (
-    PATH_NAMES,
     Job,
     Scores,
     Training,
     TrainingsArguments,
     budget_note,
+    device,
+    ending_on_sigterm,
     job,
     over_seeds,
     prepare_corpus,
@@ -44,7 +45,14 @@ class Arguments(TrainingsArguments):
     neurons: list[str] = list_of(*NEURONS, choices=NEURONS, help="The models to train.")
     num_time_steps: list[int] = list_of(1, 2, 4, help="Time steps T of the spiking models.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.num_time_steps) < 1:
+            raise ValueError(f"--num_time_steps {min(self.num_time_steps)} is not possible; it must be at least 1.")
+        self.neurons, self.num_time_steps = map(list, map(dict.fromkeys, (self.neurons, self.num_time_steps)))
 
+
+@ending_on_sigterm()
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     corpus = prepare_corpus(arguments)
@@ -60,7 +68,7 @@ def main() -> None:
     def keep_table() -> None:
         rows, notes = build_table(variants, jobs, arguments)
         if rows and arguments.output is not None:
-            keep("ablation", TABLE_TITLE, rows, "cpu", arguments.output, notes, PATH_NAMES)
+            keep("ablation", TABLE_TITLE, rows, device(), arguments.output, notes, arguments.path_names)
 
     # A sitting that is cut off leaves the table of what was finished.
     failed = run_all(jobs.values(), arguments.jobs, keep_table)
@@ -98,11 +106,11 @@ def build_table(
     for variant in variants:
         scores = [one for training, one in finished.items() if (training.model_type, training.fields) == variant]
         if scores:
-            rows.append(_row(dict(variant[1]), scores, arguments))
+            rows.append(_row(dict(variant[1]), scores))
     return rows, _notes([scores.unigram_loss for scores in finished.values()], arguments)
 
 
-def _row(fields: dict, scores: list[Scores], arguments: Arguments) -> Row:
+def _row(fields: dict, scores: list[Scores]) -> Row:
     neuron, steps = fields.get("neuron", DENSE), fields.get("num_time_steps")
     has_choice = steps is not None and steps > 1 and neuron != "lif"
     return {
@@ -110,7 +118,7 @@ def _row(fields: dict, scores: list[Scores], arguments: Arguments) -> Row:
         "T": "" if steps is None else str(steps),
         "reset": fields["membrane_reset"] if has_choice else "",
         "masked-LM loss": over_seeds([found.loss for found in scores], ".3f"),
-        **{task: over_seeds([found.tasks[task] for found in scores], ".1f") for task in arguments.task_name},
+        **{column: over_seeds([found.glue[column] for found in scores], ".1f") for column in scores[0].glue},
         "firing rate": over_seeds([found.firing_rate for found in scores], ".1%"),
         "energy of the encoder, mJ": over_seeds([found.energy for found in scores], ".4f"),
         "dense / this": over_seeds([found.energy_ratio for found in scores], ".2f"),
@@ -118,14 +126,15 @@ def _row(fields: dict, scores: list[Scores], arguments: Arguments) -> Row:
     }
 
 
-def _notes(unigram_losses: list[float], arguments: Arguments) -> list[str]:
-    unigram = f" A unigram model of the training text has {unigram_losses[0]:.3f}." if unigram_losses else ""
+def _notes(unigram_losses: list[float | None], arguments: Arguments) -> list[str]:
+    unigram = f" A unigram model of the training text has {unigram_losses[0]:.3f}." if any(unigram_losses[:1]) else ""
     return [
         f"Loss: nats per masked token of the held-out text.{unigram} Scores: GLUE's times 100, validation sets. "
         "Firing rate and energy: counted on the held-out text, the encoder alone, arithmetic by the 45 nm convention "
         "(docs/energy.md). Several seeds: mean (smallest .. largest).",
         "Rows without a reset: at T = 1 there is no step before, and of spikes 0 and 1 both rules say the same.",
-        f"All models: {arguments.sizes}. {budget_note([arguments.pretrain_recipe, arguments.glue_recipe])}",
+        f"All models: {arguments.sizes}; the dense one is BERT, with BERT's masked-LM head. "
+        + budget_note([arguments.pretrain_recipe, arguments.glue_recipe]),
     ]
 
 

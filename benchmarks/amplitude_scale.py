@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 from cases import list_of
 from matplotlib.figure import Figure
-from report import keep, print_table
+from report import Row, keep, print_table
 from trainings import (
-    PATH_NAMES,
     Job,
     Training,
     TrainingsArguments,
     budget_note,
+    device,
+    ending_on_sigterm,
     job,
     over_seeds,
     prepare_corpus,
@@ -39,6 +40,13 @@ class Arguments(TrainingsArguments):
     amplitude_scales: list[float] = list_of(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, help="Values of k.")
     num_time_steps: int = field(default=1, metadata={"help": "Time steps T."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_time_steps < 1:
+            raise ValueError(f"--num_time_steps {self.num_time_steps} is not possible; it must be at least 1.")
+        if min(self.amplitude_scales) <= 0:
+            raise ValueError(f"--amplitude_scales {min(self.amplitude_scales)} is not possible; k must be above 0.")
+
 
 class Point(NamedTuple):
     """Means over the seeds of one k: firing rate in [0, 1], loss in nats per masked token."""
@@ -48,6 +56,7 @@ class Point(NamedTuple):
     loss: float
 
 
+@ending_on_sigterm()
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     corpus = prepare_corpus(arguments)
@@ -57,15 +66,34 @@ def main() -> None:
             job(Training("spikelm", (steps, ("amplitude_scale", scale)), seed), arguments, corpus)
             for seed in arguments.seeds
         ]
-        for scale in sorted(arguments.amplitude_scales)
+        for scale in sorted(set(arguments.amplitude_scales))
     }
-    failed = run_all([one for of_scale in jobs.values() for one in of_scale], arguments.jobs, lambda: None)
+    title = f"Firing rate against loss for amplitude_scale k, T = {arguments.num_time_steps}"
+
+    def keep_table() -> None:
+        rows, notes, points = build_table(jobs, arguments)
+        if rows and arguments.output is not None:
+            keep("amplitude_scale", title, rows, device(), arguments.output, notes, arguments.path_names)
+            draw(points, title).savefig(Path(arguments.output, "amplitude_scale.png"), dpi=150)
+
+    # A sitting that is cut off leaves the table and the curve of what was finished.
+    failed = run_all([one for of_scale in jobs.values() for one in of_scale], arguments.jobs, keep_table)
+    rows, notes, _ = build_table(jobs, arguments)
+    if rows:
+        print_table(title, rows, notes)
+    report_failures(failed)
+
+
+def build_table(jobs: dict[float, list[Job]], arguments: Arguments) -> tuple[list[Row], list[str], list[Point]]:
+    """A row and a point for every k of which at least one seed has finished, and the notes below the table."""
     rows, points = [], []
     for scale, of_scale in jobs.items():
         scores = [found for one in of_scale if (found := read_scores(one)) is not None]
         if not scores:
             continue
         rates, losses = [found.firing_rate for found in scores], [found.loss for found in scores]
+        if None in rates:
+            raise ValueError(f"{arguments.pretrain_recipe} counts no spikes; leave out its spike_batches: 0.")
         points.append(Point(scale, fmean(rates), fmean(losses)))
         rows.append(
             {
@@ -77,19 +105,12 @@ def main() -> None:
                 "seeds": str(len(scores)),
             }
         )
-    if rows:
-        title = f"Firing rate against loss for amplitude_scale k, T = {arguments.num_time_steps}"
-        curve = efficient_points(points)
-        notes = [
-            "Loss in nats per masked token, mean (smallest .. largest) over the seeds; counted on the held-out text.",
-            describe_knee(curve),
-            f"All models: {arguments.sizes}. {budget_note([arguments.pretrain_recipe])}",
-        ]
-        print_table(title, rows, notes)
-        if arguments.output is not None:
-            keep("amplitude_scale", title, rows, "cpu", arguments.output, notes, PATH_NAMES)
-            draw(points, title).savefig(Path(arguments.output, "amplitude_scale.png"), dpi=150)
-    report_failures(failed)
+    notes = [
+        "Loss in nats per masked token, mean (smallest .. largest) over the seeds; counted on the held-out text.",
+        describe_knee(points),
+        f"All models: {arguments.sizes}. {budget_note([arguments.pretrain_recipe])}",
+    ]
+    return rows, notes, points
 
 
 def efficient_points(points: Sequence[Point]) -> list[Point]:
@@ -126,17 +147,24 @@ def knee(curve: Sequence[Point]) -> Point | None:
     return found if below(found) > 0 else None
 
 
-def describe_knee(curve: Sequence[Point]) -> str:
-    scales = ", ".join(f"{point.scale:g}" for point in curve)
-    efficient = f"No other k has both fewer spikes and a lower loss than k = {scales}. "
+def describe_knee(points: Sequence[Point]) -> str:
+    """Which k are on the curve, which is its knee, and where the published k is."""
+    curve = efficient_points(points)
     found = knee(curve)
+    scales = ", ".join(f"{point.scale:g}" for point in curve)
+    sentences = [f"No other k has both fewer spikes and a lower loss than k = {scales}."]
     if found is None:
-        return efficient + "Their curve has no knee: none lies below the straight line between its ends."
-    return (
-        efficient
-        + f"The knee of their curve, the point farthest below the straight line between its ends when both axes "
-        f"run from 0 to 1, is k = {found.scale:g} (firing rate {found.firing_rate:.1%}, loss {found.loss:.3f})."
-    )
+        sentences += ["Their curve has no knee: none lies below the straight line between its ends."]
+    else:
+        sentences += [
+            "The knee of their curve, the point farthest below the straight line between its ends when both axes run "
+            f"from 0 to 1, is k = {found.scale:g} (firing rate {found.firing_rate:.1%}, loss {found.loss:.3f})."
+        ]
+    published = next((point for point in points if point.scale == PUBLISHED_SCALE), None)
+    if published is not None:
+        where = "the knee" if published == found else "on the curve" if published in curve else "not on the curve"
+        sentences += [f"The published k = {PUBLISHED_SCALE:g} is {where}."]
+    return " ".join(sentences)
 
 
 def draw(points: Sequence[Point], title: str) -> Figure:
@@ -166,6 +194,7 @@ def draw(points: Sequence[Point], title: str) -> Figure:
     axes.set_xlabel("firing rate, % of neurons per token and time step")
     axes.set_ylabel("masked-LM loss on held-out text, nats")
     axes.set_title(title)
+    axes.margins(x=0.12, y=0.1)  # room for the labels
     axes.grid(alpha=0.3)
     if marks:
         axes.legend()

@@ -10,18 +10,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 
+import torch
 import yaml
 from cases import list_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the recorded command shows in the place of paths, which are of no use elsewhere.
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
+# In the folder of a training that has ended well: `Job.identity`.
+FINISHED = "finished.txt"
 
 
 @dataclass(kw_only=True)
@@ -50,10 +55,25 @@ class TrainingsArguments:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise ValueError(f"--jobs {self.jobs} is not possible; it must be at least 1.")
+        if min(self.seeds) < 0:
+            raise ValueError(f"--seeds {min(self.seeds)} is not possible; a seed must be at least 0.")
+        # The same training twice would be two processes in one folder.
+        self.seeds = list(dict.fromkeys(self.seeds))
         for name in ("train_file", "validation_file", "pretrain_recipe", "data_dir", "glue_recipe"):
             path = getattr(self, name, None)
             if path is not None and not Path(path).exists():
                 raise ValueError(f"--{name} {path} does not exist; name a file or a folder that does.")
+
+    @property
+    def path_names(self) -> dict[str, str]:
+        """`PATH_NAMES`, and likewise the recipes that lie outside of the project."""
+        recipes = {"--pretrain_recipe": "PRETRAIN_RECIPE", "--glue_recipe": "GLUE_RECIPE"}
+        outside = {
+            flag: name
+            for flag, name in recipes.items()
+            if not Path(getattr(self, flag.removeprefix("--"), ROOT)).resolve().is_relative_to(ROOT)
+        }
+        return PATH_NAMES | outside
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,20 @@ class Job:
     name: str
     folder: Path
     commands: tuple[tuple[str, ...], ...]
+    recipes: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """A hash of the commands and of what their recipes say now."""
+        budget = [yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) for recipe in self.recipes]
+        commands = [command[1:] for command in self.commands]
+        return hashlib.sha256(json.dumps([commands, budget], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder's results are those of this job; there may be some of another budget or text."""
+        mark = self.folder / FINISHED
+        return mark.exists() and mark.read_text(encoding="utf-8") == self.identity
 
 
 def job(training: Training, arguments: TrainingsArguments, corpus: Path, tasks: Sequence[str] = ()) -> Job:
@@ -103,7 +137,8 @@ def job(training: Training, arguments: TrainingsArguments, corpus: Path, tasks: 
                 *("--output_dir", folder / "glue"),
             )
         )
-    return Job(training.name, folder, tuple(commands))
+    recipes = (arguments.pretrain_recipe, *([arguments.glue_recipe] if tasks else []))
+    return Job(training.name, folder, tuple(commands), recipes)
 
 
 def script(name: str, recipe: str, *flags: object) -> tuple[str, ...]:
@@ -135,6 +170,45 @@ def prepare_corpus(arguments: TrainingsArguments) -> Path:
     return corpus
 
 
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """In here, and in a function so decorated, a SIGTERM ends the program as Ctrl-C does: with its `finally`."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Processes:
+    """Processes that several threads start, and that end together."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen] = set()
+        # A process that has begun but is not listed yet would be left behind.
+        self._lock = Lock()
+        self.is_ending = False
+
+    def run(self, command: Sequence[str], **options) -> bool:
+        """Runs a command, with the options of Popen; whether it ended well. After `end` it does not begin."""
+        with self._lock:
+            if self.is_ending:
+                return False
+            process = subprocess.Popen(command, **options)
+            self._running.add(process)
+        is_good = process.wait() == 0
+        with self._lock:
+            self._running.discard(process)
+        return is_good
+
+    def end(self) -> None:
+        """Asks all of them to end: a training then saves a checkpoint first."""
+        with self._lock:
+            self.is_ending = True
+            for process in self._running:
+                process.terminate()
+
+
 def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None]) -> list[Job]:
     """Runs all jobs, `at_a_time` of them side by side; a job that fails stops none of the others.
 
@@ -146,23 +220,24 @@ def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None])
     Returns:
         The jobs that failed.
     """
-    running: set[subprocess.Popen] = set()
+    processes = Processes()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // at_a_time))}
 
     def run(job: Job) -> bool:
         job.folder.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_a_time))}
+        # Before, as the scripts read the recipes at their beginning. A finished job is run as well: whether its folder
+        # holds that very run only the scripts know, and they refuse another one.
+        mark, identity = job.folder / FINISHED, job.identity
         with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
-            for command in job.commands:
-                with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
-                    running.add(process)
-                    is_good = process.wait() == 0
-                    running.discard(process)
-                if not is_good:
-                    return False
-        return True
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+            is_good = all(processes.run(command, **options) for command in job.commands)
+        if is_good:
+            mark.write_text(identity, encoding="utf-8")
+        elif not processes.is_ending:
+            mark.unlink(missing_ok=True)
+        return is_good
 
-    # A SIGTERM ends this command as Ctrl-C does: through the finally below.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failed, pool = [], ThreadPoolExecutor(at_a_time)
     waiting: dict[Future[bool], Job] = {pool.submit(run, job): job for job in jobs}
     try:
@@ -175,9 +250,7 @@ def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None])
                 after_each()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.terminate()
-        signal.signal(signal.SIGTERM, before)
+        processes.end()
     return failed
 
 
@@ -185,43 +258,47 @@ def report_failures(failed: Sequence[Job]) -> None:
     """Ends the command with what failed and where it is said why, if anything did."""
     if failed:
         logs = "\n".join(f"  {job.name}: {job.folder / 'log.txt'}" for job in failed)
-        sys.exit(f"{len(failed)} trainings failed and are not in the table; their logs say why:\n{logs}")
+        sys.exit(f"Failed and not in the table: {len(failed)} of the trainings. Their logs say why:\n{logs}")
 
 
 @dataclass(frozen=True)
 class Scores:
     """What a table shows of one training; a dense model has no firing rate, a training without tasks no scores.
 
-    Losses are nats per masked token, scores those of the paper's table times 100, the energy that of the encoder in mJ
-    per sequence by the 45 nm convention, and the ratio that of the dense encoder over it.
+    Losses are nats per masked token, the energy that of the encoder in mJ per sequence by the 45 nm convention, and the
+    ratio that of the dense encoder over it; a recipe with `spike_batches: 0` leaves out what is counted. Scores are
+    those of the paper's table times 100, by column and metric ("SST-2 accuracy").
     """
 
     loss: float
-    unigram_loss: float
+    unigram_loss: float | None
     firing_rate: float | None
-    energy: float
-    energy_ratio: float
-    tasks: dict[str, float]
+    energy: float | None
+    energy_ratio: float | None
+    glue: dict[str, float]
 
 
 def read_scores(job: Job, tasks: Sequence[str] = ()) -> Scores | None:
-    """The scores of a job; None as long as one of them is missing."""
-    files = job.folder / "pretrained" / "all_results.json", job.folder / "glue" / "glue_results.json"
-    if not all(file.exists() for file in files[: 2 if tasks else 1]):
+    """The scores of a finished job, of these GLUE tasks; None of any other, whatever its folder holds."""
+    if not job.is_finished:
         return None
-    results = json.loads(files[0].read_text(encoding="utf-8"))
-    columns = json.loads(files[1].read_text(encoding="utf-8"))["columns"].values() if tasks else ()
-    scores = {column["task"]: column["score"] for column in columns}
-    if "eval_mlm_loss" not in results or not scores.keys() >= set(tasks):
-        return None
+    results = json.loads((job.folder / "pretrained/all_results.json").read_text(encoding="utf-8"))
+    glue = json.loads((job.folder / "glue/glue_results.json").read_text(encoding="utf-8"))["columns"] if tasks else {}
     return Scores(
         loss=results["eval_mlm_loss"],
-        unigram_loss=results["eval_unigram_loss"],
+        unigram_loss=results.get("eval_unigram_loss"),
         firing_rate=results.get("eval_firing_rate"),
-        energy=results["eval_encoder_energy_mj"],
-        energy_ratio=results["eval_encoder_energy_ratio"],
-        tasks={task: scores[task] for task in tasks},
+        energy=results.get("eval_encoder_energy_mj"),
+        energy_ratio=results.get("eval_encoder_energy_ratio"),
+        glue={
+            f"{name} {column['metric']}": column["score"] for name, column in glue.items() if column["task"] in tasks
+        },
     )
+
+
+def device() -> str:
+    """What the scripts train on, as `report.machine` names it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def over_seeds(values: Sequence[float | None], form: str) -> str | None:
@@ -236,6 +313,7 @@ def over_seeds(values: Sequence[float | None], form: str) -> str | None:
 def budget_note(recipes: Sequence[str]) -> str:
     """The recipes that a table rests on, with their content, so that a later change of a file changes no history."""
     texts = [
-        f"`{recipe}`: {json.dumps(yaml.safe_load(Path(recipe).read_text(encoding='utf-8')))}" for recipe in recipes
+        f"`{Path(recipe).name}`: {json.dumps(yaml.safe_load(Path(recipe).read_text(encoding='utf-8')))}"
+        for recipe in recipes
     ]
     return "Budget of every training: " + "; ".join(texts) + "."
