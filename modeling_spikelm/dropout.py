@@ -16,8 +16,9 @@ from .fast_paths import FAST_PATHS, is_eager_on_cpu
 
 # Of 16 random bits; the probability is met to 1 / 65,536.
 _LEVELS = 1 << 16
-# So many floats lie in a core's second-level cache of today.
-_CACHED_VALUES = 1 << 18
+# So many probabilities are at work at a time, by the bytes of one: what stays in a cache, but more where the products
+# are over so soon that beginning them counts.
+_PIECES = {2: 1 << 20, 4: 1 << 18}
 
 
 def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
@@ -71,15 +72,16 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         probability: float,
     ) -> torch.Tensor:
+        kept = _draw_mask(torch.Size([*query.shape[:3], key.shape[2]]), probability)
+        ctx.save_for_backward(query, key, value, mask, kept)
+        ctx.scaling, ctx.scale = scaling, 1 / (1 - probability)
         # In memory the heads of a token lie side by side, as the next linear layer reads them.
         context = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-        kept = _draw_mask(torch.Size([*query.shape[:3], key.shape[2]]), probability)
-        ctx.scaling, ctx.scale = scaling, 1 / (1 - probability)
-        for piece in _pieces(kept.shape):
-            probabilities = _softmax(query[piece], key[piece], None if mask is None else mask[piece], scaling)
-            probabilities.mul_(kept[piece])
-            context[piece] = torch.matmul(probabilities.to(value.dtype), value[piece]).mul_(ctx.scale)
-        ctx.save_for_backward(query, key, value, mask, kept)
+        for piece in _pieces(kept, query.dtype):
+            scores = _scores(query[piece], key[piece], mask, piece, scaling)
+            dropped = torch.softmax(scores, -1).mul_(kept[piece].flatten(0, 1))
+            products = torch.bmm(dropped, value[piece].flatten(0, 1))
+            torch.mul(products.view_as(context[piece]), ctx.scale, out=context[piece])
         return context
 
     @staticmethod
@@ -87,30 +89,38 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         query, key, value, mask, kept = ctx.saved_tensors
         query_gradient, key_gradient, value_gradient = map(torch.empty_like, (query, key, value))
-        for piece in _pieces(kept.shape):
-            probabilities = _softmax(query[piece], key[piece], None if mask is None else mask[piece], ctx.scaling)
-            keeps = kept[piece].float()
-            rescaled = gradient[piece] * ctx.scale
-            # With dp the gradient of a probability p, that of its score is p (dp - sum(p dp)): softmax's derivative.
-            weighted = torch.matmul(rescaled, value[piece].transpose(-1, -2)).float().mul_(keeps).mul_(probabilities)
-            scores_gradient = weighted.addcmul(probabilities, weighted.sum(-1, keepdim=True), value=-1).to(query.dtype)
-            query_gradient[piece] = torch.matmul(scores_gradient, key[piece]).mul_(ctx.scaling)
-            key_gradient[piece] = torch.matmul(scores_gradient.transpose(-1, -2), query[piece]).mul_(ctx.scaling)
-            dropped = probabilities.mul_(keeps).to(value.dtype)
-            value_gradient[piece] = torch.matmul(dropped.transpose(-1, -2), rescaled)
+        for piece in _pieces(kept, query.dtype):
+            probabilities = torch.softmax(_scores(query[piece], key[piece], mask, piece, ctx.scaling), -1)
+            keeps = kept[piece].flatten(0, 1).to(query.dtype)
+            rescaled = (gradient[piece] * ctx.scale).flatten(0, 1)
+            weighted = torch.bmm(rescaled, value[piece].flatten(0, 1).mT).mul_(keeps)
+            # With dp the gradient of a probability p, that of its score is p (dp - sum(p dp)).
+            scores_gradient = torch.ops.aten._softmax_backward_data(weighted, probabilities, -1, query.dtype)
+            scores_gradient.mul_(ctx.scaling)
+            for gradients, products in (
+                (query_gradient, torch.bmm(scores_gradient, key[piece].flatten(0, 1))),
+                (key_gradient, torch.bmm(scores_gradient.mT, query[piece].flatten(0, 1))),
+                (value_gradient, torch.bmm(probabilities.mul_(keeps).mT, rescaled)),
+            ):
+                gradients[piece] = products.view_as(gradients[piece])
         return query_gradient, key_gradient, value_gradient, None, None, None
 
 
-def _softmax(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """Float32 probabilities of `(..., L, d)` queries and keys, `(..., L, L)`."""
-    scores = torch.matmul(query * scaling, key.transpose(-1, -2)).float()
-    return torch.softmax(scores if mask is None else scores.add_(mask), -1)
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, piece: slice, scaling: float
+) -> torch.Tensor:
+    """`q k^T * scaling + mask`, `(n * heads, L, L)`, of a piece of n sequences: `(n, heads, L, d)` queries and keys."""
+    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).mT)
+    if mask is not None:
+        scores.view(*query.shape[:3], -1).add_(mask[piece])
+    return scores
 
 
-def _pieces(shape: torch.Size) -> list[slice] | list[int]:
+def _pieces(kept: torch.Tensor, dtype: torch.dtype) -> list[slice]:
     """Parts of a batch of matrices `(N, heads, L, L)`: single sequences, or several where these are short."""
-    count = _CACHED_VALUES // shape[1:].numel()
-    return list(range(shape[0])) if count <= 1 else [slice(n, n + count) for n in range(0, shape[0], count)]
+    values = _PIECES.get(dtype.itemsize, _PIECES[4])
+    count = max(1, values // kept.shape[1:].numel())
+    return [slice(first, first + count) for first in range(0, len(kept), count)]
 
 
 def attention_with_dropout(
@@ -132,7 +142,8 @@ def attention_with_dropout(
         `(N, heads, L, d)`.
     """
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     if mask is not None:
-        mask = mask.expand(query.shape[0], -1, -1, -1)
+        # Finite, so that the probabilities of a row that is masked as a whole are numbers.
+        mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)
     return _Attention.apply(query, key, value, mask, scaling, probability)

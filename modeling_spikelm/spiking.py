@@ -195,17 +195,20 @@ def _pass_back_on_cpu(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`_pass_back` in float32 passes only."""
-    gradient = torch.empty_like(spikes_gradient, dtype=torch.float32)
+    gradient = torch.empty_like(spikes_gradient, dtype=dtype)
     silent_shares = _on_host(amplitude, decay, reset)[1]
+    later = None
     for step in reversed(range(len(codes))):
         code = codes[step].float()
+        passed = gradient[step] if dtype == torch.float32 else torch.empty_like(code)
         # The derivative of hardtanh is this mask: it passes what lies strictly between its limits.
-        torch.ops.aten.hardtanh_backward.grad_input(
-            spikes_gradient[step].float(), code, -2, 2, grad_input=gradient[step]
-        )
-        if has_membrane and step + 1 < len(codes):
-            gradient[step].add_(_left_by_(code.sign_(), reset).mul_(silent_shares[step]).mul_(gradient[step + 1]))
-    return gradient.to(dtype)
+        torch.ops.aten.hardtanh_backward.grad_input(spikes_gradient[step].float(), code, -2, 2, grad_input=passed)
+        if later is not None and has_membrane:
+            passed.add_(_left_by_(code.sign_(), reset).mul_(silent_shares[step]).mul_(later))
+        if dtype != torch.float32:
+            gradient[step].copy_(passed)
+        later = passed
+    return gradient
 
 
 def _on_host(amplitude: torch.Tensor, decay: float, reset: str) -> tuple[list[float], list[float]]:
@@ -281,10 +284,10 @@ class _PackedSpikes(NamedTuple):
 def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    spikes = saved.codes.to(torch.float32).clamp_(-1, 1)
+    spikes = saved.codes.to(saved.dtype).clamp_(-1, 1)
     for step, step_amplitude in zip(spikes, saved.amplitude, strict=True):
         step.mul_(step_amplitude)
-    return spikes.to(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+    return spikes.as_strided(saved.size, saved.stride, saved.offset)
 
 
 def spike(

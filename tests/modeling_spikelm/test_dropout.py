@@ -66,6 +66,27 @@ def test_attention_equals_its_equation_under_the_same_mask(masked, length):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [torch.bool, torch.float32])
+def test_bfloat16_attention_is_the_float32_one_also_where_a_sequence_is_masked_as_a_whole(form):
+    """float32's lowest number, which masks floats, is no finite number of bfloat16's."""
+    torch.manual_seed(0)
+    mask = torch.ones(3, 1, 5, 5, dtype=torch.bool)
+    mask[0, :, :, 3:] = False
+    mask[1] = False
+    if form == torch.float32:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    operands = torch.randn(3, 3, 12, 5, 8).bfloat16()
+    gradient = torch.randn(3, 12, 5, 8).bfloat16()
+
+    def attend(dtype):
+        torch.manual_seed(1)
+        inputs = [operand.to(dtype).requires_grad_() for operand in operands]
+        context = attention_with_dropout(*inputs, mask, 0.3, 0.2)
+        return [found.float() for found in (context, *torch.autograd.grad(context, inputs, gradient.to(dtype)))]
+
+    torch.testing.assert_close(attend(torch.bfloat16), attend(torch.float32), rtol=0.02, atol=0.02)
+
+
 def neurons_and_linear():
     neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2))
     neurons.set_amplitude(torch.tensor([0.7, 1.3]))
