@@ -39,7 +39,8 @@ class TrainingsArguments:
         default=None, metadata={"help": "Text to evaluate on (default: held out by run_mlm.py)."}
     )
     sizes: str = field(
-        default="hidden_size=128,num_hidden_layers=2,num_attention_heads=2,intermediate_size=512",
+        default="hidden_size=128,num_hidden_layers=2,num_attention_heads=2,intermediate_size=512,"
+        "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0,initializer_range=0.08",
         metadata={"help": "Fields of the configuration that all models have in common."},
     )
     pretrain_recipe: str = field(
