@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -67,17 +68,23 @@ def measure_once(case: Case, keep_environment: bool = False) -> dict[str, Any]:
 
 
 def time_by_turns(
-    cases: list[Case], rounds: int, repeats: int, part: str, keep_environment: bool = False
+    cases: list[Case],
+    rounds: int,
+    repeats: int,
+    part: str,
+    keep_environment: bool = False,
+    against: Callable[[Case], Case] | None = None,
 ) -> dict[Case, dict[str, Any]]:
     """Times cases against each other: all processes stay alive, and in every round each has its turn alone.
 
     Args:
         part: which time the ratio is of, for instance "forward_backward".
+        against: the one of the cases that a case's ratio is to; by default the stock BERT.
 
     Returns:
-        For each case its median seconds by part, the `ratio` of `part` to the stock BERT's (of the medians over
-        everything, with smallest and largest ratio of a round; None without a stock BERT), the work in `flops` and the
-        `share_of_peak`: the rate of its matrix products, in units of a large matrix product's rate.
+        For each case its median seconds by part, the `ratio` of `part` (of the medians over everything, with smallest
+        and largest ratio of a round; None without a stock BERT), the work in `flops` and the `share_of_peak`: the rate
+        of its matrix products, in units of a large matrix product's rate.
     """
     workers: list[Worker] = []
     seconds: dict[Case, list[list[dict[str, float]]]] = {case: [] for case in cases}
@@ -105,9 +112,10 @@ def time_by_turns(
     results = {}
     for case in cases:
         times, ratio = medians(case), None
-        if stock is not None:
-            of_rounds = [mine / other for mine, other in zip(by_round(case), by_round(stock), strict=True)]
-            ratio = (times[part] / medians(stock)[part], min(of_rounds), max(of_rounds))
+        denominator = stock if against is None else against(case)
+        if denominator is not None:
+            of_rounds = [mine / other for mine, other in zip(by_round(case), by_round(denominator), strict=True)]
+            ratio = (times[part] / medians(denominator)[part], min(of_rounds), max(of_rounds))
         flops = facts[case]["flops"]
         share = flops / times[part] / rate if flops else None
         results[case] = {"seconds": times, "ratio": ratio, "flops": flops, "share_of_peak": share}

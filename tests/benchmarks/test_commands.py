@@ -49,6 +49,18 @@ def test_training_step_is_timed_and_counted_against_the_stock_bert(tmp_path):
     assert rows["bert"]["GFLOP"] < rows["oracle T=2"]["GFLOP"] < 2 * rows["bert"]["GFLOP"]
 
 
+def test_bf16_takes_turns_with_float32_and_is_compared_with_it(tmp_path):
+    flags = [*QUICK, "--sides", "bert", "spikelm", "--dtype", "bf16_autocast", "--with_float32"]
+    rows = rows_by_side("training_step", *flags, folder=tmp_path)
+    assert list(rows) == ["bert float32", "bert", "spikelm T=2 float32", "spikelm T=2"]
+    for side in ("bert", "spikelm T=2"):
+        assert rows[f"{side} float32"]["ratio to float32"].startswith("1.00 (1.00")
+        quotient = rows[side]["forward + backward ms"] / rows[f"{side} float32"]["forward + backward ms"]
+        assert rows[side]["ratio to float32"].startswith(f"{quotient:.2f} ")
+    finished = run("training_step", *QUICK, "--with_float32")
+    assert finished.returncode != 0 and "add --dtype bf16_autocast" in finished.stderr
+
+
 def test_inference_is_timed_and_kept_with_command_and_machine(tmp_path):
     (row,) = rows_by_side("inference", *QUICK, "--batch_size", "2", "--sides", "spikelm", folder=tmp_path).values()
     assert row["sequences per s"] == pytest.approx(2 / (row["forward ms"] / 1e3))
