@@ -1,13 +1,15 @@
 """Dropout on a CPU in a fraction of torch's time and memory: for hidden states, and inside attention.
 
 torch draws a CPU's masks one Bernoulli variable at a time and keeps them as floats; for T time steps that is a tenth of
-a training step, and its largest tensors. Here a mask is drawn as 16 random bits per value, four values to a draw of
-torch's own generator, so that seeds, checkpoints and resumed runs work as ever, and is kept in a byte per value.
-Elsewhere, and where torch.compile sees the code, torch's own dropout runs.
+a training step, and its largest tensors. Here a mask is drawn as 16 random bits per value, and is kept in a byte per
+value. The bits come from NumPy's SFC64, twice as quick as torch's own generator, which gives every mask its seed; so
+seeds, checkpoints and resumed runs work as ever. Elsewhere, and where torch.compile sees the code, torch's own dropout
+runs.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -24,8 +26,9 @@ _PIECES = {2: 1 << 20, 4: 1 << 18}
 def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
     """A mask of int8: 0 with the probability, else 1."""
     count = shape.numel()
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    levels = draws.view(torch.int16)[:count].view(shape)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    bits = np.random.SFC64(seed).random_raw(-(-count // 4))
+    levels = torch.from_numpy(bits.view(np.int16))[:count].view(shape)
     # Clamping to two neighbouring levels compares, and other than a comparison is vectorised on a CPU.
     dropped_levels = min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
     last_dropped = dropped_levels - 1 - _LEVELS // 2
