@@ -5,6 +5,7 @@ import glob
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
+from . import json_lines
 from .arguments import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -241,15 +243,16 @@ def _usable_files(path: Path, text_column: str) -> list[Path]:
 
 
 def _check_file(path: Path, text_column: str, may_be_empty: bool = False) -> bool:
-    """Whether the file holds a row; its first row shows whether it can be read and has the columns needed."""
+    """Whether the file holds a row; its first rows show whether it can be read and has the columns needed."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise ValueError(f"{path} has the unknown extension {path.suffix!r}; known are {', '.join(READERS)}.")
     row = None
     if path.stat().st_size:
         try:
-            rows = _rows([path], suffix)
-            row = next(iter(rows), None)
+            rows = _rows([path], suffix, text_column)
+            for another in islice(rows, ROWS_PER_BATCH):
+                row = row or another
         except (ValueError, DatasetGenerationError) as error:
             raise _unreadable(path, error) from error
     if row is None:
@@ -279,31 +282,41 @@ def _check_header(path: Path, suffix: str, text_column: str) -> None:
         raise ValueError(f"{path} has several columns {text_column!r}; its columns are {header}. Rename all but one.")
 
 
-def _rows(files: list[Path], suffix: str) -> IterableDataset:
-    """The rows of files of one kind, read lazily with whatever columns they have."""
+def _own_reading(files: list[Path], suffix: str, text_column: str) -> dict[str, Any] | None:
+    """Arguments of `from_generator` for files that no loader of datasets reads as they are meant; None for others."""
+    stamped = {"files": [_stamp(path) for path in files]}
     if suffix == ".txt":
-        return IterableDataset.from_generator(_read_text, TEXT_FEATURES, {"files": [_stamp(path) for path in files]})
+        return {"generator": _read_text, "gen_kwargs": stamped, "features": TEXT_FEATURES}
+    if READERS[suffix][0] == "json" and all(json_lines.holds_texts(path, text_column) for path in files):
+        return {
+            "generator": json_lines.read_texts,
+            "gen_kwargs": stamped | {"text_column": text_column},
+            "features": Features({text_column: Value("string")}),
+        }
+    return None
+
+
+def _rows(files: list[Path], suffix: str, text_column: str) -> IterableDataset:
+    """The rows of files of one kind, read lazily with whatever columns they have."""
+    if source := _own_reading(files, suffix, text_column):
+        return IterableDataset.from_generator(**source)
     loader, options = READERS[suffix]
     names = [glob.escape(str(path)) for path in files]
     return load_dataset(loader, data_files=names, split="train", streaming=True, **options)
 
 
 def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDataset:
+    text_column = arguments.text_column_name
     num_proc = None if arguments.streaming else _processes(arguments.preprocessing_num_workers, len(files))
     try:
-        if suffix == ".txt":
-            source = {
-                "generator": _read_text,
-                "gen_kwargs": {"files": [_stamp(path) for path in files]},
-                "features": TEXT_FEATURES,
-            }
+        if source := _own_reading(files, suffix, text_column):
             if arguments.streaming:
                 return IterableDataset.from_generator(**source)
             return Dataset.from_generator(**source, num_proc=num_proc)
         loader, options = READERS[suffix]
         if loader == "csv":
             # Otherwise a column of numbers would be read as numbers, and other columns cost time and types.
-            options = {**options, "features": Features({arguments.text_column_name: Value("string")})}
+            options = {**options, "features": Features({text_column: Value("string")})}
         # The loaders take patterns: brackets in a file's name must not act as one.
         names = [glob.escape(str(path)) for path in files]
         return load_dataset(
@@ -313,7 +326,7 @@ def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDatase
         # The loaders do not say which file it was.
         for path in files:
             try:
-                for _ in _rows([path], suffix):
+                for _ in _rows([path], suffix, text_column):
                     pass
             except (ValueError, DatasetGenerationError) as reason:
                 raise _unreadable(path, reason) from error

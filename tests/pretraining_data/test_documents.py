@@ -318,11 +318,14 @@ BAD_FILES = {
     "column.jsonl": (b'{"body": "x"}\n', r"no column 'text'; its columns are \['body'\]"),
     "ids.csv": (b'input_ids\n"[1, 2]"\n', "no column 'text'"),
     "ids.jsonl": (b'{"input_ids": "1 2"}\n', "does not hold lists of token ids"),
-    "number.jsonl": (b'{"text": 5}\n{"text": 6}\n', "holds int64 values, not text"),
+    "number.jsonl": (b'{"text": 5}\n{"text": 6}\n', "line 1: column 'text' holds 5, not text"),
     "latin.txt": (b"one\n\ntwo\n\ncaf\xe9\n", "latin.txt is not valid UTF-8"),
     "latin.csv": (b"text\ncaf\xe9\n", "latin.csv cannot be read: .*utf-8"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl cannot be read: .*utf-8"),
-    "broken.jsonl": (b'{"text": "x"}\n{"text": \n', "broken.jsonl cannot be read: JSON"),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl is not valid UTF-8"),
+    "broken.jsonl": (
+        b'{"text": "x"}\n{"text": \n',
+        "broken.jsonl cannot be read: line 2, character 9: Expecting value",
+    ),
     "broken.parquet": (b"PAR1 no", "broken.parquet cannot be read"),
     "single.txt": (b"only one document\n", "give --validation_file"),
 }

@@ -117,9 +117,9 @@ def test_json_values_of_any_type_are_the_texts_or_one_error(tmp_path, validation
         ("comma.csv", "text\nwith a comma, and no quotes\n", "Expected 1 fields in line 2, saw 2"),
         ("later.csv", "text,n\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
         ("longer.tsv", "text\tn\na\t1\t3\nb\t2\n", "Expected 2 fields in line 2, saw 3"),
-        ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "a mixture of types, not text"),
+        ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' holds 1, not text"),
         ("surrogate.jsonl", '{"text": "\\ud800"}\n', "surrogate"),
-        ("cut.jsonl", '{"text": "a"}\n{"text": "b', "closing quotation mark"),
+        ("cut.jsonl", '{"text": "a"}\n{"text": "b', "line 2, character 10: Unterminated string"),
     ],
 )
 def test_tables_that_would_be_misread_are_refused(tmp_path, validation, name, content, told, streaming):
@@ -129,12 +129,31 @@ def test_tables_that_would_be_misread_are_refused(tmp_path, validation, name, co
     assert isinstance(found, str) and told in found and "\n" not in found
 
 
+@KINDS
+def test_a_number_among_texts_is_refused_however_far_down_it_stands(tmp_path, validation, streaming):
+    """The json loader of datasets looks for it in the first 10 MB, and puts quotes around all texts after that."""
+    lines = [json.dumps({"text": f"{number} {'river ' * 200}"}) for number in range(9_000)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join([*lines, '{"text": 7}', *lines[:10]]))
+    assert path.stat().st_size > 10 << 20
+    found = texts_or_error(path, validation, streaming=streaming)
+    assert isinstance(found, str) and "line 9001: column 'text' holds 7, not text" in found
+
+
+@KINDS
+def test_columns_beside_the_text_may_hold_anything(tmp_path, validation, streaming):
+    path = tmp_path / "meta.jsonl"
+    path.write_text(
+        '{"text": "a", "meta": {"n": 1}}\n{"meta": "x", "text": "b"}\n{"text": "c", "meta": [{"n": "y"}]}\n'
+    )
+    assert texts_or_error(path, validation, streaming=streaming) == ["a", "b", "c"]
+
+
 def test_a_mixture_in_one_file_of_many_is_named(tmp_path, validation):
-    """Its strings would get quotes, since the first file says that the column is text."""
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "many" / "b.jsonl").write_text('{"text": "b"}\n{"text": ["c"]}\n')
-    with pytest.raises(ValueError, match=r"b\.jsonl holds a mixture of types"):
+    with pytest.raises(ValueError, match=r"b\.jsonl cannot be read: line 2"):
         load(tmp_path / "many", validation)
 
 

@@ -1,0 +1,66 @@
+"""Texts from files with a JSON object per line, read here because the json loader of datasets can change them.
+
+datasets 5.2 looks for a mixture of types in the first 10 MB of a file; where a column of texts holds its first number
+or list after that, the texts from there on come with quotes around them. Here other columns may hold anything.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def holds_texts(path: Path, text_column: str) -> bool:
+    """Whether the first line of a file is a whole object with that column; one with token ids is left to datasets."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        # An array may be a single line of gigabytes.
+        if file.read(1) != "{":
+            return False
+        try:
+            first = json.loads("{" + file.readline())
+        except ValueError:
+            return False
+    return text_column in first and "input_ids" not in first
+
+
+def read_texts(files: list[tuple[str, int, int]], text_column: str) -> Iterator[dict[str, str | None]]:
+    """Rows with the text column alone; None where a line lacks it or holds null.
+
+    Args:
+        files: path, size and time of change of each, the latter two for caches that know a reading by its arguments.
+
+    Raises:
+        ValueError: a line is no object, or its text no valid text; names file and line.
+    """
+
+    def refuse_two(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if [name for name, _ in pairs].count(text_column) > 1:
+            raise ValueError(f"column {text_column!r} is specified twice")
+        return dict(pairs)
+
+    for path, *_ in files:
+        lines_read = 0
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                for line in file:
+                    lines_read += 1
+                    if line := line.strip():
+                        yield {text_column: _text(json.loads(line, object_pairs_hook=refuse_two), text_column)}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not valid UTF-8 (after line {lines_read}: {error.reason}).") from error
+        except json.JSONDecodeError as error:
+            where = f"line {lines_read}, character {error.pos + 1}"
+            raise ValueError(f"{path} cannot be read: {where}: {error.msg}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: line {lines_read}: {error}.") from error
+
+
+def _text(row: object, text_column: str) -> str | None:
+    if not isinstance(row, dict):
+        raise ValueError("it is no JSON object")
+    text = row.get(text_column)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"column {text_column!r} holds {json.dumps(text)[:50]}, not text")
+    # Half of a surrogate pair can be written in JSON, but is no character.
+    if text is not None and not text.isascii():
+        text.encode()
+    return text
