@@ -12,13 +12,17 @@ from pathlib import Path
 def holds_texts(path: Path, text_column: str) -> bool:
     """Whether the first line of a file is a whole object with that column; one with token ids is left to datasets."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
+        while (begin := file.read(1)).isspace():
+            pass
         # An array may be a single line of gigabytes.
-        if file.read(1) != "{":
+        if begin != "{":
             return False
         try:
-            first = json.loads("{" + file.readline())
+            first = json.loads(begin + file.readline())
         except ValueError:
             return False
+        except RecursionError:
+            return True  # `read_texts` refuses it.
     return text_column in first and "input_ids" not in first
 
 
@@ -32,9 +36,12 @@ def read_texts(files: list[tuple[str, int, int]], text_column: str) -> Iterator[
         ValueError: a line is no object, or its text no valid text; names file and line.
     """
 
-    def refuse_two(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if [name for name, _ in pairs].count(text_column) > 1:
-            raise ValueError(f"column {text_column!r} is specified twice")
+    is_twice = False
+
+    def note_columns(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        nonlocal is_twice
+        # Objects inside come first, so the last word is the row's.
+        is_twice = [name for name, _ in pairs].count(text_column) > 1
         return dict(pairs)
 
     for path, *_ in files:
@@ -44,13 +51,16 @@ def read_texts(files: list[tuple[str, int, int]], text_column: str) -> Iterator[
                 for line in file:
                     lines_read += 1
                     if line := line.strip():
-                        yield {text_column: _text(json.loads(line, object_pairs_hook=refuse_two), text_column)}
+                        row = json.loads(line, object_pairs_hook=note_columns)
+                        if is_twice:
+                            raise ValueError(f"column {text_column!r} is specified twice")
+                        yield {text_column: _text(row, text_column)}
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not valid UTF-8 (after line {lines_read}: {error.reason}).") from error
         except json.JSONDecodeError as error:
             where = f"line {lines_read}, character {error.pos + 1}"
             raise ValueError(f"{path} cannot be read: {where}: {error.msg}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: line {lines_read}: {error}.") from error
 
 

@@ -118,6 +118,9 @@ def test_json_values_of_any_type_are_the_texts_or_one_error(tmp_path, validation
         ("later.csv", "text,n\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
         ("longer.tsv", "text\tn\na\t1\t3\nb\t2\n", "Expected 2 fields in line 2, saw 3"),
         ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' holds 1, not text"),
+        ("list.jsonl", '{"text": "a"}\n["b"]\n', "line 2: it is no JSON object"),
+        ("blank.jsonl", '\n {"text": "a"}\n{"text": 1}\n', "line 3: column 'text' holds 1, not text"),
+        ("deep.jsonl", '{"text": "a", "n": ' + "[" * 100_000 + "}\n", "line 1: maximum recursion depth"),
         ("surrogate.jsonl", '{"text": "\\ud800"}\n', "surrogate"),
         ("cut.jsonl", '{"text": "a"}\n{"text": "b', "line 2, character 10: Unterminated string"),
     ],
@@ -145,8 +148,9 @@ def test_columns_beside_the_text_may_hold_anything(tmp_path, validation, streami
     path = tmp_path / "meta.jsonl"
     path.write_text(
         '{"text": "a", "meta": {"n": 1}}\n{"meta": "x", "text": "b"}\n{"text": "c", "meta": [{"n": "y"}]}\n'
+        '{"text": "d", "meta": {"text": 1, "text": 2}}\n'
     )
-    assert texts_or_error(path, validation, streaming=streaming) == ["a", "b", "c"]
+    assert texts_or_error(path, validation, streaming=streaming) == ["a", "b", "c", "d"]
 
 
 def test_a_mixture_in_one_file_of_many_is_named(tmp_path, validation):
