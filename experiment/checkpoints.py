@@ -52,12 +52,16 @@ def is_sealed(checkpoint: Path) -> bool:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that has a manifest, in words; None if nothing is."""
-    for line in (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8").splitlines():
+    listed = set()
+    for line in (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _digest(checkpoint / name) != digest:
             return f"{name} is not what was written"
+        listed.add(name)
+    if not listed:
+        return f"{MANIFEST_NAME} is empty"
     return None
 
 

@@ -52,10 +52,13 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
+    # Otherwise a number among texts can make texts of all of them, with quotes around what was text.
+    ".json": ("json", {"on_mixed_types": None}),
+    ".jsonl": ("json", {"on_mixed_types": None}),
     ".parquet": ("parquet", {}),
 }
+# What the loaders raise at files that they cannot read.
+READ_ERRORS = (ValueError, pa.ArrowException, DatasetGenerationError)
 # Files of a saved dataset that are read in parallel when it is streamed.
 STREAM_SHARDS = 64
 NO_TEXT = "their text is blank"
@@ -253,7 +256,7 @@ def _check_file(path: Path, text_column: str, may_be_empty: bool = False) -> boo
             rows = _rows([path], suffix, text_column)
             for another in islice(rows, ROWS_PER_BATCH):
                 row = row or another
-        except (ValueError, DatasetGenerationError) as error:
+        except READ_ERRORS as error:
             raise _unreadable(path, error) from error
     if row is None:
         if may_be_empty:
@@ -322,13 +325,13 @@ def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDatase
         return load_dataset(
             loader, data_files=names, split="train", streaming=arguments.streaming, num_proc=num_proc, **options
         )
-    except (ValueError, DatasetGenerationError) as error:
+    except READ_ERRORS as error:
         # The loaders do not say which file it was.
         for path in files:
             try:
                 for _ in _rows([path], suffix, text_column):
                     pass
-            except (ValueError, DatasetGenerationError) as reason:
+            except READ_ERRORS as reason:
                 raise _unreadable(path, reason) from error
         raise ValueError(f"The {suffix} files do not fit together: {error.__cause__ or error}") from error
 

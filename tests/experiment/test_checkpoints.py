@@ -64,6 +64,14 @@ def test_files_without_a_manifest_and_half_a_manifest_do_not_count(tmp_path):
     assert latest_complete_checkpoint(tmp_path) == path
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe"], ids=["empty", "no text"])
+def test_a_damaged_manifest_is_damage(tmp_path, content):
+    write(tmp_path, 5)
+    newest = write(tmp_path, 20)
+    (newest / MANIFEST_NAME).write_bytes(content)
+    assert latest_complete_checkpoint(tmp_path).name == "checkpoint-5"
+
+
 def test_half_written_ones_are_deleted_and_damaged_ones_kept_aside_and_both_are_reported(tmp_path, caplog):
     complete = write(tmp_path, 5)
     write(tmp_path, 10, sealed=False)

@@ -118,6 +118,8 @@ def test_json_values_of_any_type_are_the_texts_or_one_error(tmp_path, validation
         ("later.csv", "text,n\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
         ("longer.tsv", "text\tn\na\t1\t3\nb\t2\n", "Expected 2 fields in line 2, saw 3"),
         ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' holds 1, not text"),
+        ("array.json", '[{"text": "a a"}, {"text": 7}, {"text": "b b"}]', "array.json cannot be read"),
+        ("lacking.jsonl", '{"n": 1}\n{"text": "a a"}\n{"text": 7}\n', "changed from string to number"),
         ("list.jsonl", '{"text": "a"}\n["b"]\n', "line 2: it is no JSON object"),
         ("blank.jsonl", '\n {"text": "a"}\n{"text": 1}\n', "line 3: column 'text' holds 1, not text"),
         ("deep.jsonl", '{"text": "a", "n": ' + "[" * 100_000 + "}\n", "line 1: maximum recursion depth"),
