@@ -250,6 +250,8 @@ def _check_file(path: Path, text_column: str, may_be_empty: bool = False) -> boo
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise ValueError(f"{path} has the unknown extension {path.suffix!r}; known are {', '.join(READERS)}.")
+    if READERS[suffix][0] == "json":
+        json_lines.check_beginning(path)
     row = None
     if path.stat().st_size:
         try:

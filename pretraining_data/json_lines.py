@@ -7,13 +7,25 @@ or list after that, the texts from there on come with quotes around them. Here o
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+
+def check_beginning(path: Path) -> None:
+    """Refuses a file that begins with neither an object nor an array; at a `null`, pyarrow ends the process.
+
+    Raises:
+        ValueError: says with what it begins.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        begin = _first_character(file)
+        if begin and begin not in "{[":
+            raise ValueError(f"{path} begins with {begin + file.read(10)!r}, not with a JSON object or array.")
 
 
 def holds_texts(path: Path, text_column: str) -> bool:
     """Whether the first line of a file is a whole object with that column; one with token ids is left to datasets."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        while (begin := file.read(1)).isspace():
-            pass
+        begin = _first_character(file)
         # An array may be a single line of gigabytes.
         if begin != "{":
             return False
@@ -24,6 +36,13 @@ def holds_texts(path: Path, text_column: str) -> bool:
         except RecursionError:
             return True  # `read_texts` refuses it.
     return text_column in first and "input_ids" not in first
+
+
+def _first_character(file: TextIO) -> str:
+    """The first one that is no white space, or "" at the end of a file."""
+    while (character := file.read(1)).isspace():
+        pass
+    return character
 
 
 def read_texts(files: list[tuple[str, int, int]], text_column: str) -> Iterator[dict[str, str | None]]:

@@ -120,6 +120,7 @@ def test_json_values_of_any_type_are_the_texts_or_one_error(tmp_path, validation
         ("number.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' holds 1, not text"),
         ("array.json", '[{"text": "a a"}, {"text": 7}, {"text": "b b"}]', "array.json cannot be read"),
         ("lacking.jsonl", '{"n": 1}\n{"text": "a a"}\n{"text": 7}\n', "changed from string to number"),
+        ("null.jsonl", 'null\n{"text": "a"}\n', "begins with 'null"),
         ("list.jsonl", '{"text": "a"}\n["b"]\n', "line 2: it is no JSON object"),
         ("blank.jsonl", '\n {"text": "a"}\n{"text": 1}\n', "line 3: column 'text' holds 1, not text"),
         ("deep.jsonl", '{"text": "a", "n": ' + "[" * 100_000 + "}\n", "line 1: maximum recursion depth"),
