@@ -17,7 +17,6 @@ class Arguments(TimingArguments):
         choices=TRAINED_SIDES,
         help="; ".join(f"{side}: {SIDES[side]}" for side in TRAINED_SIDES),
     )
-
     with_float32: bool = field(
         default=False,
         metadata={"help": "With --dtype bf16_autocast: every side in float32 too, and the ratio to that."},

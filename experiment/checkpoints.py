@@ -52,16 +52,15 @@ def is_sealed(checkpoint: Path) -> bool:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that has a manifest, in words; None if nothing is."""
-    listed = set()
-    for line in (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
+    lines = (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        return f"{MANIFEST_NAME} is empty"
+    for line in lines:
         digest, _, name = line.partition("  ")
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _digest(checkpoint / name) != digest:
             return f"{name} is not what was written"
-        listed.add(name)
-    if not listed:
-        return f"{MANIFEST_NAME} is empty"
     return None
 
 

@@ -20,7 +20,7 @@ class FastPaths:
     Attributes:
         cpu_neurons: neurons in float passes, because torch's CPU kernels that take or give bool are not vectorised.
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
-        cpu_dropout: dropout masks of 16 random bits, four to a draw, kept in a byte per value.
+        cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
         cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
         packed_spikes: what autograd keeps of spikes is their int8 codes, on every device.
         autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.
