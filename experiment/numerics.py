@@ -3,7 +3,8 @@
 After every backward pass, and before the optimizer moves a weight, the losses of the step and the norm of its gradient
 are looked at. That is no forward more; it is a norm over the gradients and one number read back to the host (what
 fp16's loss scaling reads as well, and the stock data loader waits for the device at every batch anyway). Only when the
-number is bad is the step run a second time, with the same weights, batch and random numbers, to find the place.
+number is bad is the step run a second time, with the same weights, batch and random numbers, to find the place. (The
+second run is not compiled, and compiled dropout draws other numbers: an overflow that hangs on them may not come again.)
 """
 
 import json
@@ -128,14 +129,13 @@ class _NumbersCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = self.trainer.model
-        check_amplitudes(model)
-        # A compiled forward would take the hooks for a part of itself, and replicas in threads would mix the batches.
-        if not args.torch_compile and args.n_gpu <= 1:
-            self._hooks = [
-                model.register_forward_pre_hook(self._keep_batch, with_kwargs=True),
-                model.register_forward_hook(self._keep_loss),
-            ]
+        check_amplitudes(self.trainer.model)
+        # Outside of what torch.compile would take for a part of the model, and of the replicas of several devices.
+        outermost = self.trainer.model_wrapped
+        self._hooks = [
+            outermost.register_forward_pre_hook(self._keep_batch, with_kwargs=True),
+            outermost.register_forward_hook(self._keep_loss),
+        ]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,7 +146,7 @@ class _NumbersCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        numbers = [loss.float() for loss in self._losses]
+        numbers = list(self._losses)
         if self.trainer.accelerator.scaler is None:
             numbers.append(self._gradient_norm())
         is_bad = (~torch.stack(numbers).isfinite()).any().float()
@@ -172,7 +172,7 @@ class _NumbersCallback(TrainerCallback):
     def _keep_loss(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         # With label smoothing the Trainer computes the loss itself; a bad one still shows in the gradient.
         if model.training and isinstance(outputs, dict) and outputs.get("loss") is not None:
-            self._losses.append(outputs["loss"].detach())
+            self._losses.append(outputs["loss"].detach().float().mean())  # of several devices, as the Trainer does
 
     def _gradient_norm(self) -> torch.Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.trainer.model.parameters() if p.grad is not None])

@@ -122,6 +122,22 @@ def test_a_bad_step_stops_the_training_and_names_the_neurons(model, rows, tmp_pa
     assert message.count("\n") == 0
 
 
+@pytest.mark.parametrize("wrapped", ["compiled", "on several devices"])
+def test_a_bad_step_of_a_wrapped_model_names_rows_and_neurons_as_well(model, rows, tmp_path, wrapped):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"} if wrapped == "compiled" else {}
+    trainer = make_trainer(
+        model, rows, tmp_path, From(5, spoil(f"{FIRST_LAYER}.output.dense.weight", float("inf"))), **compiled
+    )
+    if not compiled:
+        trainer.args._n_gpu = 2  # nn.DataParallel, which goes on with one model where there is no GPU
+    message = stopped(trainer)
+    assert type(trainer.model_wrapped).__name__ == ("OptimizedModule" if compiled else "DataParallel")
+    assert f"The neurons at fault: {SECOND_LAYER}.attention.self.neurons, whose inputs are not finite." in message
+    numbers = [int(number) for number in re.search(r"Training rows: ([\d, ]+)\.", message)[1].split(", ")]
+    saved = load_file(tmp_path / "not-finite-step-5" / "batch-0-process-0.safetensors")
+    assert saved["input_ids"].tolist() == [rows[number]["input_ids"] for number in numbers]
+
+
 def test_nothing_changed_and_the_saved_step_can_be_looked_at(model, rows, tmp_path):
     spoiled = From(5, spoil(f"{FIRST_LAYER}.attention.self.neurons.amplitude", float("inf")))
     message = stopped(make_trainer(model, rows, tmp_path, spoiled))
