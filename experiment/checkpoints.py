@@ -2,7 +2,8 @@
 
 The Trainer writes a checkpoint file by file into the folder it will be read from. `CheckpointKeeper` writes a manifest
 into that folder last, when all else is on the disk: the SHA-256 of every file, in the format that `sha256sum --check`
-reads. Only a folder that agrees with its manifest is resumed from, and older ones are deleted only when a new one does.
+reads, and how many there are, so that a manifest that was cut short says less than it promises. Only a folder that
+agrees with its manifest is resumed from, and older ones are deleted only when a new one does.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def seal(checkpoint: Path) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name.removesuffix(UNFINISHED_SUFFIX) != MANIFEST_NAME
     ]
-    write_durably(checkpoint / MANIFEST_NAME, "".join(lines))
+    write_durably(checkpoint / MANIFEST_NAME, "".join([*lines, _last_line(len(lines)), "\n"]))
     sync(checkpoint.parent)
 
 
@@ -52,9 +53,9 @@ def is_sealed(checkpoint: Path) -> bool:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that has a manifest, in words; None if nothing is."""
-    lines = (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines:
-        return f"{MANIFEST_NAME} is empty"
+    *lines, last = (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    if last != _last_line(len(lines)):
+        return f"{MANIFEST_NAME} is not complete"
     for line in lines:
         digest, _, name = line.partition("  ")
         if not (checkpoint / name).is_file():
@@ -171,6 +172,11 @@ class CheckpointKeeper(TrainerCallback):
         best = trainer.state.best_model_checkpoint
         if trainer.args.should_save and best and self.limit == 1:
             self._rotate(Path(best))
+
+
+def _last_line(files: int) -> str:
+    """The end of a manifest; a comment to sha256sum."""
+    return f"# {files} files"
 
 
 def _newest_first(folder: str | Path) -> list[Path]:

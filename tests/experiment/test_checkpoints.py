@@ -64,12 +64,23 @@ def test_files_without_a_manifest_and_half_a_manifest_do_not_count(tmp_path):
     assert latest_complete_checkpoint(tmp_path) == path
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe"], ids=["empty", "no text"])
-def test_a_damaged_manifest_is_damage(tmp_path, content):
-    write(tmp_path, 5)
-    newest = write(tmp_path, 20)
-    (newest / MANIFEST_NAME).write_bytes(content)
-    assert latest_complete_checkpoint(tmp_path).name == "checkpoint-5"
+def test_a_manifest_that_is_no_text_is_damage(tmp_path):
+    before, newest = write(tmp_path, 5), write(tmp_path, 20)
+    (newest / MANIFEST_NAME).write_bytes(b"\xff\xfe")
+    assert latest_complete_checkpoint(tmp_path) == before
+
+
+def test_wherever_a_manifest_was_cut_short_together_with_the_files_it_named_it_is_damage(tmp_path):
+    before, newest = write(tmp_path, 5), write(tmp_path, 20)
+    manifest = (newest / MANIFEST_NAME).read_bytes()
+    for length in range(len(manifest) - 1):  # all but the last line's end
+        (newest / MANIFEST_NAME).write_bytes(manifest[:length])
+        named = {line.rpartition("  ")[2] for line in manifest[:length].decode().splitlines()}
+        for path in newest.rglob("*"):
+            if path.is_file() and path.relative_to(newest).as_posix() not in {MANIFEST_NAME, *named}:
+                path.unlink()
+        assert latest_complete_checkpoint(tmp_path) == before
+        write(tmp_path, 20, sealed=False)
 
 
 def test_half_written_ones_are_deleted_and_damaged_ones_kept_aside_and_both_are_reported(tmp_path, caplog):
