@@ -108,7 +108,7 @@ class Job:
     @property
     def identity(self) -> str:
         """A hash of the commands and of what their recipes say now."""
-        budget = [yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) for recipe in self.recipes]
+        budget = [_values(recipe) for recipe in self.recipes]
         commands = [command[1:] for command in self.commands]
         return hashlib.sha256(json.dumps([commands, budget], sort_keys=True).encode()).hexdigest()
 
@@ -147,18 +147,24 @@ def script(name: str, recipe: str, *flags: object) -> tuple[str, ...]:
     return sys.executable, str(ROOT / name), recipe, *map(str, flags), "--disable_tqdm", "True"
 
 
+def _values(recipe: str) -> dict:
+    return yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+
+
 def prepare_corpus(arguments: TrainingsArguments) -> Path:
     """Packs the text once for all trainings, with the tokenizer they share; what was packed before is not touched.
 
     Raises:
         SystemExit: run_mlm.py could not; what it said is on the screen.
     """
-    # Another text or another recipe is another corpus.
-    digest = hashlib.sha256(Path(arguments.pretrain_recipe).read_bytes())
-    for source in filter(None, (arguments.train_file, arguments.validation_file)):
-        for path in sorted([Path(source), *Path(source).rglob("*")]):
-            stat = path.stat()
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    # Another text or another budget is another corpus; a copy of the files, or another comment in the recipe, is not.
+    digest = hashlib.sha256(json.dumps(_values(arguments.pretrain_recipe), sort_keys=True).encode())
+    for source in map(Path, filter(None, (arguments.train_file, arguments.validation_file))):
+        digest.update(b"\0source")
+        for path in sorted(filter(Path.is_file, [source, *source.rglob("*")])):
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"\0{path.relative_to(source)}\0{content}".encode())
     corpus = Path(arguments.output_dir, f"corpus-{digest.hexdigest()[:12]}")
     if not corpus.exists():
         validation = ("--validation_file", arguments.validation_file) if arguments.validation_file else ()
@@ -313,8 +319,5 @@ def over_seeds(values: Sequence[float | None], form: str) -> str | None:
 
 def budget_note(recipes: Sequence[str]) -> str:
     """The recipes that a table rests on, with their content, so that a later change of a file changes no history."""
-    texts = [
-        f"`{Path(recipe).name}`: {json.dumps(yaml.safe_load(Path(recipe).read_text(encoding='utf-8')))}"
-        for recipe in recipes
-    ]
+    texts = [f"`{Path(recipe).name}`: {json.dumps(_values(recipe))}" for recipe in recipes]
     return "Budget of every training: " + "; ".join(texts) + "."

@@ -144,7 +144,7 @@ class RunCard:
             "weight decay": training.weight_decay,
             "gradient clipping": training.max_grad_norm or "none",
             "seed": training.seed,
-            "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
+            "precision": "float32" if training.mixed_precision == "no" else training.mixed_precision,
         }
 
 

@@ -3,8 +3,8 @@
 After every backward pass, and before the optimizer moves a weight, the losses of the step and the norm of its gradient
 are looked at. That is no forward more; it is a norm over the gradients and one number read back to the host (what
 fp16's loss scaling reads as well, and the stock data loader waits for the device at every batch anyway). Only when the
-number is bad is the step run a second time, with the same weights, batch and random numbers, to find the place. (The
-second run is not compiled, and compiled dropout draws other numbers: an overflow that hangs on them may not come again.)
+number is bad is the step run a second time, with the same weights, batch and random numbers, to find the place. It is
+not compiled then; compiled dropout draws other numbers, so that an overflow that hangs on them may not come again.
 """
 
 import json

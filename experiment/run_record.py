@@ -31,6 +31,9 @@ _NOT_RECORDED = {
     "cache_dir",
     "preprocessing_num_workers",
     "local_rank",
+    # Recorded as `mixed_precision`, which a launch file can set as well.
+    "bf16",
+    "fp16",
     "deepspeed",
     "fsdp",
     "fsdp_config",
@@ -60,6 +63,8 @@ def recorded_arguments(*arguments: Any) -> dict[str, Any]:
         for entry in fields(group):
             if entry.init and entry.name not in _NOT_RECORDED and not entry.name.startswith(_NOT_RECORDED_PREFIXES):
                 values[entry.name] = as_dict.get(entry.name)
+        if isinstance(group, TrainingArguments):
+            values["mixed_precision"] = group.mixed_precision
     return json.loads(json.dumps(values, default=str))
 
 

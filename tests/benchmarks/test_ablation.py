@@ -134,7 +134,10 @@ def test_another_text_or_budget_is_another_corpus(data, tmp_path, monkeypatch):
     assert corpus() == first and len(packed) == 2, "what is not there yet has to be packed"
     first.mkdir(parents=True)
     assert corpus() == first and len(packed) == 2, "what is there was packed again"
-    text.write_text("other")
+    os.utime(text, (0, 0))
+    recipe.write_text("# The budget.\nmax_steps: 1")
+    assert corpus() == first and len(packed) == 2, "the same text and budget were packed again"
+    text.write_text("two")
     second = corpus()
     recipe.write_text("max_steps: 1\nvocab_size: 7")
     assert len({first, second, corpus()}) == 3

@@ -50,6 +50,14 @@ def test_another_run_is_refused_and_nothing_is_written(tmp_path, other, named):
     assert (tmp_path / RECORD_NAME).read_bytes() == before
 
 
+def test_the_precision_is_recorded_whether_an_option_or_a_launch_file_sets_it(tmp_path, monkeypatch):
+    plain = recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    option = recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launched = recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert launched == option == plain | {"mixed_precision": "bf16"} != plain
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no run of this script"):

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from spike_metrics.counting import count
 from spike_metrics.evaluation import spike_figures
 from tests.clean_machine import run_on_clean_machine
 from tests.hub_server import HubServer, check_card, run_client
+from tests.killing import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -246,6 +248,29 @@ def test_an_interrupted_command_goes_on_and_ends_as_if_it_had_not_been(write_glu
     assert log_history(output / "wnli")[: len(log_before)] == log_before
     weights, expected = (load_file(folder / "wnli" / "model.safetensors") for folder in (output, tmp_path / "whole"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_sigterm_ends_with_its_code_and_the_same_command_as_if_it_had_not_come(write_glue, tiny_bert, tmp_path):
+    data = write_glue("RTE", "WNLI", train=40)
+    tasks = ["--task_name", "rte", "wnli", "--logging_steps", "1", "--save_strategy", "no", "--report_epoch", "last"]
+
+    def process(name: str) -> Command:
+        argv = [sys.executable, "run_glue.py", *command(tiny_bert, data, tmp_path / name, *tasks)]
+        return Command([*argv, "--disable_tqdm", "True"], tmp_path / name, tmp_path / f"{name}-scratch", 10)
+
+    assert process("whole").run().code == 0
+    cut, output = process("cut"), tmp_path / "cut"
+    life = cut.run(until=cut.has_logged(3), end=lambda: cut.signal(signal.SIGTERM))
+    assert life.code == 143, life.output[-3000:]
+    assert 3 <= len(life.steps) < 20
+    assert [path.name for path in (output / "rte").glob("checkpoint-*")] == [f"checkpoint-{life.steps[-1]}"]
+    assert not (output / "wnli").exists()
+    again = cut.run()
+    assert again.code == 0, again.output[-3000:]
+    assert again.steps[0] == life.steps[-1] + 1
+    for task in ("rte", "wnli"):
+        name = f"{task}/model.safetensors"
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize("stage", [(Trainer, "evaluate"), (Publisher, "publish")], ids=["evaluation", "push"])
