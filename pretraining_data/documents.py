@@ -61,7 +61,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 READ_ERRORS = (ValueError, pa.ArrowException, DatasetGenerationError)
 # Files of a saved dataset that are read in parallel when it is streamed.
 STREAM_SHARDS = 64
-NO_TEXT = "their text is blank"
+NO_TEXT = "their text is blank or missing"
 ROWS_PER_BATCH = 1000
 
 

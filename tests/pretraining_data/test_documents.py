@@ -130,7 +130,7 @@ def test_column_name_and_blank_rows(tmp_path, caplog):
     path.write_text('{"body": "x"}\n{"body": null}\n{"body": "  "}\n{"body": "y"}\n')
     splits = load(path, text_column_name="body")
     assert sorted(everything(splits)) == ["x", "y"]
-    assert "4 rows read, 2 used, 2 dropped (their text is blank)" in caplog.text
+    assert "4 rows read, 2 used, 2 dropped (their text is blank or missing)" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])

@@ -188,7 +188,7 @@ def test_blank_documents_and_documents_without_a_token_are_counted(tmp_path, val
     texts = ["the king", "\0\0", "  ", None, "\u200b", "a bird"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     packed = pack_documents(load(path, validation), tokenizer, 32)
-    assert f"{path}: 6 rows read, 4 used, 2 dropped (their text is blank)." in caplog.messages
+    assert f"{path}: 6 rows read, 4 used, 2 dropped (their text is blank or missing)." in caplog.messages
     assert "Packed 2 documents into 1 rows with 7 tokens." in caplog.messages
     assert "2 of 4 documents hold no token and are dropped." in caplog.messages
     assert f"{validation}: 1 rows read, 1 used, 0 dropped." in caplog.messages
@@ -209,7 +209,7 @@ def test_rows_dropped_from_a_stream_are_counted_as_it_is_read(tmp_path, validati
     rows = load(path, validation, streaming=True)
     assert not caplog.messages
     assert [row["text"] for row in rows] == ["a", "b", "c"]
-    assert "16 rows read so far" in caplog.text and "13 dropped (their text is blank)" in caplog.text
+    assert "16 rows read so far" in caplog.text and "13 dropped (their text is blank or missing)" in caplog.text
 
 
 @settings(max_examples=60, **FUZZ)
