@@ -56,6 +56,7 @@ class Findings:
         weights: parameters that were not finite before the step.
         neurons: the group at fault and why; None where all groups are in order.
         first: where the forward, or else the backward, first was not finite.
+        failure: why the step could not be run a second time, in which case the two above are None.
         groups: of every group of neurons its amplitude, the one that the batch would set, and the largest input.
     """
 
@@ -67,6 +68,7 @@ class Findings:
     weights: list[str] = field(default_factory=list)
     neurons: str | None = None
     first: str | None = None
+    failure: str | None = None
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -129,7 +131,8 @@ class _NumbersCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_amplitudes(self.trainer.model)
+        check_amplitudes(self._bare_model())
+        self._remove_hooks()  # of an attempt that --auto_find_batch_size gave up
         # Outside of what torch.compile would take for a part of the model, and of the replicas of several devices.
         outermost = self.trainer.model_wrapped
         self._hooks = [
@@ -160,14 +163,23 @@ class _NumbersCallback(TrainerCallback):
     ) -> None:
         self._remove_hooks()
 
+    def _bare_model(self) -> nn.Module:
+        # With FSDP the Trainer's own model can be the compiled one, whose names differ.
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def _keep_batch(self, model: nn.Module, args: tuple[Any, ...], inputs: Batch) -> None:
-        if model.training:
-            self._batches.append(inputs)
+        if not model.training:
+            return
+        count = inputs.get("num_items_in_batch")
+        if isinstance(count, torch.Tensor) and count.dim():
+            # The same number for each of several devices, where the second run has one.
+            inputs = inputs | {"num_items_in_batch": count.flatten()[0]}
+        self._batches.append(inputs)
 
     def _keep_loss(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         # With label smoothing the Trainer computes the loss itself; a bad one still shows in the gradient.
@@ -181,7 +193,7 @@ class _NumbersCallback(TrainerCallback):
 
     def _stop(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> None:
         self._remove_hooks()
-        model = self.trainer.model
+        model = self._bare_model()
         findings = Findings(
             step=state.global_step + 1,
             process=args.process_index,
@@ -191,10 +203,13 @@ class _NumbersCallback(TrainerCallback):
             weights=[name for name, value in model.named_parameters() if not _is_finite(value)],
         )
         model.zero_grad()  # makes room for the second run
-        with _random_numbers_from(self._random_state, args.device):
-            for batch in self._batches:
-                if findings.first is None:
-                    _trace(model, batch, findings)
+        with _random_numbers_from(self._random_state, args.device), torch.compiler.set_stance("force_eager"):
+            try:
+                for batch in self._batches:
+                    if findings.first is None:
+                        _trace(model, batch, findings)
+            except RuntimeError as error:  # out of memory, for instance; what is known already must not be lost
+                findings.failure = str(error)
         folder = self._save(args, findings)
         everyone = [Findings(**entry) for entry in gather_object([asdict(findings)])]
         told = next((entry for entry in everyone if entry.is_at_fault), findings)
@@ -251,6 +266,7 @@ def _message(findings: Findings, folder: Path, processes: int) -> str:
         f"Weights that are not finite: {_listed(findings.weights)}." if findings.weights else "",
         f"The neurons at fault: {findings.neurons}." if findings.neurons else "",
         f"What first was not finite: {findings.first}." if findings.first else "",
+        f"The step could not be run a second time to find more: {findings.failure}." if findings.failure else "",
         f"Training rows{where}: {_listed([str(row) for rows in findings.rows for row in rows], 64)}."
         if findings.rows
         else "",

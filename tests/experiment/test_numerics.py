@@ -122,20 +122,80 @@ def test_a_bad_step_stops_the_training_and_names_the_neurons(model, rows, tmp_pa
     assert message.count("\n") == 0
 
 
-@pytest.mark.parametrize("wrapped", ["compiled", "on several devices"])
-def test_a_bad_step_of_a_wrapped_model_names_rows_and_neurons_as_well(model, rows, tmp_path, wrapped):
-    compiled = {"torch_compile": True, "torch_compile_backend": "eager"} if wrapped == "compiled" else {}
-    trainer = make_trainer(
-        model, rows, tmp_path, From(5, spoil(f"{FIRST_LAYER}.output.dense.weight", float("inf"))), **compiled
-    )
-    if not compiled:
+@pytest.fixture(params=["compiled", "on several devices"])
+def make_wrapped_trainer(request):
+    """As `make_trainer`, with a model that the Trainer wraps."""
+
+    def make(model, rows, folder, *callbacks) -> Trainer:
+        if request.param == "compiled":
+            compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+            return make_trainer(model, rows, folder, *callbacks, **compiled)
+        trainer = make_trainer(model, rows, folder, *callbacks)
         trainer.args._n_gpu = 2  # nn.DataParallel, which goes on with one model where there is no GPU
+        return trainer
+
+    return make
+
+
+def test_a_bad_step_of_a_wrapped_model_names_rows_and_neurons_as_well(make_wrapped_trainer, model, rows, tmp_path):
+    hooks = []
+
+    def change(model) -> None:
+        hooks.append((len(trainer.model_wrapped._forward_hooks), len(model._forward_hooks)))
+        spoil(f"{FIRST_LAYER}.output.dense.weight", float("inf"))(model)
+
+    trainer = make_wrapped_trainer(model, rows, tmp_path, From(5, change))
     message = stopped(trainer)
-    assert type(trainer.model_wrapped).__name__ == ("OptimizedModule" if compiled else "DataParallel")
+    # On the model itself they would be compiled, or run once for every device.
+    assert hooks == [(1, 0)]
     assert f"The neurons at fault: {SECOND_LAYER}.attention.self.neurons, whose inputs are not finite." in message
     numbers = [int(number) for number in re.search(r"Training rows: ([\d, ]+)\.", message)[1].split(", ")]
     saved = load_file(tmp_path / "not-finite-step-5" / "batch-0-process-0.safetensors")
     assert saved["input_ids"].tolist() == [rows[number]["input_ids"] for number in numbers]
+
+
+def test_a_bad_gradient_of_a_wrapped_model_is_traced_as_well(make_wrapped_trainer, model, rows, tmp_path):
+    name = f"{FIRST_LAYER}.output.dense.weight"
+
+    def damage(model) -> None:
+        model.get_parameter(name).register_hook(lambda gradient: gradient * float("inf"))
+
+    message = stopped(make_wrapped_trainer(model, rows, tmp_path, From(3, damage)))
+    assert "loss nan" not in message
+    assert f"What first was not finite: the gradient of {name}." in message
+    saved = load_file(tmp_path / "not-finite-step-3" / "batch-0-process-0.safetensors")
+    assert all(value.dim() == 0 for name, value in saved.items() if name == "num_items_in_batch")
+
+
+def test_a_second_run_that_fails_costs_its_findings_and_nothing_else(model, rows, tmp_path):
+    def break_second_run(model) -> None:
+        def fail(module, args):
+            if calls:
+                raise RuntimeError("out of memory")
+            calls.append(1)
+
+        calls = []
+        spoil("bert.embeddings.word_embeddings.weight", float("nan"))(model)
+        model.get_submodule(SECOND_LAYER).register_forward_pre_hook(fail)
+
+    message = stopped(make_trainer(model, rows, tmp_path, From(4, break_second_run)))
+    assert "The step could not be run a second time to find more: out of memory." in message
+    assert (tmp_path / "not-finite-step-4" / "model.safetensors").is_file()
+    assert findings(tmp_path / "not-finite-step-4")["failure"] == "out of memory"
+
+
+def test_an_attempt_that_ran_out_of_memory_leaves_no_hook(model, rows, tmp_path):
+    attempts = []
+
+    def run_out(model) -> None:
+        attempts.append(len(model._forward_hooks))
+        if len(attempts) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer = make_trainer(model, rows, tmp_path, From(1, run_out), auto_find_batch_size=True, max_steps=2)
+    trainer.train()
+    assert attempts == [1, 1]
+    assert not model._forward_hooks
 
 
 def test_nothing_changed_and_the_saved_step_can_be_looked_at(model, rows, tmp_path):
