@@ -173,10 +173,16 @@ def draw(points: Sequence[Point], title: str) -> Figure:
     axes = figure.subplots()
     curve = efficient_points(points)
     axes.plot([100 * point.firing_rate for point in curve], [point.loss for point in curve], color=CURVE, zorder=1)
-    for point in points:
+    for number, point in enumerate(sorted(points)):
         axes.scatter(100 * point.firing_rate, point.loss, s=45, color=CURVE if point in curve else BESIDE, zorder=2)
+        # Neighbours in k may lie close together: above and below in turn, outside of the marks.
         axes.annotate(
-            f"k = {point.scale:g}", (100 * point.firing_rate, point.loss), textcoords="offset points", xytext=(8, 6)
+            f"k = {point.scale:g}",
+            (100 * point.firing_rate, point.loss),
+            textcoords="offset points",
+            xytext=(0, 13 if number % 2 else -13),
+            ha="center",
+            va="bottom" if number % 2 else "top",
         )
     found = knee(curve)
     marks = [("knee", found, "o", 170, KNEE)] if found is not None else []
@@ -194,7 +200,7 @@ def draw(points: Sequence[Point], title: str) -> Figure:
     axes.set_xlabel("firing rate, % of neurons per token and time step")
     axes.set_ylabel("masked-LM loss on held-out text, nats")
     axes.set_title(title)
-    axes.margins(x=0.12, y=0.1)  # room for the labels
+    axes.margins(x=0.1, y=0.15)  # room for the labels
     axes.grid(alpha=0.3)
     if marks:
         axes.legend()

@@ -164,7 +164,8 @@ def prepare_corpus(arguments: TrainingsArguments) -> Path:
         for path in sorted(filter(Path.is_file, [source, *source.rglob("*")])):
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"\0{path.relative_to(source)}\0{content}".encode())
+            # The ending says how a file is read, and is no part of the path from a file to itself.
+            digest.update(f"\0{path.relative_to(source)}\0{path.suffix.lower()}\0{content}".encode())
     corpus = Path(arguments.output_dir, f"corpus-{digest.hexdigest()[:12]}")
     if not corpus.exists():
         validation = ("--validation_file", arguments.validation_file) if arguments.validation_file else ()

@@ -92,7 +92,8 @@ def clear_incomplete_checkpoints(folder: str | Path) -> None:
             aside = path.with_name(DAMAGED_PREFIX + path.name)
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
-            where = f"It is now {aside} (to go on from it anyway, name it with --resume_from_checkpoint)"
+            first = f"delete its {MANIFEST_NAME} and " if is_sealed(aside) else ""
+            where = f"It is now {aside} (to go on from it anyway, {first}name it with --resume_from_checkpoint)"
         start = f"goes on from {complete}" if complete else "starts at the beginning"
         logger.warning("%s %s. %s; the run %s.", path, what, where, start)
 

@@ -164,7 +164,7 @@ class _NumbersCallback(TrainerCallback):
         self._remove_hooks()
 
     def _bare_model(self) -> nn.Module:
-        # With FSDP the Trainer's own model can be the compiled one, whose names differ.
+        # With FSDP the Trainer's own model can be the compiled one. That one has to be called, but its names differ.
         return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
 
     def _remove_hooks(self) -> None:
@@ -207,7 +207,7 @@ class _NumbersCallback(TrainerCallback):
             try:
                 for batch in self._batches:
                     if findings.first is None:
-                        _trace(model, batch, findings)
+                        _trace(self.trainer.model, model, batch, findings)
             except RuntimeError as error:  # out of memory, for instance; what is known already must not be lost
                 findings.failure = str(error)
         folder = self._save(args, findings)
@@ -282,8 +282,15 @@ def _listed(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _trace(model: nn.Module, batch: Batch, findings: Findings) -> None:
-    """Runs a batch again and notes where its numbers first are not finite, and what every group of neurons sees."""
+def _trace(model: nn.Module, bare_model: nn.Module, batch: Batch, findings: Findings) -> None:
+    """Runs a batch again and notes where its numbers first are not finite, and what every group of neurons sees.
+
+    Args:
+        model: to call.
+        bare_model: to name the parts by; what `model` is, or what it wraps.
+        batch: the arguments of the call.
+        findings: what is found is added here.
+    """
     # What was seen, in this order, and whether it was finite.
     forward: list[tuple[str, bool]] = []
     backward: list[tuple[str, bool]] = []
@@ -314,8 +321,8 @@ def _trace(model: nn.Module, batch: Batch, findings: Findings) -> None:
 
         hooks.append(module.register_forward_pre_hook(before))
 
-    groups = dict.fromkeys(_amplitudes(model))
-    for name, module in model.named_modules():
+    groups = dict.fromkeys(_amplitudes(bare_model))
+    for name, module in bare_model.named_modules():
         if name in groups:
             watch_neurons(name, module)
         if name:
@@ -329,7 +336,7 @@ def _trace(model: nn.Module, batch: Batch, findings: Findings) -> None:
     findings.neurons = findings.neurons or _neurons_at_fault(findings.groups)
     findings.first = next((what for what, is_finite in forward if not is_finite), None)
     if findings.first is None:
-        named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        named = [(name, value) for name, value in bare_model.named_parameters() if value.requires_grad]
         gradients = torch.autograd.grad(loss, [value for _, value in named], allow_unused=True)
         backward += [
             (f"the gradient of {name}", _is_finite(gradient))

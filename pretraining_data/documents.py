@@ -475,7 +475,7 @@ def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments
         report_rows(name, len(dataset), len(dataset) - len(kept), NO_TEXT)
         first = next(iter(kept), None)
     if first is None:
-        raise ValueError(f"{name} holds no document: the text of every row is blank.")
+        raise ValueError(f"{name} holds no document: the text of every row is blank or missing.")
     return dataset if isinstance(kept, Dataset) and len(kept) == len(dataset) else kept
 
 

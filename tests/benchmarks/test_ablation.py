@@ -126,7 +126,7 @@ def test_another_text_or_budget_is_another_corpus(data, tmp_path, monkeypatch):
     text.write_text("one")
     recipe.write_text("max_steps: 1")
 
-    def corpus() -> Path:
+    def corpus(text: Path = text) -> Path:
         arguments = {"train_file": str(text), "pretrain_recipe": str(recipe), "output_dir": str(tmp_path / "runs")}
         return trainings.prepare_corpus(trainings.TrainingsArguments(**arguments))
 
@@ -137,10 +137,13 @@ def test_another_text_or_budget_is_another_corpus(data, tmp_path, monkeypatch):
     os.utime(text, (0, 0))
     recipe.write_text("# The budget.\nmax_steps: 1")
     assert corpus() == first and len(packed) == 2, "the same text and budget were packed again"
+    table = text.rename(tmp_path / "text.csv")
+    as_table = corpus(table)
+    text = table.rename(text)
     text.write_text("two")
     second = corpus()
     recipe.write_text("max_steps: 1\nvocab_size: 7")
-    assert len({first, second, corpus()}) == 3
+    assert len({first, as_table, second, corpus()}) == 4
 
 
 def test_the_ablation_trains_through_both_scripts_and_a_repeated_command_changes_nothing(data, tmp_path):

@@ -92,6 +92,7 @@ def test_half_written_ones_are_deleted_and_damaged_ones_kept_aside_and_both_are_
     assert names(tmp_path) == ["checkpoint-5", "damaged-checkpoint-20"]
     newest, middle = (record.getMessage() for record in caplog.records)
     assert "checkpoint-20 is damaged: model.safetensors is not what was written" in newest
+    assert f"delete its {MANIFEST_NAME} and name it with --resume_from_checkpoint" in newest
     assert "checkpoint-10 is not complete" in middle and "It was deleted" in middle
     assert f"goes on from {complete}" in newest and f"goes on from {complete}" in middle
     clear_incomplete_checkpoints(tmp_path)
@@ -103,7 +104,10 @@ def test_nothing_a_plain_trainer_may_have_finished_is_deleted_while_no_checkpoin
     (write(tmp_path, 20, sealed=False) / "trainer_state.json").unlink()  # the Trainer writes it last
     clear_incomplete_checkpoints(tmp_path)
     assert names(tmp_path) == ["damaged-checkpoint-10"]
-    assert "name it with --resume_from_checkpoint" in caplog.text and "starts at the beginning" in caplog.text
+    assert (
+        "to go on from it anyway, name it with --resume_from_checkpoint" in caplog.text
+        and "starts at the beginning" in caplog.text
+    )
 
 
 class Card:
