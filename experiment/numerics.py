@@ -56,7 +56,7 @@ class Findings:
         weights: parameters that were not finite before the step.
         neurons: the group at fault and why; None where all groups are in order.
         first: where the forward, or else the backward, first was not finite.
-        failure: why the step could not be run a second time, in which case the two above are None.
+        failure: why the second run of the step did not come to its end; what it had found until then is kept.
         groups: of every group of neurons its amplitude, the one that the batch would set, and the largest input.
     """
 
