@@ -21,18 +21,29 @@ _LEVELS = 1 << 16
 # So many probabilities are at work at a time, by the bytes of one: what stays in a cache, but more where the products
 # are over so soon that beginning them counts.
 _PIECES = {2: 1 << 20, 4: 1 << 18}
+# By the bytes of one.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
-    """A mask of int8: 0 with the probability, else 1."""
+    """A mask of int8: 0 with the probability, else -1, which has all bits set."""
     count = shape.numel()
     seed = int(torch.empty((), dtype=torch.int64).random_())
     bits = np.random.SFC64(seed).random_raw(-(-count // 4))
     levels = torch.from_numpy(bits.view(np.int16))[:count].view(shape)
     # Clamping to two neighbouring levels compares, and other than a comparison is vectorised on a CPU.
     dropped_levels = min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
-    last_dropped = dropped_levels - 1 - _LEVELS // 2
-    return levels.clamp_(last_dropped, last_dropped + 1).sub_(last_dropped).to(torch.int8)
+    first_dropped = _LEVELS // 2 - dropped_levels
+    return levels.clamp_(first_dropped - 1, first_dropped).sub_(first_dropped).to(torch.int8)
+
+
+def _drop_(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`values`, in place, with 0 where the mask has it: cheaper than a product, in half precision by far.
+
+    The mask is one of `_draw_mask`, as integers of the bytes of a value.
+    """
+    values.view(mask.dtype).bitwise_and_(mask)
+    return values
 
 
 class _Dropout(torch.autograd.Function):
@@ -41,13 +52,13 @@ class _Dropout(torch.autograd.Function):
         mask = _draw_mask(values.shape, probability)
         ctx.save_for_backward(mask)
         ctx.scale = 1 / (1 - probability)
-        return mask.to(values.dtype).mul_(values).mul_(ctx.scale)
+        return _drop_(values * ctx.scale, mask.to(_INTEGERS[values.dtype.itemsize]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return mask.to(gradient.dtype).mul_(gradient).mul_(ctx.scale), None
+        return _drop_(gradient * ctx.scale, mask.to(_INTEGERS[gradient.dtype.itemsize])), None
 
 
 class Dropout(nn.Dropout):
@@ -80,10 +91,11 @@ class _Attention(torch.autograd.Function):
         ctx.scaling, ctx.scale = scaling, 1 / (1 - probability)
         # In memory the heads of a token lie side by side, as the next linear layer reads them.
         context = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
+        integers = _INTEGERS[query.dtype.itemsize]
         for piece in _pieces(kept, query.dtype):
-            scores = _scores(query[piece], key[piece], mask, piece, scaling)
-            dropped = torch.softmax(scores, -1).mul_(kept[piece].flatten(0, 1))
-            products = torch.bmm(dropped, value[piece].flatten(0, 1))
+            queries, keys, values, keeps = (matrices[piece].flatten(0, 1) for matrices in (query, key, value, kept))
+            probabilities = _probabilities(queries, keys, mask, piece, scaling)
+            products = torch.bmm(_drop_(probabilities, keeps.to(integers)), values)
             torch.mul(products.view_as(context[piece]), ctx.scale, out=context[piece])
         return context
 
@@ -92,31 +104,41 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         query, key, value, mask, kept = ctx.saved_tensors
         query_gradient, key_gradient, value_gradient = map(torch.empty_like, (query, key, value))
+        integers = _INTEGERS[query.dtype.itemsize]
         for piece in _pieces(kept, query.dtype):
-            probabilities = torch.softmax(_scores(query[piece], key[piece], mask, piece, ctx.scaling), -1)
-            keeps = kept[piece].flatten(0, 1).to(query.dtype)
-            rescaled = (gradient[piece] * ctx.scale).flatten(0, 1)
-            weighted = torch.bmm(rescaled, value[piece].flatten(0, 1).mT).mul_(keeps)
+            queries, keys, values, gradients, keeps = (
+                matrices[piece].flatten(0, 1) for matrices in (query, key, value, gradient, kept)
+            )
+            keeps = keeps.to(integers)
+            probabilities = _probabilities(queries, keys, mask, piece, ctx.scaling)
+            weighted = _drop_(_scaled_product(gradients, values.mT, ctx.scale), keeps)
             # With dp the gradient of a probability p, that of its score is p (dp - sum(p dp)).
             scores_gradient = torch.ops.aten._softmax_backward_data(weighted, probabilities, -1, query.dtype)
-            scores_gradient.mul_(ctx.scaling)
-            for gradients, products in (
-                (query_gradient, torch.bmm(scores_gradient, key[piece].flatten(0, 1))),
-                (key_gradient, torch.bmm(scores_gradient.mT, query[piece].flatten(0, 1))),
-                (value_gradient, torch.bmm(probabilities.mul_(keeps).mT, rescaled)),
+            dropped = _drop_(probabilities, keeps)
+            for found, products in (
+                (query_gradient, _scaled_product(scores_gradient, keys, ctx.scaling)),
+                (key_gradient, _scaled_product(scores_gradient.mT, queries, ctx.scaling)),
+                (value_gradient, _scaled_product(dropped.mT, gradients, ctx.scale)),
             ):
-                gradients[piece] = products.view_as(gradients[piece])
+                found[piece] = products.view_as(found[piece])
         return query_gradient, key_gradient, value_gradient, None, None, None
 
 
-def _scores(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, piece: slice, scaling: float
+def _probabilities(
+    queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, piece: slice, scaling: float
 ) -> torch.Tensor:
-    """`q k^T * scaling + mask`, `(n * heads, L, L)`, of a piece of n sequences: `(n, heads, L, d)` queries and keys."""
-    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).mT)
+    """`softmax(q k^T * scaling + mask)`, `(n * heads, L, L)`, of a piece of n sequences: `(n * heads, L, d)` each."""
+    scores = _scaled_product(queries, keys.mT, scaling)
     if mask is not None:
-        scores.view(*query.shape[:3], -1).add_(mask[piece])
-    return scores
+        mask = mask[piece]
+        scores.view(len(mask), -1, *scores.shape[1:]).add_(mask)
+    return torch.softmax(scores, -1)
+
+
+def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale * left @ right`, `(n, I, J)` and `(n, J, K)` to `(n, I, K)`, without a pass for the scale."""
+    product = left.new_empty(*left.shape[:2], right.shape[2])
+    return torch.baddbmm(product, left, right, beta=0, alpha=scale, out=product)
 
 
 def _pieces(kept: torch.Tensor, dtype: torch.dtype) -> list[slice]:

@@ -49,18 +49,18 @@ class SpikeCodes(NamedTuple):
     amplitude: float
 
 
-def ternary_sign(membrane: torch.Tensor, amplitude: float) -> torch.Tensor:
-    """`clip(round(membrane / amplitude), -1, 1)`, same shape and dtype; a new contiguous tensor.
+def ternary_sign(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`clip(round(membrane / amplitude), -1, 1)`, same shape and dtype; a new tensor or `out`, which may be `membrane`.
 
     Rounding half to even sends +-amplitude / 2 to 0, and float32 holds amplitude / 2 exactly, so that a comparison with
     it decides as the division does. These two passes take half the time of comparisons that yield bool.
     """
-    return nn.functional.hardshrink(membrane, amplitude / 2).sign_()
+    return torch.hardshrink(membrane, amplitude / 2, out=out).sign_()
 
 
-def ternary_codes(membrane: torch.Tensor, amplitude: float) -> torch.Tensor:
-    """`ternary_sign + 1` as uint8, same shape."""
-    return ternary_sign(membrane, amplitude).to(torch.int8).view(torch.uint8).add_(1)
+def ternary_codes(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`ternary_sign + 1` as uint8, same shape; `out` is overwritten on the way."""
+    return ternary_sign(membrane, amplitude, out).to(torch.int8).view(torch.uint8).add_(1)
 
 
 class QuantizedNeurons(SpikingNeurons):
@@ -88,10 +88,19 @@ class QuantizedNeurons(SpikingNeurons):
             )
         return self.amplitudes
 
-    def forward(self, inputs: Iterable[torch.Tensor]) -> Iterator[SpikeCodes]:  # type: ignore[override]
-        """Spikes of T inputs `(B, L, F)`, by the equations in spiking.py; the arithmetic is float32."""
+    def forward(  # type: ignore[override]
+        self, inputs: Iterable[torch.Tensor], may_overwrite: bool = False
+    ) -> Iterator[SpikeCodes]:
+        """Spikes of T inputs `(B, L, F)`, by the equations in spiking.py; the arithmetic is float32.
+
+        Args:
+            may_overwrite: nobody else needs the inputs, so that their memory may serve for what is computed of them:
+                fresh memory costs more time than the arithmetic.
+        """
         membrane, codes, kept = None, None, 0.0
-        for step_inputs, amplitude in zip(inputs, self.calibrated_amplitudes(), strict=True):
+        amplitudes = self.calibrated_amplitudes()
+        for step, (step_inputs, amplitude) in enumerate(zip(inputs, amplitudes, strict=True), 1):
+            is_free = may_overwrite
             if membrane is None or codes is None or not self.has_membrane:
                 membrane = step_inputs.float()
             else:
@@ -100,8 +109,9 @@ class QuantizedNeurons(SpikingNeurons):
                     left = codes.neg().add_(2).float()
                 else:
                     left = (codes == 1).float()
-                membrane = torch.addcmul(step_inputs.float(), membrane, left, value=kept, out=left)
-            codes = ternary_codes(membrane, amplitude)
+                membrane, is_free = torch.addcmul(step_inputs.float(), membrane, left, value=kept, out=left), True
+            is_last = step == len(amplitudes)
+            codes = ternary_codes(membrane, amplitude, out=membrane if is_free and is_last else None)
             kept = self.decay * amplitude if self.reset == "reference" else self.decay
             yield SpikeCodes(codes, amplitude)
 
@@ -238,8 +248,8 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
         amplitudes = self.key_neurons.calibrated_amplitudes(), self.value_neurons.calibrated_amplitudes()
         for spikes, key_amplitude, value_amplitude in zip(self.neurons(steps), *amplitudes, strict=True):
             query, key, value = self.query_key_value(spikes).chunk(3, dim=-1)
-            key = ternary_sign(key, key_amplitude).mul_(key_amplitude)
-            value = ternary_sign(value, value_amplitude).mul_(value_amplitude)
+            key = ternary_sign(key, key_amplitude, out=key).mul_(key_amplitude)
+            value = ternary_sign(value, value_amplitude, out=value).mul_(value_amplitude)
             context, step_probabilities = self.attend(query, key, value, attention_mask, **kwargs)
             contexts.append(context)
             if step_probabilities is not None:
@@ -270,9 +280,9 @@ class QuantizedResidual(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, steps: Iterable[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
-        """T times `(B, L, input_size)` and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
+        """T times `(B, L, input_size)`, which are overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
         sums = residual.clone(memory_format=torch.contiguous_format)
-        for spikes, step_sums in zip(self.neurons(steps), sums, strict=True):
+        for spikes, step_sums in zip(self.neurons(steps, may_overwrite=True), sums, strict=True):
             self.dense(spikes, residual=step_sums)
         return self.LayerNorm(sums)
 

@@ -33,6 +33,8 @@ from .fast_paths import FAST_PATHS, is_eager_on_cpu
 logger = logging.get_logger(__name__)
 
 AMPLITUDE_FLOOR = 1e-5
+# The float32 number next below 1.
+_BELOW_ONE = 1 - 2**-24
 
 
 def ternary(membrane: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
@@ -158,31 +160,47 @@ def _pass_back(
 def _emit_on_cpu(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_emit` in float32 passes only, for those that give or take bool are not vectorised on a CPU.
-
-    Comparing with `amplitude / 2` decides as rounding the quotient half to even does: the half is exact in float32, and
-    a membrane beyond it by one unit in the last place has a quotient above one half. Likewise for `amplitude`.
-    """
+    """`_emit` in passes that are vectorised on a CPU, as those that give or take bool are not."""
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = torch.empty_like(inputs, dtype=torch.int8)
-    amplitudes, silent_shares = _on_host(amplitude, decay, reset)
+    thresholds = torch.nextafter(amplitude / 2, torch.full_like(amplitude, torch.inf))
+    if not has_membrane:
+        _fire(inputs.float(), _per_step(amplitude, inputs), _per_step(thresholds, inputs), spikes, codes)
+        return spikes, codes
+    silent_shares = _silent_shares(amplitude, decay, reset)
     membrane, kept = None, None
-    for step, step_amplitude in enumerate(amplitudes):
+    for step, (step_amplitude, threshold) in enumerate(zip(amplitude.tolist(), thresholds.tolist(), strict=True)):
         if membrane is None or kept is None:
             membrane = inputs[step].float()
         else:
             membrane = kept.mul_(membrane).add_(inputs[step])
-        # What is left is 1 or more in units of the threshold; other than sign(), clamping keeps a NaN.
-        threshold = step_amplitude / 2
-        emitted = nn.functional.hardshrink(membrane, threshold).div_(threshold).clamp_(-1, 1)
-        codes[step].copy_(nn.functional.hardshrink(membrane, step_amplitude).sign_().add_(emitted))
-        if spikes.dtype == torch.float32:
-            torch.mul(emitted, step_amplitude, out=spikes[step])
-        else:
-            spikes[step].copy_(emitted).mul_(step_amplitude)
-        if has_membrane and step + 1 < len(amplitudes):
-            kept = _left_by_(emitted, reset).mul_(silent_shares[step])
+        _fire(membrane, step_amplitude, threshold, spikes[step], codes[step])
+        if step + 1 < len(codes):
+            kept = _times_left(codes[step], reset).float().mul_(silent_shares[step])
     return spikes, codes
+
+
+def _fire(
+    membrane: torch.Tensor,
+    amplitude: float | torch.Tensor,
+    threshold: float | torch.Tensor,
+    spikes: torch.Tensor,
+    codes: torch.Tensor,
+) -> None:
+    """Writes the spikes and codes of float32 membranes.
+
+    The threshold is the float32 number next above `amplitude / 2`. A quotient by it reaches 1, or 2, just where the
+    membrane is above `amplitude / 2`, or `amplitude`: where a spike begins, and where it ceases to pass gradient on. So
+    the code is the quotient cut to a whole number, which is how int8 is made of floats.
+    """
+    units = (membrane / threshold).clamp_(-2, 2)
+    codes.copy_(units)
+    # Other than sign(), clamping keeps a NaN.
+    signs = torch.hardshrink(units, _BELOW_ONE, out=units).clamp_(-1, 1)
+    if spikes.dtype == torch.float32:
+        torch.mul(signs, amplitude, out=spikes)
+    else:
+        spikes.copy_(signs.mul_(amplitude))
 
 
 def _pass_back_on_cpu(
@@ -194,32 +212,40 @@ def _pass_back_on_cpu(
     has_membrane: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`_pass_back` in float32 passes only."""
+    """`_pass_back` in passes that are vectorised on a CPU."""
+    if not has_membrane or len(codes) == 1:
+        return _passed(spikes_gradient, codes).to(dtype)
     gradient = torch.empty_like(spikes_gradient, dtype=dtype)
-    silent_shares = _on_host(amplitude, decay, reset)[1]
+    silent_shares = _silent_shares(amplitude, decay, reset)
     later = None
     for step in reversed(range(len(codes))):
-        code = codes[step].float()
-        passed = gradient[step] if dtype == torch.float32 else torch.empty_like(code)
-        # The derivative of hardtanh is this mask: it passes what lies strictly between its limits.
-        torch.ops.aten.hardtanh_backward.grad_input(spikes_gradient[step].float(), code, -2, 2, grad_input=passed)
-        if later is not None and has_membrane:
-            passed.add_(_left_by_(code.sign_(), reset).mul_(silent_shares[step]).mul_(later))
-        if dtype != torch.float32:
-            gradient[step].copy_(passed)
-        later = passed
+        passed = _passed(spikes_gradient[step], codes[step]).float()
+        if later is not None:
+            passed.add_(_times_left(codes[step], reset).float().mul_(silent_shares[step]).mul_(later))
+        gradient[step] = later = passed
     return gradient
 
 
-def _on_host(amplitude: torch.Tensor, decay: float, reset: str) -> tuple[list[float], list[float]]:
-    """Amplitude of every step, and the share of the membrane that a step without a spike keeps."""
-    silent = kept_share(torch.zeros_like(amplitude), amplitude, decay, reset)
-    return amplitude.tolist(), silent.tolist()
+def _passed(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """What spikes with these codes pass on of their gradient, of its dtype; the membrane left aside."""
+    # The derivative of hardtanh is this mask: it passes what lies strictly between its limits.
+    return torch.ops.aten.hardtanh_backward(gradient, codes.to(gradient.dtype), -2, 2)
 
 
-def _left_by_(spike: torch.Tensor, reset: str) -> torch.Tensor:
-    """How many times the silent step's share a spike of sign -1, 0, 1 leaves, in place: 2, 1, 0, or 0, 1, 0."""
-    return spike.neg_().add_(1) if reset == "reference" else spike.abs_().neg_().add_(1)
+def _per_step(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(T,)` as `(T, 1, ...)` of as many dimensions as `like`."""
+    return values.view(-1, *(1 for _ in like.shape[1:]))
+
+
+def _silent_shares(amplitude: torch.Tensor, decay: float, reset: str) -> list[float]:
+    """The share of the membrane that a step without a spike keeps, for every step."""
+    return kept_share(torch.zeros_like(amplitude), amplitude, decay, reset).tolist()
+
+
+def _times_left(codes: torch.Tensor, reset: str) -> torch.Tensor:
+    """How many times the silent step's share is left by a spike of sign -1, 0, 1: 2, 1, 0, or 0, 1, 0; int8."""
+    signs = codes.clamp(-1, 1)
+    return (signs if reset == "reference" else signs.abs_()).neg_().add_(1)
 
 
 class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
@@ -284,9 +310,8 @@ class _PackedSpikes(NamedTuple):
 def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    spikes = saved.codes.to(saved.dtype).clamp_(-1, 1)
-    for step, step_amplitude in zip(spikes, saved.amplitude, strict=True):
-        step.mul_(step_amplitude)
+    amplitude = _per_step(saved.amplitude, saved.codes).to(saved.dtype)
+    spikes = saved.codes.clamp(-1, 1).to(saved.dtype).mul_(amplitude)
     return spikes.as_strided(saved.size, saved.stride, saved.offset)
 
 

@@ -13,7 +13,7 @@ from modeling_spikelm.fast_paths import FAST_PATHS, FastPaths
 
 NAMES = [field.name for field in dataclasses.fields(FastPaths)]
 # An operation of the encoder that runs only on the fast path.
-OPERATIONS = {"cpu_neurons": "aten::hardshrink", "cpu_products": "aten::convolution"}
+OPERATIONS = {"cpu_neurons": "aten::hardshrink.out", "cpu_products": "aten::convolution"}
 
 
 class Operations(TorchDispatchMode):

@@ -81,6 +81,19 @@ def test_fast_path_equals_the_oracle_in_value_and_gradient(values, decay, reset,
     torch.testing.assert_close(gradient, oracle_gradient, rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.floats(2**-16, 2**20, width=32), st.booleans())
+def test_fast_path_decides_at_the_last_bit_as_the_oracle_does(amplitude, has_membrane):
+    edges = torch.tensor([amplitude / 2, amplitude])
+    infinity = torch.full_like(edges, torch.inf)
+    inputs = torch.cat([edges, edges.nextafter(infinity), edges.nextafter(-infinity)])
+    inputs = torch.cat([inputs, -inputs]).unsqueeze(0)
+    weights = torch.ones_like(inputs)
+    found = run(spike, inputs, torch.tensor([amplitude]), 0.25, "reference", has_membrane, weights)
+    wanted = run(spike_reference, inputs, torch.tensor([amplitude]), 0.25, "reference", has_membrane, weights)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps_and_values, st.floats(0, 1), st.sampled_from(RESETS))
 def test_spikes_are_ternary_and_carry_their_steps_amplitude(values, decay, reset):
