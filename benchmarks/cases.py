@@ -23,7 +23,15 @@ SIDES = {
 }
 SPIKING_SIDES = ("spikelm", "spikelm-int8", "oracle")
 # Of modeling_spikelm.fast_paths, which needs torch.
-FAST_PATHS = ("cpu_neurons", "cpu_products", "cpu_dropout", "cpu_attention", "packed_spikes", "autocast_spikes")
+FAST_PATHS = (
+    "fused_neurons",
+    "cpu_neurons",
+    "cpu_products",
+    "cpu_dropout",
+    "cpu_attention",
+    "packed_spikes",
+    "autocast_spikes",
+)
 
 
 @dataclass(frozen=True)

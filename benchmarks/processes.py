@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -42,8 +43,10 @@ class Worker:
 
     def time(self, repeats: int) -> list[dict[str, float]]:
         """Seconds of each part of the work, for each of `repeats` iterations."""
-        self.process.stdin.write(f"{repeats}\n")
-        self.process.stdin.flush()
+        # One that is gone reads nothing, and how it ended is for `_answer` to say.
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(f"{repeats}\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
@@ -55,7 +58,8 @@ class Worker:
         return json.loads(line)
 
     def stop(self) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 

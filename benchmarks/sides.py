@@ -7,7 +7,7 @@ from cases import FAST_PATHS, SHAPES, VOCABULARY_SIZES, Case
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
-from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, fast_paths, spiking
+from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, fast_paths
 
 LABEL_SHARE = 0.15
 
@@ -29,8 +29,6 @@ def build_model(case: Case) -> PreTrainedModel:
         model = model_class(BertConfig(**sizes))
     else:
         is_oracle = case.side == "oracle"
-        if is_oracle:
-            spiking.spike = spiking.spike_reference
         for name in FAST_PATHS if is_oracle else case.without:
             setattr(fast_paths.FAST_PATHS, name, False)
         model_class = SpikeLMForMaskedLM if has_head else SpikeLMModel

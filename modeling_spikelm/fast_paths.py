@@ -4,8 +4,7 @@
 
     FAST_PATHS.packed_spikes = False
 
-The neurons' fused pass (`spiking.spike`) has no switch: `spiking.spike_reference` stands beside it. The masked-LM head
-on labelled positions alone is `config.sparse_prediction`, for it changes what a model returns.
+The masked-LM head on labelled positions alone is `config.sparse_prediction`, for it changes what a model returns.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,10 @@ class FastPaths:
     """Those that begin with `cpu_` serve a CPU's tensors in eager mode; everywhere else torch's own code runs.
 
     Attributes:
-        cpu_neurons: neurons in float passes, because torch's CPU kernels that take or give bool are not vectorised.
+        fused_neurons: neurons that keep a byte per spike and have their gradient written out, on every device; else the
+            oracles `spike_reference` and `lif_reference`.
+        cpu_neurons: elastic and bi-spiking neurons in float passes, because torch's CPU kernels that take or give bool
+            are not vectorised.
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
         cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
@@ -26,6 +28,7 @@ class FastPaths:
         autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.
     """
 
+    fused_neurons: bool = True
     cpu_neurons: bool = True
     cpu_products: bool = True
     cpu_dropout: bool = True

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .configuration_spikelm import SpikeLMConfig
+from .fast_paths import FAST_PATHS
 from .spiking import SpikingNeurons, integrate, spikes_dtype
 
 
@@ -68,6 +69,8 @@ def lif_reference(inputs: torch.Tensor, decay: float, has_membrane: bool = True)
 
 def lif(inputs: torch.Tensor, decay: float, has_membrane: bool = True) -> torch.Tensor:
     """The spikes of `lif_reference`, same arguments, same numbers, in less time and memory."""
+    if not FAST_PATHS.fused_neurons:
+        return lif_reference(inputs, decay, has_membrane)
     return _LIF.apply(inputs, decay, has_membrane)
 
 

@@ -319,6 +319,8 @@ def spike(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `spike_reference`, same arguments, same numbers, in less time and memory."""
+    if not FAST_PATHS.fused_neurons:
+        return spike_reference(inputs, amplitude, decay, reset, has_membrane)
     return _Spike.apply(inputs, amplitude, decay, reset, has_membrane)
 
 

@@ -123,6 +123,18 @@ def test_loading_is_measured_against_the_size_of_the_weights(tmp_path):
     assert rows["spikelm"]["tensors / weights"] >= 0.9
 
 
+def test_a_worker_that_is_killed_is_named_with_its_end(monkeypatch):
+    """Not the broken pipe that its death leaves."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cases, processes = map(importlib.import_module, ("cases", "processes"))
+    worker = processes.Worker(cases.Case("training", "spikelm", "tiny", batch_size=2, warmup=0), {})
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(RuntimeError, match=r"spikelm T=1 ended with code -9 \(killed: out of memory\?\)"):
+        worker.time(1)
+    worker.stop()
+
+
 def test_an_impossible_argument_is_one_clear_error():
     finished = run("training_step", "--batch_size", "0")
     assert finished.returncode != 0

@@ -13,7 +13,11 @@ from modeling_spikelm.fast_paths import FAST_PATHS, FastPaths
 
 NAMES = [field.name for field in dataclasses.fields(FastPaths)]
 # An operation of the encoder that runs only on the fast path.
-OPERATIONS = {"cpu_neurons": "aten::hardshrink.out", "cpu_products": "aten::convolution"}
+OPERATIONS = {
+    "fused_neurons": "aten::hardshrink.out",
+    "cpu_neurons": "aten::hardshrink.out",
+    "cpu_products": "aten::convolution",
+}
 
 
 class Operations(TorchDispatchMode):
@@ -69,7 +73,7 @@ def kept_bytes(model, batch):
     return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
 
 
-@pytest.mark.parametrize("name", ["cpu_dropout", "cpu_attention", "packed_spikes"])
+@pytest.mark.parametrize("name", ["fused_neurons", "cpu_dropout", "cpu_attention", "packed_spikes"])
 def test_it_keeps_less_for_the_backward_pass(config, batch, name, monkeypatch):
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
     model = SpikeLMForMaskedLM(config)
