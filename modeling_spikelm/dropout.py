@@ -159,7 +159,7 @@ def attention_with_dropout(
     """`dropout(softmax(query key^T * scaling + mask)) value`.
 
     Args:
-        query, key, value: `(N, heads, L, d)`.
+        query, key, value: `(N, heads, L, d)`; the arithmetic has the dtype of the query.
         mask: broadcasts to `(N, heads, L, L)`; bool (True: attend) or floats to add.
         scaling, probability: of the scores, and of a probability to be dropped, in (0, 1).
 
@@ -171,4 +171,4 @@ def attention_with_dropout(
     if mask is not None:
         # Finite, so that the probabilities of a row that is masked as a whole are numbers.
         mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)
-    return _Attention.apply(query, key, value, mask, scaling, probability)
+    return _Attention.apply(query, key.to(query.dtype), value.to(query.dtype), mask, scaling, probability)

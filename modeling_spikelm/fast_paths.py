@@ -19,8 +19,8 @@ class FastPaths:
     Attributes:
         fused_neurons: neurons that keep a byte per spike and have their gradient written out, on every device; else the
             oracles `spike_reference` and `lif_reference`.
-        cpu_neurons: elastic and bi-spiking neurons in float passes, because torch's CPU kernels that take or give bool
-            are not vectorised.
+        cpu_neurons: elastic and bi-spiking neurons without passes that take or give bool, which torch's CPU kernels do
+            one value at a time.
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
         cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.

@@ -10,6 +10,7 @@ symmetrically, scale = max|row| / 127; spikes lose nothing. Between a neuron and
 
 The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
 `(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.
+What one part of a layer made for the next one alone may be overwritten there: a hook that keeps it has to clone it.
 """
 
 import platform
@@ -55,6 +56,8 @@ def ternary_sign(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | N
     Rounding half to even sends +-amplitude / 2 to 0, and float32 holds amplitude / 2 exactly, so that a comparison with
     it decides as the division does. These two passes take half the time of comparisons that yield bool.
     """
+    # A compiler plans memory itself, and refuses an `out` that is a view.
+    out = None if torch.compiler.is_compiling() else out
     return torch.hardshrink(membrane, amplitude / 2, out=out).sign_()
 
 
@@ -280,7 +283,7 @@ class QuantizedResidual(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, steps: Iterable[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
-        """T times `(B, L, input_size)`, which are overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
+        """T times `(B, L, input_size)`, which may be overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
         sums = residual.clone(memory_format=torch.contiguous_format)
         for spikes, step_sums in zip(self.neurons(steps, may_overwrite=True), sums, strict=True):
             self.dense(spikes, residual=step_sums)

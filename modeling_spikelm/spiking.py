@@ -163,6 +163,8 @@ def _emit_on_cpu(
     """`_emit` in passes that are vectorised on a CPU, as those that give or take bool are not."""
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = torch.empty_like(inputs, dtype=torch.int8)
+    # Whatever has cast the buffer since: the threshold is a neighbour of its half in float32.
+    amplitude = amplitude.float()
     thresholds = torch.nextafter(amplitude / 2, torch.full_like(amplitude, torch.inf))
     if not has_membrane:
         _fire(inputs.float(), _per_step(amplitude, inputs), _per_step(thresholds, inputs), spikes, codes)

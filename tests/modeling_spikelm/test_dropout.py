@@ -87,6 +87,16 @@ def test_bfloat16_attention_is_the_float32_one_also_where_a_sequence_is_masked_a
     torch.testing.assert_close(attend(torch.bfloat16), attend(torch.float32), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_attention_of_two_dtypes_has_the_querys(dtypes):
+    query = torch.randn(2, 3, 5, 8, dtype=dtypes[0], requires_grad=True)
+    key, value = (torch.randn(2, 3, 5, 8, dtype=dtypes[1], requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        context = attention_with_dropout(query, key, value, None, 0.3, 0.2)
+    context.float().sum().backward()
+    assert context.dtype == query.grad.dtype == dtypes[0] and key.grad.dtype == value.grad.dtype == dtypes[1]
+
+
 def neurons_and_linear():
     neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2))
     neurons.set_amplitude(torch.tensor([0.7, 1.3]))

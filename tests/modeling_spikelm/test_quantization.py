@@ -209,6 +209,16 @@ def test_compiled_it_is_the_same(config, batch):
         assert torch.equal(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_without_the_int8_kernel_it_compiles_as_one_graph(steps, config, batch):
+    config.num_time_steps = steps
+    with torch.backends.mkldnn.flags(enabled=False):
+        model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        found, wanted = compiled(**batch).last_hidden_state, model(**batch).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @every_class
 def test_saved_and_loaded_it_is_the_same_to_the_bit(model_class, config, batch, tmp_path):
     inputs = inputs_of(model_class, batch)

@@ -121,6 +121,17 @@ def test_membrane_is_float32_whatever_the_inputs_dtype(function, dtype):
     assert torch.equal(low.sign().float(), high.sign())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("has_membrane", [True, False])
+def test_the_threshold_is_float32_whatever_has_cast_the_amplitude(dtype, has_membrane):
+    """As FSDP's mixed precision casts buffers, behind the back of the module."""
+    amplitude = torch.tensor([1.1, 1.9]).to(dtype)
+    half = amplitude.float() / 2
+    inputs = torch.stack([half, half.nextafter(torch.tensor(9.0)), half * 1.001], 1)
+    spikes = spike(inputs, amplitude, 0.0, "symmetric", has_membrane)
+    assert torch.equal(spikes, spike_reference(inputs, amplitude, 0.0, "symmetric", has_membrane))
+
+
 def neurons(**fields) -> SpikingNeurons:
     torch.manual_seed(0)
     return SpikingNeurons(SpikeLMConfig(**fields))
