@@ -38,11 +38,9 @@ def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
 
 
 def _drop_(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values`, in place, with 0 where the mask has it: cheaper than a product, in half precision by far.
-
-    The mask is one of `_draw_mask`, as integers of the bytes of a value.
-    """
-    values.view(mask.dtype).bitwise_and_(mask)
+    """`values`, in place, with 0 where a mask of `_draw_mask` has it: in half precision far cheaper than a product."""
+    integers = _INTEGERS[values.dtype.itemsize]
+    values.view(integers).bitwise_and_(mask.to(integers))
     return values
 
 
@@ -52,13 +50,13 @@ class _Dropout(torch.autograd.Function):
         mask = _draw_mask(values.shape, probability)
         ctx.save_for_backward(mask)
         ctx.scale = 1 / (1 - probability)
-        return _drop_(values * ctx.scale, mask.to(_INTEGERS[values.dtype.itemsize]))
+        return _drop_(values * ctx.scale, mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return _drop_(gradient * ctx.scale, mask.to(_INTEGERS[gradient.dtype.itemsize])), None
+        return _drop_(gradient * ctx.scale, mask), None
 
 
 class Dropout(nn.Dropout):
@@ -91,11 +89,10 @@ class _Attention(torch.autograd.Function):
         ctx.scaling, ctx.scale = scaling, 1 / (1 - probability)
         # In memory the heads of a token lie side by side, as the next linear layer reads them.
         context = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-        integers = _INTEGERS[query.dtype.itemsize]
         for piece in _pieces(kept, query.dtype):
             queries, keys, values, keeps = (matrices[piece].flatten(0, 1) for matrices in (query, key, value, kept))
             probabilities = _probabilities(queries, keys, mask, piece, scaling)
-            products = torch.bmm(_drop_(probabilities, keeps.to(integers)), values)
+            products = torch.bmm(_drop_(probabilities, keeps), values)
             torch.mul(products.view_as(context[piece]), ctx.scale, out=context[piece])
         return context
 
@@ -104,12 +101,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         query, key, value, mask, kept = ctx.saved_tensors
         query_gradient, key_gradient, value_gradient = map(torch.empty_like, (query, key, value))
-        integers = _INTEGERS[query.dtype.itemsize]
         for piece in _pieces(kept, query.dtype):
             queries, keys, values, gradients, keeps = (
                 matrices[piece].flatten(0, 1) for matrices in (query, key, value, gradient, kept)
             )
-            keeps = keeps.to(integers)
+            # Both uses of the mask share this conversion.
+            keeps = keeps.to(_INTEGERS[query.dtype.itemsize])
             probabilities = _probabilities(queries, keys, mask, piece, ctx.scaling)
             weighted = _drop_(_scaled_product(gradients, values.mT, ctx.scale), keeps)
             # With dp the gradient of a probability p, that of its score is p (dp - sum(p dp)).
