@@ -247,7 +247,7 @@ def run_task(
         train_dataset=splits["train"],
         eval_dataset=validation if len(validation) > 1 else validation["validation"],
         processing_class=tokenizer,
-        compute_metrics=make_compute_metrics(task),
+        compute_metrics=make_compute_metrics(task, run.label_smoothing_factor),
         # A checkpoint is pushed when it is complete.
         callbacks=[preemption, keeper, publisher],
     )

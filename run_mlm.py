@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=masked_lm_metrics,
-        preprocess_logits_for_metrics=predictions_and_losses,
+        preprocess_logits_for_metrics=partial(predictions_and_losses, label_smoothing=training.label_smoothing_factor),
         # A checkpoint is pushed when it is complete.
         callbacks=[EpochCallback(collator), preemption, keeper, publisher],
     )
@@ -310,29 +310,51 @@ def unigram_baseline(splits, validation, tokenizer: PreTrainedTokenizerBase, con
     return {"eval_unigram_loss": loss}
 
 
-def predictions_and_losses(logits, labels):
-    """What the metrics need of each batch, in place of all logits: predicted ids `(B, L)` and losses `(B, L)`."""
+def predictions_and_losses(logits, labels, label_smoothing: float = 0.0) -> dict[str, torch.Tensor]:
+    """What the metrics need of each batch, in place of all logits.
+
+    Returns:
+        "tokens": predicted ids `(B, L)`; "token_losses": theirs, `(B, L)`, 0 where there is no label; with label
+        smoothing also "smoothed_losses", which training minimises in their place. With a next-sentence head
+        "sentences" and "sentence_losses", `(B,)`.
+    """
     logits, *next_sentence = logits if isinstance(logits, tuple) else (logits,)
-    labels = labels[0] if isinstance(labels, tuple) else labels
-    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return (logits.argmax(-1), losses, *(scores.argmax(-1) for scores in next_sentence[:1]))
+    labels, *next_sentence_labels = labels if isinstance(labels, tuple) else (labels,)
+    cross_entropy = partial(torch.nn.functional.cross_entropy, reduction="none")
+    scores = logits.float().transpose(1, 2)
+    found = {"tokens": logits.argmax(-1), "token_losses": cross_entropy(scores, labels)}
+    if label_smoothing:
+        found["smoothed_losses"] = cross_entropy(scores, labels, label_smoothing=label_smoothing)
+    for scores, sentence_labels in zip(next_sentence, next_sentence_labels, strict=False):
+        found["sentences"] = scores.argmax(-1)
+        found["sentence_losses"] = cross_entropy(scores.float(), sentence_labels.flatten())
+    return found
 
 
 def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss in nats per masked token, its exponential, and the share of masked (and next-sentence) labels met."""
-    predicted, losses, *next_sentence = prediction.predictions
-    labels, *next_sentence_labels = (
-        prediction.label_ids if isinstance(prediction.label_ids, tuple) else (prediction.label_ids,)
-    )
+    """Losses in nats, each the exact mean over all masked tokens (or pairs of sentences) of the data, and the share of
+    labels met.
+
+    "loss" is the loss that training minimises. It replaces the Trainer's, a mean over batches of their means: that one
+    depends on how rows fall into batches, and so on the number of processes.
+    """
+    found, labels = prediction.predictions, prediction.label_ids
+    labels, *next_sentence_labels = labels if isinstance(labels, tuple) else (labels,)
     is_masked = labels != -100
-    loss = float(losses[is_masked].mean(dtype=np.float64))
+
+    def mean(losses: np.ndarray) -> float:
+        return float(losses.mean(dtype=np.float64))
+
+    token_loss = mean(found["token_losses"][is_masked])
     metrics = {
-        "mlm_loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "masked_accuracy": float((predicted == labels)[is_masked].mean()),
+        "loss": mean(found.get("smoothed_losses", found["token_losses"])[is_masked]),
+        "mlm_loss": token_loss,
+        "perplexity": math.exp(min(token_loss, 700.0)),
+        "masked_accuracy": float((found["tokens"] == labels)[is_masked].mean()),
     }
-    if next_sentence and next_sentence_labels:
-        metrics["next_sentence_accuracy"] = float((next_sentence[0] == next_sentence_labels[0].reshape(-1)).mean())
+    if "sentences" in found:
+        metrics["loss"] += mean(found["sentence_losses"])
+        metrics["next_sentence_accuracy"] = float((found["sentences"] == next_sentence_labels[0].reshape(-1)).mean())
     return metrics
 
 

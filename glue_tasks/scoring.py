@@ -6,6 +6,8 @@ from typing import Any
 
 import evaluate
 import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, mse_loss
 from transformers import EvalPrediction
 
 from glue_tasks.tasks import GlueTask
@@ -26,13 +28,32 @@ def predicted_values(task: GlueTask, outputs: Any) -> np.ndarray:
     return logits.squeeze(-1) if task.is_regression else logits.argmax(-1)
 
 
-def make_compute_metrics(task: GlueTask) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The Trainer's `compute_metrics` for a task: its official metrics, without a network."""
+def mean_loss(task: GlueTask, outputs: Any, labels: np.ndarray, label_smoothing: float = 0.0) -> float:
+    """The mean over all rows of the loss that training minimises: squared error for regression, else cross-entropy.
+
+    Args:
+        outputs: logits `[N, classes]`, or a tuple that starts with them.
+        labels: `[N]` class numbers or scores.
+        label_smoothing: share of a label that is spread over all classes.
+    """
+    logits = torch.as_tensor(outputs[0] if isinstance(outputs, tuple) else outputs).double()
+    if task.is_regression:
+        return mse_loss(logits.squeeze(-1), torch.as_tensor(labels).double()).item()
+    return cross_entropy(logits, torch.as_tensor(labels), label_smoothing=label_smoothing).item()
+
+
+def make_compute_metrics(task: GlueTask, label_smoothing: float = 0.0) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The Trainer's `compute_metrics` for a task: its official metrics, without a network, and the exact "loss".
+
+    That replaces the Trainer's own loss, a mean over batches in which rows count that only fill up the last one, so
+    that it depends on the number of processes.
+    """
     metric = evaluate.load(str(METRIC), task.name, keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         values = predicted_values(task, prediction.predictions)
-        return metric.compute(predictions=values, references=prediction.label_ids)
+        loss = mean_loss(task, prediction.predictions, prediction.label_ids, label_smoothing)
+        return metric.compute(predictions=values, references=prediction.label_ids) | {"loss": loss}
 
     return compute_metrics
 

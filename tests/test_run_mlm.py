@@ -21,8 +21,10 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertTokenizer,
+    EvalPrediction,
     Trainer,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 import run_mlm
 from configuration_spikelm import SpikeLMConfig
@@ -75,7 +77,7 @@ def trained(corpus, tmp_path_factory) -> Path:
 def test_a_run_reports_loss_perplexity_accuracy_and_the_unigram_baseline(trained):
     reported = results(trained)
     assert reported["eval_perplexity"] == pytest.approx(torch.tensor(reported["eval_mlm_loss"]).exp().item(), rel=1e-4)
-    assert reported["eval_mlm_loss"] == pytest.approx(reported["eval_loss"], rel=0.02)
+    assert reported["eval_loss"] == reported["eval_mlm_loss"]
     assert 0 <= reported["eval_masked_accuracy"] <= 1
     assert 4 < reported["eval_unigram_loss"] < 6.4
 
@@ -439,12 +441,38 @@ def test_another_neuron_is_one_field_away_and_named_on_the_card(corpus, tmp_path
     assert "amplitude" not in card
 
 
-def test_next_sentence_objective_trains_the_pre_training_model(corpus, tmp_path):
-    run_mlm.main(from_scratch(corpus, "--objective", "mlm_nsp", "--output_dir", str(tmp_path)))
-    assert type(AutoModelForPreTraining.from_pretrained(tmp_path)).__name__ == "SpikeLMForPreTraining"
-    assert 0 <= results(tmp_path)["eval_next_sentence_accuracy"] <= 1
-    assert results(tmp_path)["eval_loss"] > results(tmp_path)["eval_mlm_loss"]
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.architectures == ["SpikeLMForPreTraining"]
+@pytest.fixture(scope="module")
+def trained_on_pairs(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "pairs"
+    run_mlm.main(from_scratch(corpus, "--objective", "mlm_nsp", "--output_dir", str(folder)))
+    return folder
+
+
+def test_next_sentence_objective_trains_the_pre_training_model(trained_on_pairs):
+    assert type(AutoModelForPreTraining.from_pretrained(trained_on_pairs)).__name__ == "SpikeLMForPreTraining"
+    assert 0 <= results(trained_on_pairs)["eval_next_sentence_accuracy"] <= 1
+    assert results(trained_on_pairs)["eval_loss"] > results(trained_on_pairs)["eval_mlm_loss"]
+    assert AutoModelForMaskedLM.from_pretrained(trained_on_pairs).config.architectures == ["SpikeLMForPreTraining"]
+
+
+def test_the_evaluation_loss_is_the_mean_over_the_data_whatever_its_batches(corpus, trained_on_pairs, tmp_path):
+    evaluate = ["--model_name_or_path", str(trained_on_pairs), "--validation_file", str(corpus), "--do_eval", *SHORT]
+    evaluate += ["--objective", "mlm_nsp", "--spike_batches", "0"]
+    losses = {}
+    for size in ("16", "3"):  # all in one batch; and a single row left over
+        run_mlm.main([*evaluate, "--per_device_eval_batch_size", size, "--output_dir", str(tmp_path / size)])
+        losses[size] = results(tmp_path / size)["eval_loss"]
+    assert losses["3"] == pytest.approx(losses["16"], rel=1e-6)
+
+
+def test_with_label_smoothing_the_evaluation_loss_is_the_smoothed_one():
+    logits, labels = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)), torch.full((2, 5), -100)
+    labels[0, 1], labels[1, 2:4] = 3, 7
+    found = run_mlm.predictions_and_losses(logits, labels, label_smoothing=0.2)
+    predictions = {name: values.numpy() for name, values in found.items()}
+    metrics = run_mlm.masked_lm_metrics(EvalPrediction(predictions, labels.numpy()))
+    assert metrics["loss"] == pytest.approx(LabelSmoother(0.2)({"logits": logits}, labels.clone()).item(), rel=1e-6)
+    assert metrics["mlm_loss"] == pytest.approx(LabelSmoother(0.0)({"logits": logits}, labels.clone()).item(), rel=1e-6)
 
 
 def test_rows_with_labels_are_used_as_they_are(trained, tmp_path, monkeypatch):
@@ -505,9 +533,8 @@ def test_two_processes_train_what_one_trains_and_then_have_nothing_left_to_do(co
     one, other = load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-5, msg=name)
-    assert results(tmp_path / "two")["eval_mlm_loss"] == pytest.approx(
-        results(tmp_path / "one")["eval_mlm_loss"], rel=1e-5
-    )
+    for loss in ("eval_loss", "eval_mlm_loss"):
+        assert results(tmp_path / "two")[loss] == pytest.approx(results(tmp_path / "one")[loss], rel=1e-5), loss
     # Every process counts the same rows, so the figures are those of one process.
     counted = [results(tmp_path / name)["eval_counted_sequences"] for name in ("one", "two")]
     assert counted[0] == counted[1] > 0

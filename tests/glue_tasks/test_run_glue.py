@@ -456,6 +456,7 @@ def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path
     assert {name: column["validation_examples"] for name, column in columns.items()} == {"MNLI-m": 7, "MNLI-mm": 7}
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "mnli").eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    reported = json.loads((tmp_path / "out" / "mnli" / "all_results.json").read_text())
     for column, ending in (("MNLI-m", "matched"), ("MNLI-mm", "mismatched")):
         rows = [line.split("\t") for line in (data / "MNLI" / f"dev_{ending}.tsv").read_text().splitlines()[1:]]
         pairs = ([row[8] for row in rows], [row[9] for row in rows])
@@ -464,6 +465,12 @@ def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path
         spikes = {name: values["median"] for name, values in columns[column]["spikes"].items()}
         assert spikes == pytest.approx(counted, rel=1e-9)
         assert "firing_rate" not in spikes and spikes["model_energy_ratio"] == 1
+        # The row that fills up the second process's batch counts nowhere.
+        labels = torch.tensor([model.config.label2id[row[-1]] for row in rows])
+        with torch.no_grad():
+            assert reported[f"eval_{ending}_loss"] == pytest.approx(
+                model(**inputs, labels=labels).loss.item(), rel=1e-5
+            )
     state = json.loads((tmp_path / "out" / "mnli" / "trainer_state.json").read_text())
     assert state["global_step"] == 4  # 12 rows, 2 epochs, 2 processes x 4 rows
     for column in ("MNLI-m", "MNLI-mm"):

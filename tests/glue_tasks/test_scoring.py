@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+import torch
 from transformers import EvalPrediction
+from transformers.trainer_pt_utils import LabelSmoother
 
 from glue_tasks.scoring import (
     evaluation_at,
@@ -23,9 +25,21 @@ def test_the_class_is_that_of_the_largest_logit_and_a_score_stays_as_it_is():
 def test_metrics_of_the_trainers_predictions():
     logits = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     prediction = EvalPrediction(predictions=logits, label_ids=np.array([1, 0, 1, 0]))
-    assert make_compute_metrics(TASKS["mrpc"])(prediction) == {"accuracy": 0.5, "f1": pytest.approx(0.5)}
+    metrics = make_compute_metrics(TASKS["mrpc"])(prediction)
+    # Half of the rows have their label at the larger of two logits that are 1 apart, half at the smaller one.
+    loss = np.log(1 + np.exp(-1)) / 2 + np.log(1 + np.exp(1)) / 2
+    assert metrics == {"accuracy": 0.5, "f1": pytest.approx(0.5), "loss": pytest.approx(loss)}
     scores = EvalPrediction(predictions=np.array([[1.0], [2.0], [3.0]]), label_ids=np.array([5.0, 4.0, 3.0]))
-    assert make_compute_metrics(TASKS["stsb"])(scores)["pearson"] == pytest.approx(-1.0)
+    metrics = make_compute_metrics(TASKS["stsb"])(scores)
+    assert metrics["pearson"] == pytest.approx(-1.0)
+    assert metrics["loss"] == pytest.approx((16 + 4 + 0) / 3)
+
+
+def test_with_label_smoothing_the_loss_is_the_smoothed_one():
+    logits, labels = np.array([[0.3, 1.0], [2.0, -1.0]], dtype=np.float32), np.array([0, 0])
+    found = make_compute_metrics(TASKS["rte"], label_smoothing=0.2)(EvalPrediction(logits, labels))["loss"]
+    wanted = LabelSmoother(0.2)({"logits": torch.tensor(logits)}, torch.tensor(labels))
+    assert found == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_mnli_keeps_its_two_sets_apart():
