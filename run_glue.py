@@ -37,6 +37,7 @@ from experiment.models import (
     load_config,
     load_model,
     load_tokenizer,
+    longest_input,
     refuse_pickled_weights,
     saved_by_run,
 )
@@ -207,6 +208,7 @@ def prepare(
     else:
         check_labels(task, load_config(model_arguments))
     config = load_config(model_arguments, **fields)
+    tokenizer.model_max_length = longest_input(config, tokenizer)
     splits = encode(
         raw,
         tokenizer,

@@ -39,6 +39,7 @@ from experiment.models import (
     load_config,
     load_model,
     load_tokenizer,
+    longest_input,
     refuse_pickled_weights,
     saved_by_run,
 )
@@ -113,9 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
         config = load_config(model_arguments, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer)))
         check_fit(config, tokenizer, data_arguments)
-        # The tokenizer that is saved beside a model must not let through what the model cannot take.
-        longest = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
         splits = check_rows(splits, config, tokenizer, data_arguments)
         record = RunRecord(
             training.output_dir,
@@ -229,7 +228,9 @@ def train_tokenizer(
     """A WordPiece tokenizer of the training documents, trained by the main process and sent to the others."""
     tokenizer = None
     if training.process_index == 0:
-        tokenizer = train_wordpiece(documents["train"], arguments.vocab_size, arguments.lowercase)
+        tokenizer = train_wordpiece(
+            documents["train"], arguments.vocab_size, arguments.lowercase, model_max_length=arguments.max_seq_length
+        )
     return broadcast_object_list([tokenizer])[0]
 
 

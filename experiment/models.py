@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,6 +49,22 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
     if missing:
         raise ValueError(f"The tokenizer of {name} has no {', '.join(missing)} token; an encoder like this needs it.")
     return tokenizer
+
+
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seen: int = 0) -> int:
+    """How many tokens a model takes: what the tokenizer saved beside it has to say.
+
+    For SpikeLM and BERT that is the number of positions, whatever the tokenizer, which may come from another model, has
+    said. Other models can have fewer positions to use than their configuration says (RoBERTa), and their tokenizers
+    know it.
+
+    Args:
+        seen: so many tokens are known to fit.
+    """
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    if config.model_type in (SpikeLMConfig.model_type, BertConfig.model_type):
+        return positions
+    return max(min(positions, tokenizer.model_max_length), seen)
 
 
 def load_config(arguments: ModelArguments, **fields: Any) -> PreTrainedConfig:

@@ -475,6 +475,36 @@ def test_with_label_smoothing_the_evaluation_loss_is_the_smoothed_one():
     assert metrics["mlm_loss"] == pytest.approx(LabelSmoother(0.0)({"logits": logits}, labels.clone()).item(), rel=1e-6)
 
 
+LONG = f"{TINY},max_position_embeddings=1024"
+
+
+@pytest.mark.parametrize("tokenizer", ["trained", "named", "prepared"])
+def test_the_saved_tokenizer_takes_what_the_model_takes(tokenizer, corpus, trained, tmp_path):
+    """Nothing of a text is cut off without a word, and fine-tuning takes what pre-training took."""
+    command = [*from_scratch(corpus), "--config_overrides", LONG, "--max_seq_length", "600", "--max_steps", "1"]
+    if tokenizer == "named":
+        assert AutoTokenizer.from_pretrained(trained).model_max_length == 512
+        command += ["--tokenizer_name", str(trained)]
+    if tokenizer == "prepared":
+        run_mlm.main([*command, "--prepare_only", "--output_dir", str(tmp_path / "packed")])
+        command[:2] = ["--dataset_name", str(tmp_path / "packed")]
+    run_mlm.main([*command, "--spike_batches", "0", "--output_dir", str(tmp_path / "run")])
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    text = "word " * 1100
+    tokens = saved(text, truncation=True, return_tensors="pt")
+    assert tokens["input_ids"].shape == (1, 1024)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "run")(**tokens).logits.isfinite().all()
+
+
+def test_a_model_that_keeps_positions_for_itself_gets_a_tokenizer_that_leaves_them(corpus, tmp_path):
+    """RoBERTa's first position is the second after its padding token's."""
+    sizes = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=65"
+    command = [*from_scratch(corpus), "--model_type", "roberta", "--config_overrides", sizes, "--max_steps", "1"]
+    run_mlm.main([*command, "--spike_batches", "0", "--output_dir", str(tmp_path)])
+    tokens = AutoTokenizer.from_pretrained(tmp_path)("word " * 70, truncation=True, return_tensors="pt")
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path)(**tokens).logits.isfinite().all()
+
+
 def test_rows_with_labels_are_used_as_they_are(trained, tmp_path, monkeypatch):
     rows = [{"input_ids": [2, 10 + n, 4, 3], "labels": [-100, -100, 30 + n, -100]} for n in range(40)]
     Dataset.from_list(rows).save_to_disk(tmp_path / "static")

@@ -436,6 +436,19 @@ def test_bad_input_is_one_error_and_leaves_no_trace(spoil, message, write_glue, 
     assert not output.exists()
 
 
+@pytest.mark.parametrize("limit", [16, 1000])
+def test_sentences_may_be_as_long_as_the_model_takes_whatever_the_tokenizer_says(
+    limit, write_glue, tiny_spikelm, tmp_path
+):
+    AutoTokenizer.from_pretrained(tiny_spikelm, model_max_length=limit).save_pretrained(tmp_path / "tokenizer")
+    argv = command(tiny_spikelm, write_glue("RTE", test=0), tmp_path / "out", "--task_name", "rte", "--max_steps", "1")
+    argv += ["--tokenizer_name", str(tmp_path / "tokenizer"), "--max_seq_length"]
+    main([*argv, "64"])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "rte").model_max_length == 64
+    with pytest.raises(SystemExit, match="max_seq_length is 65, but the model takes at most 64"):
+        main([*argv, "65"])
+
+
 def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path):
     data = write_glue("MNLI", dev=7, test=5)
     with socket.socket() as free:
