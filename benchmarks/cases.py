@@ -17,11 +17,13 @@ SIDES = {
     "bert": "stock transformers BERT, sdpa attention: the ratio's denominator",
     "bert-sparse": "the same BERT with masked-LM logits at the labels only: what of our gain is the sparse head",
     "bert-int8": "the same BERT under PyTorch's dynamic int8 quantisation (inference on the CPU)",
-    "spikelm": "SpikeLM",
+    "spikelm": "SpikeLM; in training its logits at the labels only, as run_mlm.py trains it",
+    "spikelm-dense": "SpikeLM with every logit in training, as the library has it unless told otherwise",
     "spikelm-int8": "SpikeLM after quantize_weights() (inference)",
     "oracle": "SpikeLM with its step-by-step oracle neuron, dense logits and no fast path: our own strawman",
 }
-SPIKING_SIDES = ("spikelm", "spikelm-int8", "oracle")
+SPIKING_SIDES = ("spikelm", "spikelm-dense", "spikelm-int8", "oracle")
+TRAINED_SIDES = ("bert", "bert-sparse", "spikelm", "spikelm-dense", "oracle")
 # Of modeling_spikelm.fast_paths, which needs torch.
 FAST_PATHS = (
     "fused_neurons",
@@ -96,7 +98,7 @@ class CommonArguments:
     device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
     compile: bool = field(default=False, metadata={"help": "torch.compile every side."})
     without: list[str] = list_of(
-        choices=FAST_PATHS, help="Fast paths that the SpikeLM side does without (modeling_spikelm/fast_paths.py)."
+        choices=FAST_PATHS, help="Fast paths that the SpikeLM sides do without (modeling_spikelm/fast_paths.py)."
     )
     rounds: int = field(default=3, metadata={"help": "Rounds; in each, every side has its turn."})
     keep_environment: bool = field(
@@ -131,7 +133,7 @@ class CommonArguments:
             Case(
                 side=side,
                 num_time_steps=steps,
-                without=tuple(self.without) if side == "spikelm" else (),
+                without=tuple(self.without) if side in ("spikelm", "spikelm-dense") else (),
                 **common,
             )
             for side in sides

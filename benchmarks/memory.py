@@ -4,12 +4,11 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
-from cases import HEADLINE, SIDES, Case, CommonArguments, list_of
+from cases import HEADLINE, SIDES, TRAINED_SIDES, Case, CommonArguments, list_of
 from processes import measure_once
 from report import report
 from transformers import HfArgumentParser
 
-TRAINED_SIDES = ("bert", "bert-sparse", "spikelm", "oracle")
 SWITCH = {"no": (False,), "yes": (True,), "both": (False, True)}
 Switch = Literal["no", "yes", "both"]
 MIB = 2**20

@@ -28,11 +28,11 @@ def build_model(case: Case) -> PreTrainedModel:
         model_class = BertForMaskedLM if has_head else BertModel
         model = model_class(BertConfig(**sizes))
     else:
-        is_oracle = case.side == "oracle"
-        for name in FAST_PATHS if is_oracle else case.without:
+        for name in FAST_PATHS if case.side == "oracle" else case.without:
             setattr(fast_paths.FAST_PATHS, name, False)
         model_class = SpikeLMForMaskedLM if has_head else SpikeLMModel
-        model = model_class(SpikeLMConfig(**sizes, num_time_steps=case.num_time_steps, sparse_prediction=not is_oracle))
+        is_sparse = case.side == "spikelm"
+        model = model_class(SpikeLMConfig(**sizes, num_time_steps=case.num_time_steps, sparse_prediction=is_sparse))
     if case.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model.to(case.device).train()

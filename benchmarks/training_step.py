@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-from cases import SIDES, Case, TimingArguments, list_of
+from cases import SIDES, TRAINED_SIDES, Case, TimingArguments, list_of
 from processes import time_by_turns
 from report import ratio_text, report
 from transformers import HfArgumentParser
-
-TRAINED_SIDES = ("bert", "bert-sparse", "spikelm", "oracle")
 
 
 @dataclass

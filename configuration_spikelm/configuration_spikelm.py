@@ -107,10 +107,11 @@ class SpikeLMConfig(PreTrainedConfig):
             Activation of the encoder's feed-forward layers.
         mlm_transform_act (`str`, *optional*, defaults to `"relu"`):
             Activation in the masked-LM head's transform (the reference uses ReLU there, BERT its `hidden_act`).
-        sparse_prediction (`bool`, *optional*, defaults to `True`):
+        sparse_prediction (`bool`, *optional*, defaults to `False`):
             Whether a masked-LM head in training mode computes logits only where there are labels, which saves most of
             its time and memory. The loss is the same; the logits that come out are then `(number of labels,
-            vocab_size)`. In evaluation mode logits are always complete.
+            vocab_size)`. In evaluation mode logits are always complete. A batch that brings `masked_lm_positions`
+            asks for the same by itself, whatever is said here: run_mlm.py trains like that.
         int8_weights (`bool`, *optional*, defaults to `False`):
             Whether the encoder's weights are int8, for inference only. `model.quantize_weights()` sets it; setting it
             by hand does not quantise anything.
@@ -154,7 +155,7 @@ class SpikeLMConfig(PreTrainedConfig):
     amplitude_scale: float | int = 2.0
     membrane_reset: str = "reference"
     mlm_transform_act: str = "relu"
-    sparse_prediction: bool = True
+    sparse_prediction: bool = False
     int8_weights: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

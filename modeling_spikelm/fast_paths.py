@@ -4,7 +4,8 @@
 
     FAST_PATHS.packed_spikes = False
 
-The masked-LM head on labelled positions alone is `config.sparse_prediction`, for it changes what a model returns.
+The masked-LM head on labelled positions alone is `config.sparse_prediction`, off unless asked for, as it changes what a
+model returns.
 """
 
 from dataclasses import dataclass

@@ -622,10 +622,13 @@ class SpikeLMWithMLMHead(SpikeLMPreTrainedModel):
     def predict_tokens(
         self, hidden_states: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits `(B, L, vocab_size)` and labels `(B, L)`; with `config.sparse_prediction`, in training mode, only
-        those at the `(B, C)` positions given, or without any and on a CPU at all that have a label: `(N, vocab_size)`
-        and `(N,)`."""
-        if labels is not None and self.training and self.config.sparse_prediction:
+        """Logits `(B, L, vocab_size)` and labels `(B, L)`.
+
+        In training mode, with `(B, C)` positions or `config.sparse_prediction`, only those at the positions, or without
+        any and on a CPU at all that have a label: `(N, vocab_size)` and `(N,)`.
+        """
+        is_sparse = positions is not None or self.config.sparse_prediction
+        if labels is not None and self.training and is_sparse:
             if positions is None or is_eager_on_cpu(labels):
                 # A device would have to be asked how many there are.
                 is_predicted = labels != -100
@@ -679,8 +682,9 @@ class SpikeLMForPreTraining(SpikeLMWithMLMHead):
             labels: `(B, L)` token ids to predict, -100 where nothing is.
             next_sentence_label: `(B,)`, 0 where the second segment follows the first, 1 where it is a random one.
             masked_lm_positions: `(B, C)`, optional: distinct positions in each row, every one that has a label among
-                them. With it a sparse prediction (see `config.sparse_prediction`) has a shape that is known beforehand:
-                torch.compile gets by without a graph break, a GPU is not waited for.
+                them. In training mode it asks for logits there alone, `(N, vocab_size)`, as `config.sparse_prediction`
+                does, but with an N that is known beforehand: torch.compile gets by without a graph break, a GPU is not
+                waited for.
         """
         outputs = self.bert(
             input_ids,

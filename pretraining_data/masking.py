@@ -162,9 +162,10 @@ class MaskingCollator:
 
         Returns:
             "input_ids", "attention_mask", "labels" and, if the model takes them, "token_type_ids", int64
-            `[B, L]`; "next_sentence_label" int64 `[B]` if the rows carry it. With positions, and unless the rows carry
-            labels, whose number has no bound, "masked_lm_positions" int64 `[B, C]`: each row's positions with a label,
-            then others without one, with C `most_labels` of L tokens, so that equal batches have equal shapes.
+            `[B, L]`; "next_sentence_label" int64 `[B]` if the rows carry it. With positions, and for training rows,
+            which have an example_id, "masked_lm_positions" int64 `[B, C]`: each row's positions with a label, then
+            others without one. C is `most_labels` of L tokens, so that equal batches have equal shapes; of labels that
+            the rows carry, whose number has no bound, the most that a row has.
         """
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
@@ -185,9 +186,12 @@ class MaskingCollator:
             batch["input_ids"][index, :end], batch["labels"][index, :end] = self._inputs_and_labels(row)
         if "next_sentence_label" in rows[0]:
             batch["next_sentence_label"] = np.array([row["next_sentence_label"] for row in rows], dtype=np.int64)
-        if self.with_positions and "labels" not in rows[0]:
-            labelled_first = np.argsort(batch["labels"] == IGNORED, axis=1, kind="stable")
-            batch["masked_lm_positions"] = labelled_first[:, : most_labels(length, self._masker.probability)].copy()
+        if self.with_positions and "example_id" in rows[0]:
+            has_no_label = batch["labels"] == IGNORED
+            most = most_labels(length, self._masker.probability)
+            if "labels" in rows[0]:
+                most = length - int(has_no_label.sum(1).min())
+            batch["masked_lm_positions"] = np.argsort(has_no_label, axis=1, kind="stable")[:, :most].copy()
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def _inputs_and_labels(self, row: dict[str, Any]) -> tuple[Any, Any]:

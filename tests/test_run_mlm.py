@@ -137,10 +137,12 @@ def test_only_a_model_that_takes_positions_is_given_them_and_only_to_train(
     model_type, gets_positions, corpus, tmp_path, monkeypatch
 ):
     given = {True: set(), False: set()}
+    shapes = {True: set(), False: set()}
 
     def load_model(*arguments):
         model = experiment_load_model(*arguments)
         model.register_forward_pre_hook(lambda m, _, inputs: given[m.training].update(inputs), with_kwargs=True)
+        model.register_forward_hook(lambda m, _, outputs: shapes[m.training].add(outputs.logits.ndim))
         return model
 
     experiment_load_model = run_mlm.load_model
@@ -149,6 +151,9 @@ def test_only_a_model_that_takes_positions_is_given_them_and_only_to_train(
     more = ["--model_type", model_type, "--config_overrides", sizes, "--spike_batches", "0", "--max_steps", "1"]
     run_mlm.main(from_scratch(corpus, *more, "--output_dir", str(tmp_path)))
     assert ("masked_lm_positions" in given[True], "masked_lm_positions" in given[False]) == (gets_positions, False)
+    # (labels, V) while this script trains, (B, L, V) for whoever loads what it has trained.
+    assert shapes == {True: {2 if gets_positions else 3}, False: {3}}
+    assert not json.loads((tmp_path / "config.json").read_text()).get("sparse_prediction")
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mlm_nsp"])

@@ -95,6 +95,22 @@ def test_what_the_int8_side_times_has_int8_weights(monkeypatch):
         assert model.config.int8_weights == (side == "spikelm-int8")
 
 
+def test_every_trained_side_computes_the_logits_that_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cases, sides, fast_paths = map(importlib.import_module, ("cases", "sides", "modeling_spikelm.fast_paths"))
+    monkeypatch.setattr(fast_paths, "FAST_PATHS", fast_paths.FastPaths())
+    predicted = {}
+    for side in cases.TRAINED_SIDES:
+        case = cases.Case("training", side, "tiny", batch_size=5, length=8)
+        model = sides.build_model(case)
+        model.cls.register_forward_hook(lambda m, args, logits, side=side: predicted.update({side: logits.shape[:-1]}))
+        sides.training_loss(case, model)(sides.build_batch(case))
+    every, labelled = (5, 8), (6,)
+    assert predicted == {
+        "bert": every, "bert-sparse": labelled, "spikelm": labelled, "spikelm-dense": every, "oracle": every
+    }  # fmt: skip
+
+
 def test_a_repeated_command_replaces_its_result_and_another_one_is_added(tmp_path, monkeypatch):
     for arguments, figure in (("--rounds 1", 1.0), ("--rounds 2", 2.0), ("--rounds 1", 3.0)):
         monkeypatch.setattr(sys, "argv", ["benchmarks/inference.py", *arguments.split(), "--output", str(tmp_path)])

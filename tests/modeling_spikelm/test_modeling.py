@@ -434,10 +434,10 @@ def test_sparse_prediction_changes_neither_loss_nor_gradients_and_only_training(
     inputs["labels"] = torch.where(torch.arange(7) % 3 == 0, inputs["labels"], -100)
     full = calibrated(model_class, config, batch).train()
     sparse = copy.deepcopy(full)
-    full.config.sparse_prediction = False
+    sparse.config.sparse_prediction = True
     outputs = [model(**inputs) for model in (full, sparse)]
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
-    assert outputs[1][1].shape == (9, config.vocab_size)
+    assert (outputs[0][1].shape, outputs[1][1].shape) == ((3, 7, config.vocab_size), (9, config.vocab_size))
     for output in outputs:
         output.loss.backward()
     for (name, parameter), other in zip(full.named_parameters(), sparse.parameters(), strict=True):
@@ -458,6 +458,7 @@ def test_prediction_at_given_positions_has_the_loss_and_the_gradients_of_the_lab
     has_label = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
     inputs["labels"] = inputs["labels"].masked_fill(~has_label, -100)
     model = calibrated(model_class, config, batch).train()
+    assert not model.config.sparse_prediction  # whoever gives positions has asked for it
 
     def step(**inputs):
         model.zero_grad()
@@ -465,10 +466,10 @@ def test_prediction_at_given_positions_has_the_loss_and_the_gradients_of_the_lab
         output.loss.backward()
         return output.loss.detach(), output[1].shape, {name: p.grad for name, p in model.named_parameters()}
 
-    expected_loss, shape, expected = step(**inputs)
+    positions = torch.tensor([[1, 4, 5, 0], [6, 0, 1, 2], [0, 6, 3, 2]])
+    expected_loss, shape, expected = step(**inputs, masked_lm_positions=positions)
     assert shape == (5, config.vocab_size)
     monkeypatch.setattr(modeling_spikelm.modeling_spikelm, "is_eager_on_cpu", lambda tensor: False)
-    positions = torch.tensor([[1, 4, 5, 0], [6, 0, 1, 2], [0, 6, 3, 2]])
     loss, shape, gradients = step(**inputs, masked_lm_positions=positions)
     assert shape == (12, config.vocab_size)
     torch.testing.assert_close(loss, expected_loss)

@@ -252,7 +252,6 @@ def test_a_model_compiles_without_graph_breaks(model, neuron, batch):
     torch._dynamo.reset()
     compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
     inputs = {**batch, "labels": batch["input_ids"]}
-    model.config.sparse_prediction = False
     compiled(**inputs).loss.backward()
     gradient = model.bert.embeddings.word_embeddings.weight.grad.clone()
     model.zero_grad()

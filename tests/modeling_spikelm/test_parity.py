@@ -37,7 +37,6 @@ def test_two_training_steps_equal_the_reference(steps, attention, path, monkeypa
     if path == "oracle":
         monkeypatch.setattr(FAST_PATHS, "fused_neurons", False)
     config, tensors = golden(steps, attention)
-    config.sparse_prediction = False  # the golden logits are those of every position
     reference = convert_reference_state_dict(part(tensors, "state."), config)
     model = SpikeLMForPreTraining(config)
     model.load_state_dict(reference)

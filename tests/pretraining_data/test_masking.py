@@ -161,10 +161,15 @@ def test_labels_that_rows_carry_are_used(tokenizer, collator):
     assert batch["labels"].tolist() == [[-100, 9, -100], [-100] * 3]
 
 
-def test_rows_with_labels_of_their_own_get_no_positions(tokenizer):
-    """Nothing bounds how many labels they have."""
+def test_rows_with_labels_of_their_own_get_as_many_positions_as_one_of_them_has_and_only_to_train(tokenizer):
+    """Nothing else bounds how many labels they have."""
     collator = MaskingCollator(tokenizer, with_positions=True)
-    assert "masked_lm_positions" not in collator([{"input_ids": [2, 4, 4, 3], "labels": [-100, 9, 8, -100]}])
+    labels = ([-100, 9, 8, 7], [-100, -100, 6, -100])
+    rows = [{"input_ids": [2, 4, 4, 4], "labels": row, "example_id": number} for number, row in enumerate(labels)]
+    assert collator(rows)["masked_lm_positions"].tolist() == [[1, 2, 3], [2, 0, 1]]
+    for row in rows:
+        del row["example_id"]  # as evaluation has them
+    assert "masked_lm_positions" not in collator(rows)
 
 
 def test_models_without_token_types_get_none(tokenizer):
