@@ -12,7 +12,9 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from experiment.arguments import ModelArguments, parse_arguments
+from experiment.best_model import set_direction
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.durable_files import write_durably
 from experiment.model_card import RunCard
@@ -38,6 +43,7 @@ from experiment.models import (
     load_model,
     load_tokenizer,
     longest_input,
+    refuse_int8_training,
     refuse_pickled_weights,
     saved_by_run,
 )
@@ -45,7 +51,15 @@ from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments, restore_state, save_metrics
+from experiment.run_record import (
+    RECORD_NAME,
+    ProgressNote,
+    RunRecord,
+    recorded_arguments,
+    restore_state,
+    save_metrics,
+)
+from experiment.trial_step import try_first_step
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
@@ -76,9 +90,16 @@ SET_BY_PLAN = {
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
+    "lr_scheduler_kwargs",
     "seed",
 }
 HUB_METRICS = {"pearson": "pearsonr"}
+# What it takes to show the best epoch.
+KEEPING_BEST = {
+    "eval_strategy": IntervalStrategy.EPOCH,
+    "save_strategy": SaveStrategy.EPOCH,
+    "load_best_model_at_end": True,
+}
 
 
 @dataclass
@@ -96,12 +117,13 @@ class TaskData:
 def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found in here, before anything is written.
     with input_errors():
-        model_arguments, arguments, spikes, training = parse_arguments(
+        model_arguments, arguments, spikes, training, given = parse_arguments(
             (ModelArguments, GlueArguments, SpikeArguments, GlueTrainingArguments), argv
         )
         set_up_logging(training)
+        check_strategies(arguments, training, given)
         tasks = resolve_task_names(arguments.task_name)
-        plans = {task.name: plan_runs(task, arguments, training, len(tasks)) for task in tasks}
+        plans = {task.name: plan_runs(task, arguments, training, given, len(tasks)) for task in tasks}
         runs = [run for plan in plans.values() for run in plan]
         if training.resume_from_checkpoint and len(runs) > 1:
             raise ValueError("--resume_from_checkpoint goes on with one run; name one task and one seed.")
@@ -109,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
         ready = [prepare(task, tokenizer, model_arguments, arguments) for task in tasks]
-        # Loaded once for nothing, so that a damaged checkpoint is found now.
-        load_model(AutoModelForSequenceClassification, model_arguments, ready[0].config)
+        if training.do_train:
+            refuse_int8_training(model_arguments, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
         start = {"checkpoint_digest": checkpoint_digest(model_arguments)}
         # Which tasks the folder has, and their data, is a matter of the runs' own records.
@@ -123,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_arguments = common_arguments(model_arguments, arguments, run) | start
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
                 refuse_pickled_weights(records[run.output_dir].check(overwrite, run.resume_from_checkpoint))
+        try_first_steps(ready, plans, records, tokenizer, model_arguments, given)
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(overwrite, training.resume_from_checkpoint)
     if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:
@@ -137,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 training.output_dir, SUBMISSION_FOLDER, f"seed_{run.seed}" if arguments.num_seeds > 1 else ""
             )
             run_record, repository = records[run.output_dir], repositories[run.output_dir]
-            run_task(data, run, tokenizer, model_arguments, spikes, run_record, repository, submission_dir)
+            note = ProgressNote(record, run_record)
+            run_task(data, run, tokenizer, model_arguments, spikes, run_record, note, repository, submission_dir)
     results = finished_results(record)
     if results and training.process_index == 0:
         print(write_table(build_table(results), training.output_dir))
@@ -165,23 +189,47 @@ def finished_results(record: RunRecord) -> list[ColumnResult]:
     return sorted(results, key=lambda result: (list(TASKS).index(result.task), result.seed))
 
 
+def check_strategies(arguments: GlueArguments, training: GlueTrainingArguments, given: Mapping[str, Any]) -> None:
+    """Refuses flags that say something else than --report_epoch about when to evaluate and what to keep."""
+    if not training.do_train:
+        return
+    keeps_best = arguments.report_epoch == "best"
+    for name, value in KEEPING_BEST.items():
+        if keeps_best and given.get(name, value) != value:
+            raise ValueError(
+                f"--{name} {given[name]}, but with --report_epoch best every epoch is evaluated and saved, and the "
+                f"best one kept. Leave --{name} out, or choose --report_epoch last."
+            )
+    if not keeps_best and training.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end, but --report_epoch last; --report_epoch best keeps the best epoch.")
+
+
 def plan_runs(
-    task: GlueTask, arguments: GlueArguments, training: GlueTrainingArguments, task_count: int
+    task: GlueTask,
+    arguments: GlueArguments,
+    training: GlueTrainingArguments,
+    given: Mapping[str, Any],
+    task_count: int,
 ) -> list[GlueTrainingArguments]:
-    """The training arguments of every seed: its folder, epochs, seed, name and Hub repository."""
+    """The training arguments of every seed: its folder, epochs, seed, name and Hub repository.
+
+    Raises:
+        ValueError: a flag that this task has no use for.
+    """
+    if task.is_regression and training.do_train and training.label_smoothing_factor:
+        raise ValueError(
+            f"--label_smoothing_factor smooths class labels, and {task.name} is a regression. Leave the flag out, or "
+            "give that task a command of its own."
+        )
     epochs = arguments.epochs_by_task().get(task.name, training.num_train_epochs)
     if epochs is None:
         epochs = float(task.published_epochs or DEFAULT_EPOCHS)
     # The Trainer leaves out what a tokenizer makes and a model does not take, such as token types.
     changes: dict[str, Any] = {"num_train_epochs": epochs, "remove_unused_columns": True}
     if training.do_train and arguments.report_epoch == "best":
-        changes |= {
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
+        changes |= KEEPING_BEST | {
             "save_total_limit": training.save_total_limit or 1,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": metric_key(task, task.validation_splits[0], task.metrics[0]),
-            "greater_is_better": True,
+            "metric_for_best_model": best_metric(task, given.get("metric_for_best_model")),
         }
     runs = []
     for seed in range(training.seed, training.seed + arguments.num_seeds):
@@ -193,8 +241,51 @@ def plan_runs(
             "hub_model_id": repository if task_count * arguments.num_seeds == 1 else "-".join([repository, *parts]),
             "run_name": "-".join([training.run_name, *parts]) if training.run_name else None,
         }
-        runs.append(replace(training, **changes))
+        run = replace(training, **changes)
+        set_direction(run, given, directions(task), task.name)
+        runs.append(run)
     return runs
+
+
+def best_metric(task: GlueTask, name: str | None) -> str:
+    """The Trainer's name for the metric that chooses the best epoch, on the first validation split."""
+    metric = (name or task.metrics[0]).removeprefix("eval_")
+    return metric_key(task, task.validation_splits[0], metric) if metric in (*task.metrics, "loss") else metric
+
+
+def directions(task: GlueTask) -> dict[str, bool]:
+    """Whether a metric is better when greater, for every one that an evaluation of this task reports."""
+    keys = [
+        (metric_key(task, split, name), name) for split in task.validation_splits for name in (*task.metrics, "loss")
+    ]
+    return {key.removeprefix("eval_"): name != "loss" for key, name in keys}
+
+
+def try_first_steps(
+    ready: Sequence[TaskData],
+    plans: Mapping[str, Sequence[GlueTrainingArguments]],
+    records: Mapping[str, RunRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
+    given: Mapping[str, Any],
+) -> None:
+    """Tries the first step of every task that is not finished, one after another, with a model of its own.
+
+    Raises:
+        ValueError: the model cannot be loaded, or a task's first step fails.
+    """
+    is_first = True
+    for data in ready:
+        unfinished = [run for run in plans[data.task.name] if not records[run.output_dir].is_finished]
+        if not unfinished:
+            continue
+        # What there is to say about the checkpoint is said once.
+        with nullcontext() if is_first else errors_only():
+            model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
+        is_first = False
+        trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
+        make = partial(make_trainer, data, tokenizer)
+        try_first_step(make, model, unfinished[0], given, trains)
 
 
 def prepare(
@@ -229,6 +320,7 @@ def run_task(
     model_arguments: ModelArguments,
     spikes: SpikeArguments,
     record: RunRecord,
+    note: ProgressNote,
     repository: HubRepository | None,
     submission_dir: Path,
 ) -> None:
@@ -241,18 +333,8 @@ def run_task(
         model = load_model(AutoModelForSequenceClassification, saved_by_run(model_arguments, trained), data.config)
     card = make_card(data, run, model, model_arguments)
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
-    validation = {name.removeprefix("validation_"): splits[name] for name in task.validation_splits}
-    trainer = Trainer(
-        model=model,
-        args=run,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=splits["train"],
-        eval_dataset=validation if len(validation) > 1 else validation["validation"],
-        processing_class=tokenizer,
-        compute_metrics=make_compute_metrics(task, run.label_smoothing_factor),
-        # A checkpoint is pushed when it is complete.
-        callbacks=[preemption, keeper, publisher],
-    )
+    # A checkpoint is pushed when it is complete.
+    trainer = make_trainer(data, tokenizer, model, run, [note, preemption, keeper, publisher])
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)
@@ -271,7 +353,7 @@ def run_task(
         metrics = trainer.evaluate()
         for split in task.validation_splits:
             metrics |= evaluate_spikes(trainer, splits[split], spikes, prefix=metric_key(task, split, ""))
-        report(trainer, "eval", metrics | {"eval_samples": sum(map(len, validation.values()))})
+        report(trainer, "eval", metrics | {"eval_samples": sum(len(splits[name]) for name in task.validation_splits)})
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:
@@ -285,6 +367,26 @@ def run_task(
     if "wandb" in run.report_to:
         # The Trainer leaves the W&B run open, and the next task would be logged into it.
         importlib.import_module("wandb").finish()
+
+
+def make_trainer(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    run: GlueTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    validation = {name.removeprefix("validation_"): data.splits[name] for name in data.task.validation_splits}
+    return Trainer(
+        model=model,
+        args=run,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=data.splits["train"],
+        eval_dataset=validation if len(validation) > 1 else validation["validation"],
+        processing_class=tokenizer,
+        compute_metrics=make_compute_metrics(data.task, run.label_smoothing_factor),
+        callbacks=list(callbacks),
+    )
 
 
 def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:
@@ -318,11 +420,12 @@ def column_results(
     """
     task, run, results = data.task, trainer.args, []
     for number, (split, column) in enumerate(zip(task.validation_splits, task.columns, strict=True)):
-        shown, epoch, scores = "last", metrics.get("epoch"), metrics
+        shown, epoch, chosen_by, scores = "last", metrics.get("epoch"), None, metrics
         if not run.do_train:
             shown, epoch = "as loaded", None
         elif run.load_best_model_at_end and number == 0:
-            shown, epoch = "best", evaluation_at(task, split, history, trainer.state.best_global_step)["epoch"]
+            shown, chosen_by = "best", str(run.metric_for_best_model).removeprefix("eval_")
+            epoch = evaluation_at(task, split, history, trainer.state.best_global_step)["epoch"]
         elif run.load_best_model_at_end:
             scores = evaluation_at(task, split, history)
         results.append(
@@ -334,6 +437,7 @@ def column_results(
                 epochs_trained=round(trainer.state.epoch or 0.0, 2),
                 epoch_shown=shown,
                 epoch=epoch,
+                epoch_chosen_by=chosen_by,
                 train_examples=len(data.splits["train"]) if run.do_train else 0,
                 validation_examples=len(data.splits[split]),
                 spikes=present_scores(task, split, metrics, FIGURES),
@@ -347,7 +451,8 @@ def make_card(
 ) -> RunCard:
     task = data.task
     name = f"GLUE {task.folder}" if task.on_hub else task.folder
-    kept = f"the best by {task.metrics[0]} on the validation set" if run.load_best_model_at_end else "the last"
+    chosen_by = str(run.metric_for_best_model).removeprefix("eval_")
+    kept = f"the best by {chosen_by} on the validation set" if run.load_best_model_at_end else "the last"
     shown = {
         metric_key(task, split, metric).removeprefix("eval_"): (metric, split)
         for split in task.validation_splits

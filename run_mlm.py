@@ -6,10 +6,12 @@
 `python run_mlm.py --help` lists every flag.
 """
 
+import copy
 import inspect
 import json
 import logging
 import math
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,13 +27,16 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from experiment.arguments import ModelArguments, parse_arguments
+from experiment.best_model import set_direction
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.model_card import RunCard
 from experiment.models import (
@@ -40,6 +45,7 @@ from experiment.models import (
     load_model,
     load_tokenizer,
     longest_input,
+    refuse_int8_training,
     refuse_pickled_weights,
     saved_by_run,
 )
@@ -47,7 +53,8 @@ from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import RunRecord, recorded_arguments, restore_state, save_metrics
+from experiment.run_record import ProgressNote, RunRecord, recorded_arguments, restore_state, save_metrics
+from experiment.trial_step import try_first_step
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically
@@ -73,6 +80,14 @@ METRICS = {
     "masked_accuracy": "accuracy",
     "next_sentence_accuracy": "accuracy",
 }
+# Metrics that can choose the best model, and whether they are better when greater; the last one with two objectives.
+GREATER_IS_BETTER = {
+    "loss": False,
+    "mlm_loss": False,
+    "perplexity": False,
+    "masked_accuracy": True,
+    "next_sentence_accuracy": True,
+}
 
 
 @dataclass
@@ -85,12 +100,14 @@ class ScriptArguments:
 
 @full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
+    # Whatever can be wrong with the command is found in here, before anything is written.
     with input_errors():
-        script, model_arguments, data_arguments, spikes, training = parse_arguments(
+        script, model_arguments, data_arguments, spikes, training, given = parse_arguments(
             (ScriptArguments, ModelArguments, DataArguments, SpikeArguments, TrainingArguments), argv
         )
         set_up_logging(training)
         check_streaming(script, data_arguments, training)
+        check_objective(data_arguments, training, given)
         if script.prepare_only:
             check_prepared_folder(training.output_dir)
         set_seed(training.seed)
@@ -114,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
 
         config = load_config(model_arguments, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer)))
         check_fit(config, tokenizer, data_arguments)
+        if training.do_train:
+            refuse_int8_training(model_arguments, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
         splits = check_rows(splits, config, tokenizer, data_arguments)
         record = RunRecord(
@@ -140,55 +159,19 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{type(model).__name__} has no next-sentence head; choose --objective mlm or another --model_type."
             )
+        validation, collator = mask(splits["validation"], tokenizer, inputs, data_arguments, training)
+        make = partial(
+            make_trainer, collator, training_rows(splits["train"]) if training.do_train else None, validation, tokenizer
+        )
+        try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
         record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
         record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
 
-    seed = training.data_seed if training.data_seed is not None else training.seed
-    collator = MaskingCollator(
-        tokenizer,
-        data_arguments.mlm_probability,
-        seed,
-        data_arguments.pad_to_multiple_of,
-        with_positions="masked_lm_positions" in inputs,
-    )
-    collator.has_token_types &= "token_type_ids" in inputs
-    with training.main_process_first(desc="masking the validation rows"):
-        validation = mask_statically(
-            splits["validation"],
-            tokenizer,
-            data_arguments.mlm_probability,
-            seed,
-            num_proc=data_arguments.preprocessing_num_workers,
-            overwrite_cache=data_arguments.overwrite_cache,
-        )
-    card = RunCard(
-        model=model,
-        training=training,
-        pipeline_tag="fill-mask",
-        auto_class=auto_class.__name__,
-        training_data=describe(data_arguments),
-        datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
-        metrics=METRICS,
-        figures=FIGURES,
-        dataset_for_results="the validation split",
-        **hub_origin(documents["validation"], data_arguments),
-        started_from=model_arguments.model_name_or_path,
-        mask_token=tokenizer.mask_token,
-    )
+    card = make_card(model, auto_class, training, documents["validation"], model_arguments, data_arguments, tokenizer)
     keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
-    trainer = Trainer(
-        model=model,
-        args=training,
-        data_collator=collator,
-        train_dataset=training_rows(splits["train"]) if training.do_train else None,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        compute_metrics=masked_lm_metrics,
-        preprocess_logits_for_metrics=partial(predictions_and_losses, label_smoothing=training.label_smoothing_factor),
-        # A checkpoint is pushed when it is complete.
-        callbacks=[EpochCallback(collator), preemption, keeper, publisher],
-    )
+    # A checkpoint is pushed when it is complete.
+    trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
@@ -220,6 +203,19 @@ def check_streaming(script: ScriptArguments, arguments: DataArguments, training:
         raise ValueError("--prepare_only writes the whole corpus; leave out --streaming.")
     if arguments.streaming and training.do_train and training.max_steps <= 0:
         raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+
+
+def check_objective(arguments: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Refuses what the labels of the objective do not have: a metric to choose the best model by, a smoothed loss."""
+    metrics = GREATER_IS_BETTER.copy()
+    if arguments.objective == "mlm":
+        del metrics["next_sentence_accuracy"]
+    elif training.label_smoothing_factor:
+        raise ValueError(
+            "--label_smoothing_factor smooths one kind of label, and --objective mlm_nsp has two. Leave it out, or "
+            "choose --objective mlm."
+        )
+    set_direction(training, given, metrics)
 
 
 def train_tokenizer(
@@ -296,10 +292,65 @@ def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: Da
     return type(splits)({name: check(split, name=f"{name} rows") for name, split in splits.items()})
 
 
+def mask(
+    rows: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Container[str],
+    arguments: DataArguments,
+    training: TrainingArguments,
+) -> tuple[Dataset | IterableDataset, MaskingCollator]:
+    """The validation rows, masked once, and a collator that masks the training rows as it goes.
+
+    Args:
+        inputs: names of what the model's forward takes.
+    """
+    seed = training.data_seed if training.data_seed is not None else training.seed
+    collator = MaskingCollator(
+        tokenizer,
+        arguments.mlm_probability,
+        seed,
+        arguments.pad_to_multiple_of,
+        with_positions="masked_lm_positions" in inputs,
+    )
+    collator.has_token_types &= "token_type_ids" in inputs
+    with training.main_process_first(desc="masking the validation rows"):
+        validation = mask_statically(
+            rows,
+            tokenizer,
+            arguments.mlm_probability,
+            seed,
+            num_proc=arguments.preprocessing_num_workers,
+            overwrite_cache=arguments.overwrite_cache,
+        )
+    return validation, collator
+
+
 def training_rows(rows: Dataset | IterableDataset) -> Dataset | StreamPasses:
     """The rows with what their masks depend on; a stream is read again whenever it ends."""
     rows = numbered(rows)
     return StreamPasses(rows) if isinstance(rows, IterableDataset) else rows
+
+
+def make_trainer(
+    collator: MaskingCollator,
+    rows: Dataset | StreamPasses | None,
+    validation: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    return Trainer(
+        model=model,
+        args=training,
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=masked_lm_metrics,
+        preprocess_logits_for_metrics=partial(predictions_and_losses, label_smoothing=training.label_smoothing_factor),
+        callbacks=list(callbacks),
+    )
 
 
 def unigram_baseline(splits, validation, tokenizer: PreTrainedTokenizerBase, config) -> dict[str, float]:
@@ -357,6 +408,31 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
         metrics["loss"] += mean(found["sentence_losses"])
         metrics["next_sentence_accuracy"] = float((found["sentences"] == next_sentence_labels[0].reshape(-1)).mean())
     return metrics
+
+
+def make_card(
+    model: PreTrainedModel,
+    auto_class: type,
+    training: TrainingArguments,
+    validation: Dataset | IterableDataset,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> RunCard:
+    return RunCard(
+        model=model,
+        training=training,
+        pipeline_tag="fill-mask",
+        auto_class=auto_class.__name__,
+        training_data=describe(data_arguments),
+        datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
+        metrics=METRICS,
+        figures=FIGURES,
+        dataset_for_results="the validation split",
+        **hub_origin(validation, data_arguments),
+        started_from=model_arguments.model_name_or_path,
+        mask_token=tokenizer.mask_token,
+    )
 
 
 def hub_origin(validation: Dataset | IterableDataset, arguments: DataArguments) -> dict[str, Any]:

@@ -1,18 +1,46 @@
 """Command line and recipe files of both scripts."""
 
 import json
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .reporting import one_line
+
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 PHASES = ("do_train", "do_eval", "do_predict")
+# The Trainer's flags that would be without effect or defeat the scores, and why there is no need of them.
+NOT_TAKEN = {
+    "logging_nan_inf_filter": "a loss that is not finite ends the run, instead of being hidden",
+    "remove_unused_columns": "each script knows which columns its model takes",
+    "prediction_loss_only": "the scores are made of predictions",
+    "batch_eval_metrics": "the scores are made of all predictions together",
+    "eval_do_concat_batches": "the scores are made of all predictions together",
+    "include_for_metrics": "the scores are made of predictions and labels alone",
+    "label_names": "each script knows its labels",
+    "enable_jit_checkpoint": "at a SIGTERM the scripts save and stop by themselves",
+}
+# The least value of numbers that the Trainer takes as they come, to fail on them, or do something else, later on.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+_LARGEST_SEED = 2**32 - 1
 
 
 @dataclass
@@ -62,6 +90,13 @@ class ModelArguments:
             )
 
 
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line, where argparse prints the usage of several hundred flags before it."""
+
+    def error(self, message: str) -> Never:
+        raise ValueError(message)
+
+
 def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Reads the command line, or a recipe file and then the command line.
 
@@ -73,21 +108,25 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
         argv: the arguments, default `sys.argv[1:]`.
 
     Returns:
-        One instance per dataclass.
+        One instance per dataclass, and a mapping from the flags that were given to their values.
 
     Raises:
-        ValueError: a recipe that does not exist, is no mapping or has a key that is no flag, no --output_dir, or a
-            token on the command line.
+        ValueError: a recipe that does not exist, is no mapping or has a key that is no flag, no --output_dir, a token
+            on the command line, or a flag that is unknown, not taken here or has an impossible value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclasses, allow_abbrev=False)
+    parser = _Parser(dataclasses, allow_abbrev=False)
     has_accelerator = torch.accelerator.is_available()
     # Without use_cpu the processes of a launch on CPUs would each train alone, and nobody would notice.
     parser.set_defaults(report_to=["tensorboard"], use_cpu=not has_accelerator, dataloader_pin_memory=has_accelerator)
+    # By default the Trainer replaces a loss that is not finite by the average so far, and nobody sees it; and labels,
+    # masks and example ids are columns that no forward signature names.
+    parser.set_defaults(logging_nan_inf_filter=False, remove_unused_columns=False)
+    not_taken = {name: parser.get_default(name) for name in NOT_TAKEN}
     recipe = _read_recipe(argv.pop(0), parser) if argv and argv[0].endswith(RECIPE_SUFFIXES) else {}
-    # The parser takes --hub-token for --hub_token, so both have to be seen here.
-    flags = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
-    given = flags | recipe.keys()
+    # Under the name of its field: the parser takes --hub-token for --hub_token as well.
+    names = {option: action.dest for action in parser._actions for option in action.option_strings}
+    given = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names} | recipe.keys()
     if not given.intersection(PHASES):
         parser.set_defaults(**dict.fromkeys(PHASES, True))
     if "hub_token" in given:
@@ -97,15 +136,49 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     parser.set_defaults(**recipe)
     for action in parser._actions:
         action.required = action.required and action.dest not in recipe
-    parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    # What a dataclass does with a wrong value is up to it: a TypeError, an ImportError, ...
+    except Exception as error:
+        raise ValueError(one_line(error)) from error
     if "output_dir" not in given:
         raise ValueError("--output_dir is missing: the folder for checkpoints and results.")
-    training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
-    # By default the Trainer replaces a loss that is not finite by the average so far, and nobody sees it.
-    training.logging_nan_inf_filter = False
-    # Labels, masks and example ids are columns that no forward signature names.
-    training.remove_unused_columns = False
-    return parsed
+    values = {entry.name: getattr(group, entry.name) for group in parsed for entry in fields(group)}
+    for name, value in not_taken.items():
+        if name in given and values[name] != value:
+            raise ValueError(f"--{name} is not taken here: {NOT_TAKEN[name]}. Leave it out.")
+    _check_numbers(next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments)))
+    return *parsed, {name: value for name, value in values.items() if name in given}
+
+
+def trainer_flags(given: Mapping[str, Any]) -> str:
+    """Those of the given flags that are the Trainer's, as on a command line, without the phases and the folder."""
+    names = {entry.name for entry in fields(TrainingArguments)} - {"output_dir", *PHASES}
+    return " ".join(f"--{name} {value}" for name, value in given.items() if name in names)
+
+
+def _check_numbers(training: TrainingArguments) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(training, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} is {value}; it has to be {least} or more.")
+    for name in ("seed", "data_seed"):
+        if (getattr(training, name) or 0) > _LARGEST_SEED:
+            raise ValueError(f"--{name} is {getattr(training, name)}; it can be {_LARGEST_SEED} at most.")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        value = getattr(training, name)
+        if value is not None and not 0 < value < math.inf:
+            strategy = name.replace("steps", "strategy")
+            raise ValueError(f"--{name} is {value}; it has to be more than 0. For never, give --{strategy} no.")
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise ValueError(f"--max_steps is {training.max_steps}; it has to be 1 or more, or -1 for --num_train_epochs.")
+    epochs = training.num_train_epochs
+    if epochs is not None and training.max_steps == -1 and not 0 < epochs < math.inf:
+        raise ValueError(
+            f"--num_train_epochs is {epochs}; it has to be more than 0. To score a model only, give --do_eval."
+        )
+    if not 0 <= training.label_smoothing_factor < 1:
+        raise ValueError(f"--label_smoothing_factor is {training.label_smoothing_factor}; it has to lie in [0, 1).")
 
 
 def _read_recipe(name: str, parser: HfArgumentParser) -> dict[str, Any]:

@@ -176,6 +176,19 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
     return _with_mean_loss(auto_class, model)
 
 
+def refuse_int8_training(arguments: ModelArguments, config: PreTrainedConfig) -> None:
+    """Refuses to train a SpikeLM with int8 weights.
+
+    Raises:
+        ValueError: the configuration says `int8_weights`.
+    """
+    if getattr(config, "int8_weights", False):
+        raise ValueError(
+            f"--model_name_or_path {arguments.model_name_or_path} has int8 weights, which are for inference. Train the "
+            "float model that it was made of, or give --do_eval alone."
+        )
+
+
 def refuse_pickled_weights(folder: str | None) -> str | None:
     """Returns the folder of a checkpoint, if there is one, unless its weights are a pickle, which can hold code.
 

@@ -16,6 +16,9 @@ from transformers import TrainingArguments
 # What these say of the data and the run is worth a line each; what libraries say at this level is not.
 OWN_LOGGERS = ("__main__", "run_mlm", "run_glue", "experiment", "glue_tasks", "pretraining_data")
 
+# What is raised for what a user gave, in our own words or a library's.
+INPUT_ERRORS = (ValueError, OSError, HfHubHTTPError, StrictDataclassError)
+
 
 def set_up_logging(arguments: TrainingArguments) -> None:
     """The main process logs at `--log_level`, the others at `--log_level_replica`.
@@ -49,6 +52,12 @@ def errors_only() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says; one that is not about values, and may speak of an attribute only, with its kind."""
+    text = str(error) if isinstance(error, INPUT_ERRORS + (ImportError,)) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
 @contextmanager
 def input_errors() -> Iterator[None]:
     """Around the part of a script that reads its input: what is wrong with it ends the program with one line.
@@ -58,8 +67,8 @@ def input_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+    except INPUT_ERRORS as error:
+        sys.exit(f"error: {one_line(error)}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -78,6 +78,7 @@ class RunRecord:
         data_fingerprint: a hash of the data that the run trains and evaluates on.
 
     Attributes (known after `check` or `open`):
+        has_begun: whether a step was taken or an evaluation made; until then any other run may have the folder.
         is_trained: whether the folder holds the trained model.
         is_finished: whether nothing was left to do when the run ended.
         pushed_to: where the finished model was pushed to, if it was.
@@ -86,6 +87,7 @@ class RunRecord:
     output_dir: str | Path
     arguments: dict[str, Any]
     data_fingerprint: str
+    has_begun: bool = field(default=False, init=False)
     is_trained: bool = field(default=False, init=False)
     is_finished: bool = field(default=False, init=False)
     pushed_to: str | None = field(default=None, init=False)
@@ -139,6 +141,12 @@ class RunRecord:
                 return checkpoint
         return None
 
+    def record_beginning(self) -> None:
+        """Notes that there is work in the folder that another run must not take for its own. Every process calls."""
+        if not self.has_begun:
+            self.has_begun = True
+            self._write()
+
     def record_training(self) -> None:
         """Notes that the trained model is in the folder, for a run that is cut off after that. Every process calls."""
         self.is_trained = True
@@ -159,7 +167,7 @@ class RunRecord:
     def check(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
         """What `open` does, arguments, return value and errors, without writing anything."""
         folder = Path(self.output_dir)
-        self.is_trained, self.is_finished, self.pushed_to = False, False, None
+        self.has_begun, self.is_trained, self.is_finished, self.pushed_to = False, False, False, None
         if resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
             if not (checkpoint / TRAINER_STATE_NAME).is_file():
@@ -180,11 +188,14 @@ class RunRecord:
             )
         earlier = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
         differences = self._differences(earlier)
+        if differences and not earlier.get("has_begun", True):
+            return None
         if differences:
             raise ValueError(
                 f"The output folder {folder} holds another run: {'; '.join(differences)}. Repeat its command to resume "
                 "it, choose another --output_dir, or give --overwrite_output_dir to start anew."
             )
+        self.has_begun = earlier.get("has_begun", True)
         self.is_trained = earlier.get("is_trained", False)
         self.is_finished = earlier.get("is_finished", False)
         self.pushed_to = earlier.get("pushed_to")
@@ -201,6 +212,23 @@ class RunRecord:
         if earlier["data_fingerprint"] != self.data_fingerprint:
             differences.append("the data has changed")
         return differences
+
+
+class ProgressNote(TrainerCallback):
+    """Notes in the records of a run, with its first step or evaluation, that it has begun.
+
+    Args:
+        records: of the folders that the run writes into.
+    """
+
+    def __init__(self, *records: RunRecord) -> None:
+        self.records = records
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for record in self.records:
+            record.record_beginning()
+
+    on_evaluate = on_step_end
 
 
 def restore_state(trainer: Trainer, folder: str) -> None:

@@ -26,8 +26,9 @@ class GlueArguments:
     report_epoch: Literal["best", "last"] = field(
         default="best",
         metadata={
-            "help": "Which epoch is shown and kept: the best by the task's first metric on the validation set "
-            "(evaluates and saves every epoch; MNLI-mm is shown from the last epoch, as in the paper), or the last."
+            "help": "Which epoch is shown and kept: the best on the validation set by --metric_for_best_model "
+            "(default: the task's first metric), which evaluates and saves every epoch (MNLI-mm is shown from the last "
+            "one, as in the paper); or the last."
         },
     )
     num_seeds: int = field(default=1, metadata={"help": "Runs per task, with the seeds seed, seed + 1, ..."})

@@ -35,8 +35,9 @@ class ColumnResult:
         seed: the run's seed.
         metrics: every metric of the task, as fractions.
         epochs_trained: epochs of fine-tuning; 0 for a model evaluated as it was loaded.
-        epoch_shown: "best" (chosen by the task's first metric on the validation set itself), "last", or "as loaded".
+        epoch_shown: "best" (chosen on the validation set itself), "last", or "as loaded".
         epoch: the epoch whose scores these are; `None` for "as loaded".
+        epoch_chosen_by: the metric by which "best" was chosen.
         train_examples: number of training examples; 0 for "as loaded".
         validation_examples: number of examples scored.
         spikes: firing rate and energy of the kept model (`spike_metrics.evaluation.FIGURES`), those that there are.
@@ -51,6 +52,7 @@ class ColumnResult:
     epoch: float | None
     train_examples: int
     validation_examples: int
+    epoch_chosen_by: str | None = None
     spikes: dict[str, float] = field(default_factory=dict)
 
 
@@ -120,6 +122,7 @@ def _column(runs: list[ColumnResult]) -> dict[str, Any]:
         "epochs_trained": first.epochs_trained,
         "epoch_shown": first.epoch_shown,
         "epochs": [run.epoch for run in runs],
+        "epoch_chosen_by": first.epoch_chosen_by,
         "seeds": [run.seed for run in runs],
         "train_examples": first.train_examples,
         "validation_examples": first.validation_examples,
@@ -193,10 +196,12 @@ def _notes(table: dict[str, Any]) -> list[str]:
         )
     else:
         notes.append("Average: none, since no column of the paper's average was run.")
-    if any(column["epoch_shown"] == "best" for column in columns):
+    chosen = {name: column["epoch_chosen_by"] for name, column in table["columns"].items() if column["epoch_chosen_by"]}
+    if chosen:
+        by = ", ".join(f"{name} by {_METRIC_TITLES.get(metric, metric)}" for name, metric in chosen.items())
         notes.append(
-            'Epoch "best": chosen by the task\'s first metric on the validation set that is shown, as the paper does;'
-            " such scores are optimistic."
+            f'Epoch "best": chosen on the validation set that is shown, as the paper does ({by}); such scores are '
+            "optimistic."
         )
     if any(len(column["seeds"]) > 1 for column in columns):
         notes.append("Several seeds: median (lowest to highest).")

@@ -1,0 +1,148 @@
+"""The first step of a run, tried on a few rows while its command can still be refused.
+
+Much of what can be wrong with a command shows only where the Trainer acts on it: a library that is missing, a schedule
+without an argument it needs, a loss that does not fit the labels. `try_first_step` lets it act, on a model and in a
+folder that are thrown away, so that nothing has been claimed, deleted or trained for hours when it fails.
+"""
+
+import copy
+import logging
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .arguments import trainer_flags
+from .reporting import errors_only, one_line
+
+logger = logging.getLogger(__name__)
+
+MakeTrainer = Callable[[PreTrainedModel, TrainingArguments], Trainer]
+
+# Per device and batch. The shapes, dtypes and losses are those of any number of rows.
+ROWS = 4
+# Two behave as any number above one does.
+ACCUMULATION_STEPS = 2
+
+
+def try_first_step(
+    make_trainer: MakeTrainer,
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    given: Mapping[str, Any],
+    trains: bool = True,
+) -> None:
+    """Trains one step and evaluates, each on the first few rows, with optimizer, schedule and processes of the run.
+
+    Nothing is compiled, written, logged or reported. The arguments, the data and the state of the random numbers are
+    afterwards what they were. Every process has to call.
+
+    Args:
+        make_trainer: makes the run's trainer.
+        model: is trained; it is of no use afterwards.
+        training: the run's arguments.
+        given: the flags that were given, for the message.
+        trains: whether there is something to train.
+
+    Raises:
+        ValueError: something fails; the message says what, and with which flags.
+    """
+    with _no_trace(training), tempfile.TemporaryDirectory() as folder:
+        try:
+            _try(make_trainer(model, _for_trial(training, folder)), training, trains)
+        except Exception as error:
+            logger.debug("The first step, tried on a few rows, fails.", exc_info=True)
+            raise ValueError(
+                f"{one_line(error)} (The first step was tried on a few rows and fails; nothing was written. The "
+                f"Trainer's flags were: {trainer_flags(given) or 'none'}. --log_level debug shows where it fails.)"
+            ) from error
+    del model
+    clear_device_cache(garbage_collection=True)  # trainers are circles
+
+
+def _for_trial(training: TrainingArguments, folder: str) -> TrainingArguments:
+    """A copy for a few rows and a folder, which shares nothing with the arguments: the Trainer writes into its own."""
+    copies = {entry.name: copy.deepcopy(getattr(training, entry.name)) for entry in fields(training) if entry.init}
+    trial = replace(training, **copies)
+    trial.output_dir = folder
+    trial.push_to_hub = False
+    trial.log_level = trial.log_level_replica = "error"
+    trial.per_device_train_batch_size = min(training.per_device_train_batch_size, ROWS)
+    trial.per_device_eval_batch_size = min(training.per_device_eval_batch_size, ROWS)
+    trial.gradient_accumulation_steps = min(training.gradient_accumulation_steps, ACCUMULATION_STEPS)
+    return trial
+
+
+def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
+    if trains:
+        _check_is_a_batch(trainer.train_dataset, training)
+    args = trainer.args
+    # Here and not in `_for_trial`: how these go together is checked as the trainer is made.
+    args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
+    args.save_strategy = SaveStrategy.NO
+    args.load_best_model_at_end = args.eval_on_start = args.logging_first_step = False
+    trainer.callback_handler.callbacks = [DefaultFlowCallback(), _StopAfterStep()]
+    trainer.train_dataset = _first(trainer.train_dataset, ROWS * ACCUMULATION_STEPS * args.world_size)
+    trainer.eval_dataset = _first(trainer.eval_dataset, 2 * ROWS)
+    if trains:
+        trainer.train()
+    if args.do_eval:
+        trainer.evaluate()
+
+
+def _check_is_a_batch(rows: Any, training: TrainingArguments) -> None:
+    needed = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < needed:
+        raise ValueError(
+            f"--dataloader_drop_last leaves nothing to train on: a batch of all devices is {needed} rows, and there "
+            f"are {len(rows)}."
+        )
+
+
+class _StopAfterStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def _first(rows: Any, count: int) -> Any:
+    """The first rows of a dataset, or of each in a dict; what has no end is left as it is."""
+    if isinstance(rows, dict):
+        return {name: _first(split, count) for name, split in rows.items()}
+    if isinstance(rows, Dataset):
+        return rows.select(range(min(count, len(rows))))
+    return rows.take(count) if isinstance(rows, IterableDataset) else rows
+
+
+@contextmanager
+def _no_trace(training: TrainingArguments) -> Iterator[None]:
+    """What happens in here says nothing but errors and leaves nothing behind in the process."""
+    devices = [training.device] if training.device.type == "cuda" else []
+    states = random.getstate(), np.random.get_state()
+    with (
+        errors_only(),
+        warnings.catch_warnings(action="ignore"),
+        torch.random.fork_rng(devices),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            # Plugins of accelerate take what is "auto" in them from the first trainer.
+            AcceleratorState._reset_state()
+            # A warning that nobody saw has not been given.
+            transformers.utils.logging.warning_once.cache_clear()
