@@ -48,6 +48,7 @@ from experiment.models import (
     saved_by_run,
 )
 from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.precision import check_evaluation
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ready = [prepare(task, tokenizer, model_arguments, arguments) for task in tasks]
         if training.do_train:
             refuse_int8_training(model_arguments, ready[0].config)
+        check_evaluation(training, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
         start = {"checkpoint_digest": checkpoint_digest(model_arguments)}
         # Which tasks the folder has, and their data, is a matter of the runs' own records.

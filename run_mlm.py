@@ -50,6 +50,7 @@ from experiment.models import (
     saved_by_run,
 )
 from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.precision import check_evaluation
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         check_fit(config, tokenizer, data_arguments)
         if training.do_train:
             refuse_int8_training(model_arguments, config)
+        check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
         splits = check_rows(splits, config, tokenizer, data_arguments)
         record = RunRecord(

@@ -235,6 +235,10 @@ class SpikeLMConfig(PreTrainedConfig):
                 f"{name} is a BERT with position_embedding_type={bert['position_embedding_type']!r}; SpikeLM has "
                 "absolute position embeddings, so only such a BERT can be its warm start."
             )
+        if bert.get("quantization_config"):
+            raise ValueError(
+                f"The weights of {name} are quantised; a warm start takes the BERT that they were made of."
+            )
         if bert.get("is_decoder") or bert.get("add_cross_attention"):
             raise ValueError(f"{name} is a BERT decoder; SpikeLM is an encoder and takes a warm start only from one.")
         translated = {field: bert[field] for field in SHARED_WITH_BERT if field in bert}

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .precision import check_precision
 from .reporting import one_line
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -147,7 +148,9 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     for name, value in not_taken.items():
         if name in given and values[name] != value:
             raise ValueError(f"--{name} is not taken here: {NOT_TAKEN[name]}. Leave it out.")
-    _check_numbers(next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments)))
+    training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
+    _check_numbers(training)
+    check_precision(training)
     return *parsed, {name: value for name, value in values.items() if name in given}
 
 

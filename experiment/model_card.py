@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+from .precision import describe_precision
+
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -144,7 +146,7 @@ class RunCard:
             "weight decay": training.weight_decay,
             "gradient clipping": training.max_grad_norm or "none",
             "seed": training.seed,
-            "precision": "float32" if training.mixed_precision == "no" else training.mixed_precision,
+            "precision": describe_precision(training),
         }
 
 

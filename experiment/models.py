@@ -18,11 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig
 
 from .arguments import ModelArguments
+from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
@@ -103,6 +105,11 @@ def load_config(arguments: ModelArguments, **fields: Any) -> PreTrainedConfig:
 
 
 def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
+    if {"dtype", "torch_dtype"} & {part.partition("=")[0].strip() for part in overrides.split(",")}:
+        raise ValueError(
+            f"--config_overrides {overrides}: the scripts train float32 weights; mixed precision is --bf16, evaluation "
+            "in 16 bits --bf16_full_eval."
+        )
     try:
         config.update_from_string(overrides)
     except (ValueError, TypeError) as error:
@@ -125,15 +132,20 @@ def checkpoint_digest(arguments: ModelArguments) -> str | None:
 def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """The model of `--model_name_or_path`, or a new one, as `auto_class` (an Auto class) has it for this config.
 
+    Its weights are float32, whatever the checkpoint's file or its configuration says.
+
     Raises:
-        ValueError: the weights are damaged, missing or those of another architecture or size, or a SpikeLM checkpoint
-            has no spike amplitudes.
+        ValueError: the weights are damaged, missing, quantised by a library or those of another architecture or size,
+            or a SpikeLM checkpoint has no spike amplitudes.
     """
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    options: dict[str, Any] = {"dtype": WEIGHTS}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
     name = arguments.model_name_or_path
     if name is None:
         model = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
         return _with_mean_loss(auto_class, model)
+    refuse_quantised(name, config)
     is_warm_start = arguments.model_type == SpikeLMConfig.model_type
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
@@ -173,6 +185,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             "missing), so it was not saved by a SpikeLM model. Load it in Python, call model.calibrate(batches) and "
             "save it again."
         )
+    report_stored_dtypes(name, _weight_files(arguments))
     return _with_mean_loss(auto_class, model)
 
 
@@ -187,6 +200,17 @@ def refuse_int8_training(arguments: ModelArguments, config: PreTrainedConfig) ->
             f"--model_name_or_path {arguments.model_name_or_path} has int8 weights, which are for inference. Train the "
             "float model that it was made of, or give --do_eval alone."
         )
+
+
+def _weight_files(arguments: ModelArguments) -> list[Path]:
+    """The safetensors files of a checkpoint that has been loaded; those from the Hub lie in its cache."""
+    folder = Path(str(arguments.model_name_or_path))
+    if not folder.is_dir():
+        config_file = cached_file(
+            str(folder), CONFIG_NAME, cache_dir=arguments.cache_dir, revision=arguments.model_revision
+        )
+        folder = Path(str(config_file)).parent
+    return sorted(folder.glob("*.safetensors"))
 
 
 def refuse_pickled_weights(folder: str | None) -> str | None:

@@ -481,6 +481,44 @@ def test_with_label_smoothing_the_evaluation_loss_is_the_smoothed_one():
     assert metrics["mlm_loss"] == pytest.approx(LabelSmoother(0.0)({"logits": logits}, labels.clone()).item(), rel=1e-6)
 
 
+def test_a_checkpoint_of_16_bits_is_trained_and_saved_in_float32(corpus, trained, tmp_path):
+    AutoModelForMaskedLM.from_pretrained(trained).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "half")
+    command = ["--model_name_or_path", str(tmp_path / "half"), "--train_file", str(corpus), *SHORT]
+    command += ["--learning_rate", "1e-5", "--spike_batches", "0", "--output_dir", str(tmp_path / "run")]
+    run_mlm.main(command)
+    before = load_file(tmp_path / "half" / "model.safetensors")
+    moved = []
+    for folder in ("checkpoint-2", ""):
+        after = load_file(tmp_path / "run" / folder / "model.safetensors")
+        assert {value.dtype for value in after.values()} == {torch.float32}
+        assert json.loads((tmp_path / "run" / folder / "config.json").read_text())["dtype"] == "float32"
+        weights = [name for name in after if name.endswith("dense.weight")]
+        moved.append(torch.cat([(after[name] != before[name].float()).flatten() for name in weights]).float().mean())
+    # Nearly every weight takes part; bfloat16 would leave most of them where they were.
+    assert min(moved) > 0.95
+    # Evaluated alone, once more in float32: nothing of the weights is rounded.
+    evaluation = ["--do_eval", "--validation_file", str(corpus), *SHORT, "--spike_batches", "0"]
+    losses = []
+    for folder in ("half", "whole"):
+        if folder == "whole":
+            AutoModelForMaskedLM.from_pretrained(tmp_path / "half").float().save_pretrained(tmp_path / "whole")
+            AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "whole")
+        output = tmp_path / f"evaluated-{folder}"
+        run_mlm.main([*evaluation, "--model_name_or_path", str(tmp_path / folder), "--output_dir", str(output)])
+        losses.append(results(output)["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_an_int8_model_is_not_evaluated_in_16_bits(corpus, trained, tmp_path):
+    AutoModelForMaskedLM.from_pretrained(trained).quantize_weights().save_pretrained(tmp_path / "int8")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "int8")
+    command = ["--model_name_or_path", str(tmp_path / "int8"), "--validation_file", str(corpus), "--do_eval", *SHORT]
+    with pytest.raises(SystemExit, match="int8 weights computes in float32 .* leave out --bf16_full_eval"):
+        run_mlm.main([*command, "--bf16_full_eval", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 LONG = f"{TINY},max_position_embeddings=1024"
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from configuration_spikelm import SpikeLMConfig
+from experiment import precision
 from experiment.publishing import Publisher
 from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
 from modeling_spikelm import SpikeLMForMaskedLM
@@ -433,6 +434,18 @@ def test_bad_input_is_one_error_and_leaves_no_trace(spoil, message, write_glue, 
         main([*argv, *spoil(data, model)])
     assert str(stopped.value).startswith("error: ")
     assert not output.exists()
+
+
+def test_a_warm_start_of_16_bits_is_trained_in_float32_and_that_is_said_once(write_glue, tiny_bert, tmp_path, caplog):
+    precision.logger.info_once.cache_clear()
+    AutoModelForMaskedLM.from_pretrained(tiny_bert).half().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "half")
+    argv = command(tmp_path / "half", write_glue("RTE", "WNLI", test=0), tmp_path / "out", "--task_name", "rte", "wnli")
+    main([*argv, "--model_type", "spikelm", "--num_train_epochs", "1", "--spike_batches", "0"])
+    for task in ("rte", "wnli"):
+        saved = load_file(tmp_path / "out" / task / "model.safetensors")
+        assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert caplog.text.count("holds weights in F16") == 1
 
 
 @pytest.mark.parametrize("limit", [16, 1000])
