@@ -1,0 +1,78 @@
+"""The flags of distillation that `run_distill.py` and `run_glue.py` share."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from .trainer import LossWeights
+
+
+@dataclass
+class DistillationArguments:
+    """From which teacher, and what each term of the loss weighs."""
+
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The dense model to learn from, on disk or on the Hub: the student's vocabulary, width and number "
+            "of layers. For run_glue.py also a folder of run_glue.py with one teacher for every task."
+        },
+    )
+    teacher_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of --teacher_name_or_path on the Hub."}
+    )
+    hidden_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the hidden states' error, the mean over layers, in units of their variance."},
+    )
+    sentence_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the error of the mean over a sequence's last hidden states, in the same units."},
+    )
+    logits_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the logits' divergence: at every token if the teacher has a masked-LM head."},
+    )
+    value_relation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the divergence of value relations in the last layer (MiniLM)."}
+    )
+    label_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the loss that the student has on labels without a teacher."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of teacher and student."})
+    loss_diagnostics: bool = field(
+        default=False,
+        metadata={
+            "help": "Log of every term its value, the norm of its gradient and its cosines with the others; costs a "
+            "backward pass for each at every logging step."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for entry in fields(LossWeights):
+            value = getattr(self, f"{entry.name}_weight")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"--{entry.name}_weight is {value}; it has to be a number of at least 0.")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--temperature is {self.temperature}; it has to be a number above 0.")
+
+    @property
+    def weights(self) -> LossWeights:
+        return LossWeights(**{entry.name: getattr(self, f"{entry.name}_weight") for entry in fields(LossWeights)})
+
+    def teacher_of(self, task: str) -> str | None:
+        """The teacher of a GLUE task: its folder, where `run_glue.py` has written one for each task, or the one named.
+
+        Raises:
+            ValueError: the folder has teachers for other tasks only.
+        """
+        name = self.teacher_name_or_path
+        if name is None or not Path(name).is_dir() or Path(name, "config.json").is_file():
+            return name
+        folder = Path(name, task)
+        if (folder / "config.json").is_file():
+            return str(folder)
+        found = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
+        raise ValueError(
+            f"--teacher_name_or_path {name} has no teacher for {task}: there is no {folder / 'config.json'}"
+            + (f" (there are {', '.join(found)})." if found else ".")
+        )

@@ -1,0 +1,132 @@
+"""The terms of a distillation loss, each a function of tensors: hidden states, logits, value relations.
+
+Shapes: B sequences of L tokens, width H, a vocabulary of V. `is_token` `(B, L)` is True where there is no padding, and
+only such positions count. Whatever belongs to the teacher is a target and passes no gradient on. All arithmetic is
+float32.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Positions whose logits exist at a time: with BERT's vocabulary 1,024 of them are 125 MB for each of the two models.
+POSITIONS_AT_A_TIME = 1024
+# A layer that says the same of every token has no scale of its own to be measured by.
+VARIANCE_FLOOR = 1e-6
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+def hidden_state_errors(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], is_token: torch.Tensor
+) -> torch.Tensor:
+    """Of every layer the mean squared error, in units of the variance of the teacher's layer over tokens.
+
+    0 is the teacher itself, 1 what the mean of all tokens would score, so layers of any scale weigh alike.
+
+    Args:
+        student, teacher: `(B, L, H)` each, one for every layer.
+
+    Returns:
+        `(layers,)`.
+    """
+    errors = []
+    for student_states, teacher_states in zip(student, teacher, strict=True):
+        target = teacher_states.detach()[is_token].float()
+        variance = target.var(0, unbiased=False).mean().clamp(min=VARIANCE_FLOOR)
+        errors.append(nn.functional.mse_loss(student_states[is_token].float(), target) / variance)
+    return torch.stack(errors)
+
+
+def token_logits_loss(
+    student_states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    is_token: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Divergence of the student's vocabulary from the teacher's at every token, `soft_label_loss` averaged over them.
+
+    The logits of `POSITIONS_AT_A_TIME` tokens exist at a time; the backward pass computes them again.
+
+    Args:
+        student_states, teacher_states: `(B, L, H)` last hidden states.
+        student_head, teacher_head: from `(N, H)` to logits `(N, V)`.
+    """
+    inputs, targets = student_states[is_token], teacher_states.detach()[is_token]
+
+    def summed_loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head(targets)
+        return soft_label_loss(student_head(inputs), teacher_logits, temperature) * len(inputs)
+
+    pieces = zip(inputs.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True)
+    losses = [checkpoint(summed_loss, *piece, use_reentrant=False) for piece in pieces]
+    return torch.stack(losses).sum() / len(inputs)
+
+
+def soft_label_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Divergence (Kullback and Leibler's) from the teacher's distribution (Hinton et al., arXiv:1503.02531).
+
+    Args:
+        student_logits, teacher_logits: `(N, V)`.
+        temperature: divides the logits; the loss is multiplied by its square, so that gradients keep their size.
+
+    Returns:
+        The mean over the N rows, in nats.
+    """
+    student = nn.functional.log_softmax(student_logits.float() / temperature, -1)
+    teacher = nn.functional.log_softmax(teacher_logits.detach().float() / temperature, -1)
+    return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def score_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the outputs of a regression, `(N, 1)` or `(N,)`: what soft labels are to classes."""
+    return nn.functional.mse_loss(student_logits.float(), teacher_logits.detach().float())
+
+
+def value_relation_loss(
+    student_values: torch.Tensor, teacher_values: torch.Tensor, is_token: torch.Tensor, num_heads: int
+) -> torch.Tensor:
+    """Divergence of how alike the values of two tokens are, in each head (MiniLM, arXiv:2002.10957, equation 6).
+
+    A relation is `softmax(v v^T / sqrt(d))`, the row of a token over all tokens of its sequence.
+
+    Args:
+        student_values, teacher_values: `(B, L, H)`, what the value projections give.
+
+    Returns:
+        The mean over tokens and heads, in nats.
+    """
+    student, teacher = (_relations(values, is_token, num_heads) for values in (student_values, teacher_values.detach()))
+    # A padded column is -inf in both; nothing of it may enter the sum.
+    divergence = torch.where(is_token[:, None, None, :], teacher.exp() * (teacher - student), 0.0).sum(-1)
+    return divergence.transpose(1, 2)[is_token].mean()
+
+
+def _relations(values: torch.Tensor, is_token: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Logarithms of the relations, `(B, heads, L, L)`."""
+    heads = values.float().unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    scores = heads @ heads.mT / heads.shape[-1] ** 0.5
+    # The lowest number and not -inf, so that a difference of two is a number.
+    return scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min).log_softmax(-1)
+
+
+def sentence_error(student: torch.Tensor, teacher: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """Squared error of the mean over a sequence's tokens, in units of the variance of the teacher's over sequences.
+
+    It weighs what the tokens' errors have in common, which a mean over them does not average out.
+
+    Args:
+        student, teacher: `(B, L, H)` last hidden states.
+    """
+    weights = is_token[..., None].float()
+    found, target = (
+        (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1) for states in (student, teacher.detach())
+    )
+    return nn.functional.mse_loss(found, target) / target.var(0, unbiased=False).mean().clamp(min=VARIANCE_FLOOR)

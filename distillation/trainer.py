@@ -1,0 +1,190 @@
+"""The stock Trainer with another loss: what a student is told by a teacher, term by term."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer
+
+from .losses import (
+    VARIANCE_FLOOR,
+    hidden_state_errors,
+    score_loss,
+    sentence_error,
+    soft_label_loss,
+    token_logits_loss,
+    value_relation_loss,
+)
+from .teacher import Teacher
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each term of the loss is multiplied by; one of weight 0 is not computed."""
+
+    hidden: float = 1.0
+    sentence: float = 0.0
+    logits: float = 1.0
+    value_relation: float = 0.0
+    label: float = 0.1
+
+
+class DistillationTrainer(Trainer):
+    """Trains `model` on the weighted sum of `distillation.losses`; all else is the Trainer's.
+
+    Evaluation on batches with labels is the Trainer's own. On batches without, what comes out are the sums that
+    `hidden_state_metrics` makes exact errors of.
+
+    Args:
+        teacher: runs without gradients, in evaluation mode and in the precision of the training.
+        weights: of the terms. Logits are compared at every token if the teacher has a masked-LM head, else (or in
+            fine-tuning) as class logits or scores; where there is neither, the term is left out.
+        temperature: of the logits.
+        diagnoses: log of every term its value, its gradient's norm and its cosines with the others.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher,
+        weights: LossWeights,
+        temperature: float = 1.0,
+        diagnoses: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device)
+        self.weights = weights
+        self.temperature = temperature
+        self.diagnoses = diagnoses
+        # Every term is a mean over the batch, so the Trainer has to average over accumulation steps itself.
+        self.model_accepts_loss_kwargs = False
+        self._figures: dict[str, float] = {}
+        # Without labels the Trainer would evaluate without calling `compute_loss`.
+        self._is_unlabelled = teacher.kind != "labels"
+        if self._is_unlabelled:
+            self.label_names, self.can_return_loss = [], True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if model.training:
+            terms, outputs = self.loss_terms(model, inputs)
+            weighted = {name: getattr(self.weights, name) * term for name, term in terms.items()}
+            if self.diagnoses and (self.state.global_step + 1) % self.state.logging_steps == 0:
+                self._diagnose(model, weighted)
+            loss = torch.stack(list(weighted.values())).sum()
+            return (loss, outputs) if return_outputs else loss
+        if self._is_unlabelled:
+            sums = self._error_sums(model, inputs)
+            loss = sums["squared_error"].sum() / sums["tokens"].sum()
+            return (loss, {"loss": loss, **sums}) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def loss_terms(self, model: nn.Module, inputs: Batch) -> tuple[dict[str, torch.Tensor], Any]:
+        """Every term of a weight above 0, a scalar each, by its name in `LossWeights`; and the student's outputs."""
+        is_token = _is_token(inputs)
+        wanted = {entry.name for entry in fields(self.weights) if getattr(self.weights, entry.name)}
+        with _last_values(model, "value_relation" in wanted) as student_values:
+            outputs = model(**inputs, output_hidden_states=True)
+        with torch.no_grad(), _last_values(self.teacher, "value_relation" in wanted) as teacher_values:
+            target = self.teacher(**inputs)
+        found, wished = outputs.hidden_states, target.hidden_states
+        terms = {}
+        if "hidden" in wanted:
+            # The embeddings come first; they are the teacher's own.
+            terms["hidden"] = hidden_state_errors(found[1:], wished[1:], is_token).mean()
+        if "sentence" in wanted:
+            terms["sentence"] = sentence_error(found[-1], wished[-1], is_token)
+        if "logits" in wanted and self.teacher.kind == "tokens":
+            head = self.accelerator.unwrap_model(model).cls
+            terms["logits"] = token_logits_loss(
+                found[-1], wished[-1], head, self.teacher.head, is_token, self.temperature
+            )
+        elif "logits" in wanted and self.teacher.kind == "labels":
+            if target.logits.shape[-1] == 1:
+                terms["logits"] = score_loss(outputs.logits, target.logits)
+            else:
+                terms["logits"] = soft_label_loss(outputs.logits, target.logits, self.temperature)
+        if "value_relation" in wanted:
+            heads = self.teacher.num_heads
+            values = student_values[0].unflatten(0, (-1, len(is_token))).mean(0)
+            terms["value_relation"] = value_relation_loss(values, teacher_values[0], is_token, heads)
+        if "label" in wanted and outputs.get("loss") is not None:
+            terms["label"] = outputs["loss"]
+        return terms, outputs
+
+    def _error_sums(self, model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
+        """What each layer's error is made of, for each sequence: `(B, layers)`, but `target_sum` `(B, layers, H)`."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "masked_lm_positions")}
+        is_token = _is_token(inputs)[..., None]
+        found = model(**inputs, output_hidden_states=True).hidden_states[1:]
+        wished = self.teacher(**inputs).hidden_states[1:]
+        found, wished = (torch.stack(states, 1).float() * is_token[:, None] for states in (found, wished))
+        return {
+            "tokens": is_token.sum((1, 2)),
+            "squared_error": (found - wished).square().mean(-1).sum(-1),
+            "target_sum": wished.sum(2),
+            "target_square": wished.square().mean(-1).sum(-1),
+        }
+
+    def _diagnose(self, model: nn.Module, terms: dict[str, torch.Tensor]) -> None:
+        """Notes what each weighted term contributes to the gradient of this process's batch."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = {}
+        for name, term in terms.items():
+            parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            gradients[name] = torch.cat([part.flatten().float() for part in parts])
+        self._figures = {f"{name}_loss": term.item() for name, term in terms.items()}
+        self._figures |= {f"{name}_gradient": gradient.norm().item() for name, gradient in gradients.items()}
+        for (one, first), (other, second) in combinations(gradients.items(), 2):
+            cosine = nn.functional.cosine_similarity(first, second, dim=0)
+            self._figures[f"{one}_{other}_cosine"] = cosine.item()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs, self._figures = logs | self._figures, {}
+        super().log(logs, *args, **kwargs)
+
+
+def hidden_state_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`hidden_error_1`, ...: of every layer the squared error over all tokens, in units of its teacher's variance; and
+    `hidden_error`, their mean. Exact, whatever the batches and processes were."""
+    tokens, squared_error, target_sum, target_square = (
+        np.asarray(sums, dtype=np.float64).sum(0) for sums in prediction.predictions
+    )
+    variance = target_square / tokens - ((target_sum / tokens) ** 2).mean(-1)
+    errors = squared_error / tokens / np.maximum(variance, VARIANCE_FLOOR)
+    by_layer = {f"hidden_error_{number}": float(error) for number, error in enumerate(errors, 1)}
+    return {"hidden_error": float(errors.mean())} | by_layer
+
+
+def _is_token(inputs: Batch) -> torch.Tensor:
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+@contextmanager
+def _last_values(model: nn.Module, is_wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """Collects what the value projection of the last layer gives while the context lasts; nothing if not wanted."""
+    values: list[torch.Tensor] = []
+    if not is_wanted:
+        yield values
+        return
+    *_, projection = (module for name, module in model.named_modules() if name.endswith("attention.self.value"))
+    hook = projection.register_forward_hook(lambda module, args, output: values.append(output))
+    try:
+        yield values
+    finally:
+        hook.remove()

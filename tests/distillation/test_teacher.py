@@ -1,0 +1,79 @@
+"""Which teachers are taken, with which head, and that they stay what they are."""
+
+import pytest
+import torch
+
+from configuration_spikelm import SpikeLMConfig
+from distillation.arguments import DistillationArguments
+from distillation.teacher import load_teacher
+from tests.distillation.conftest import SIZES
+
+
+@pytest.mark.parametrize(
+    "saved, is_classifier, kind",
+    [("tokens", False, "tokens"), ("", False, ""), ("labels", True, "labels"), ("labels", False, "")],
+)
+def test_the_head_that_the_checkpoint_has_says_what_is_taught(save_teacher, saved, is_classifier, kind):
+    teacher = load_teacher(save_teacher(saved), SpikeLMConfig(**SIZES), is_classifier=is_classifier)
+    assert teacher.kind == kind
+
+
+def test_a_teacher_is_frozen_and_never_drops(save_teacher):
+    teacher = load_teacher(save_teacher("tokens"), SpikeLMConfig(**SIZES), is_classifier=False).train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    batch = {"input_ids": torch.tensor([[2, 5, 7]])}
+    assert torch.equal(teacher(**batch).last_hidden_state, teacher(**batch).last_hidden_state)
+
+
+def test_a_teacher_in_half_precision_is_loaded_in_float32(save_teacher, tmp_path):
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(save_teacher("")).bfloat16().save_pretrained(tmp_path / "half")
+    teacher = load_teacher(str(tmp_path / "half"), SpikeLMConfig(**SIZES), is_classifier=False)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("field, other", [("vocab_size", 61), ("hidden_size", 32), ("num_hidden_layers", 3)])
+def test_another_shape_is_refused_in_one_line(save_teacher, field, other):
+    folder = save_teacher("", **{field: other})
+    with pytest.raises(ValueError, match=f"has {field}={other}, but the student has {field}={SIZES[field]}") as error:
+        load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_of_the_task_has_a_trained_classifier_with_the_students_labels(save_teacher):
+    with pytest.raises(ValueError, match="has no trained classifier"):
+        load_teacher(save_teacher("tokens"), SpikeLMConfig(**SIZES), is_classifier=True)
+    with pytest.raises(ValueError, match="has num_labels=2, but the student has num_labels=3"):
+        load_teacher(save_teacher("labels"), SpikeLMConfig(**SIZES, num_labels=3), is_classifier=True)
+
+
+def test_what_is_no_bert_is_refused(tmp_path):
+    from transformers import RobertaConfig, RobertaModel
+
+    RobertaModel(RobertaConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is of type 'roberta'"):
+        load_teacher(str(tmp_path), SpikeLMConfig(**SIZES), is_classifier=False)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_teacher(str(tmp_path / "nothing"), SpikeLMConfig(**SIZES), is_classifier=False)
+
+
+def test_a_folder_of_teachers_has_one_for_each_task(tmp_path):
+    for task in ("cola", "rte"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "config.json").write_text("{}")
+    arguments = DistillationArguments(teacher_name_or_path=str(tmp_path))
+    assert arguments.teacher_of("rte") == str(tmp_path / "rte")
+    with pytest.raises(ValueError, match=r"no teacher for mrpc.*there are cola, rte"):
+        arguments.teacher_of("mrpc")
+    # One teacher for whatever task is named.
+    assert DistillationArguments(teacher_name_or_path=str(tmp_path / "rte")).teacher_of("mrpc") == str(tmp_path / "rte")
+    assert DistillationArguments(teacher_name_or_path="someone/bert").teacher_of("mrpc") == "someone/bert"
+    assert DistillationArguments().teacher_of("mrpc") is None
+
+
+@pytest.mark.parametrize("flag, value", [("hidden_weight", -1.0), ("temperature", 0.0), ("label_weight", float("nan"))])
+def test_weights_that_make_no_sense_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag} is"):
+        DistillationArguments(**{flag: value})

@@ -1,0 +1,162 @@
+"""The Trainer that adds the terms up: what it minimises, what it logs, what it evaluates."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from configuration_spikelm import SpikeLMConfig
+from distillation.losses import hidden_state_errors, sentence_error, soft_label_loss, token_logits_loss
+from distillation.teacher import load_teacher
+from distillation.trainer import DistillationTrainer, LossWeights, hidden_state_metrics
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
+
+WEIGHTS = LossWeights()
+STUDENTS = {"tokens": SpikeLMForMaskedLM, "labels": SpikeLMForSequenceClassification, "": SpikeLMModel}
+
+
+def pad(rows):
+    """Rows to a batch, without a tokenizer."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})
+
+
+@pytest.fixture
+def make_trainer(save_teacher, tmp_path):
+    """A trainer of a warm-started student, T = 2, without dropout."""
+
+    def make(kind, weights=WEIGHTS, rows=7, **arguments):
+        folder = save_teacher(kind)
+        torch.manual_seed(1)
+        config = SpikeLMConfig.from_pretrained(
+            folder, num_time_steps=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        student = STUDENTS[kind].from_pretrained(folder, config=config)
+        numbers = np.random.default_rng(0)
+        data = [{"input_ids": numbers.integers(1, 60, size=3 + row % 4).tolist()} for row in range(rows)]
+        if kind == "labels":
+            data = [row | {"labels": number % 2} for number, row in enumerate(data)]
+        dataset = Dataset.from_list(data)
+        training = TrainingArguments(
+            str(tmp_path / "out"),
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **arguments,
+        )
+        teacher = load_teacher(folder, config, is_classifier=kind == "labels")
+        diagnoses = arguments.get("logging_steps") is not None
+        return DistillationTrainer(
+            student,
+            training,
+            teacher=teacher,
+            weights=weights,
+            diagnoses=diagnoses,
+            data_collator=pad,
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            compute_metrics=hidden_state_metrics if kind != "labels" else None,
+        )
+
+    return make
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
+    trainer = make_trainer("tokens", LossWeights(hidden=2.0, sentence=0.5, logits=0.25, value_relation=3.0, label=0.0))
+    batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
+    model, teacher = trainer.model.train(), trainer.teacher
+    model.calibrate([batch])
+    terms, _ = trainer.loss_terms(model, batch)
+
+    is_token = batch["attention_mask"].bool()
+    found = model.bert(**batch, output_hidden_states=True).hidden_states
+    wished = teacher(**batch).hidden_states
+    assert terms["hidden"].item() == pytest.approx(hidden_state_errors(found[1:], wished[1:], is_token).mean().item())
+    assert terms["sentence"].item() == pytest.approx(sentence_error(found[-1], wished[-1], is_token).item())
+    logits = token_logits_loss(found[-1], wished[-1], model.cls, teacher.model.cls, is_token).item()
+    assert terms["logits"].item() == pytest.approx(logits, rel=1e-5)
+    assert terms["value_relation"].item() > 0
+    total = sum(weight * terms[name].item() for name, weight in vars(trainer.weights).items() if name in terms)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_a_classifier_learns_from_logits_and_labels(make_trainer):
+    trainer = make_trainer("labels", LossWeights(hidden=0.0, logits=1.0, label=0.1))
+    batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
+    model = trainer.model.train()
+    terms, outputs = trainer.loss_terms(model, batch)
+    wished = trainer.teacher(**batch).logits
+    assert terms["logits"].item() == pytest.approx(soft_label_loss(outputs.logits, wished).item())
+    assert terms["label"].item() == outputs.loss.item()
+    assert set(terms) == {"logits", "label"}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "labels", ""])
+def test_training_brings_the_student_nearer_to_its_teacher(make_trainer, kind):
+    trainer = make_trainer(
+        kind,
+        per_device_train_batch_size=7,
+        learning_rate=1e-3,
+        max_steps=20,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_every_term_is_logged_with_its_gradient_and_the_angles_between_them(make_trainer):
+    trainer = make_trainer("labels", max_steps=2, logging_steps=1, per_device_train_batch_size=4)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert {f"{name}_{figure}" for name in ("hidden", "logits", "label") for figure in ("loss", "gradient")} < set(
+        first
+    )
+    assert -1 <= first["hidden_logits_cosine"] <= 1
+    # Terms are logged weighted, so they add up to the loss.
+    total = sum(first[f"{name}_loss"] for name in ("hidden", "logits", "label"))
+    assert first["loss"] == pytest.approx(total, rel=1e-3)
+
+
+def test_evaluation_is_exact_whatever_the_batches(make_trainer):
+    trainer = make_trainer("", per_device_eval_batch_size=3)
+    trainer.model.calibrate([pad(list(trainer.eval_dataset))])
+    results = trainer.evaluate()
+    whole = pad(list(trainer.eval_dataset))
+    with torch.no_grad():
+        found = trainer.model(**whole, output_hidden_states=True).hidden_states[1:]
+        wished = trainer.teacher(**whole).hidden_states[1:]
+    expected = hidden_state_errors(found, wished, whole["attention_mask"].bool())
+    assert [results["eval_hidden_error_1"], results["eval_hidden_error_2"]] == pytest.approx(
+        expected.tolist(), rel=1e-4
+    )
+    assert results["eval_hidden_error"] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_accumulated_steps_train_as_one_batch_does(make_trainer):
+    """Every term is a mean; without saying so, the Trainer would add the gradients of the parts up."""
+    weights = {}
+    for accumulation in (1, 2):
+        trainer = make_trainer(
+            "labels",
+            LossWeights(hidden=0.0, label=0.0),
+            rows=8,
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            seed=3,
+        )
+        trainer.model.calibrate([pad(list(trainer.train_dataset))])
+        trainer.train()
+        weights[accumulation] = trainer.model.classifier.weight.detach().clone()
+    torch.testing.assert_close(weights[1], weights[2], rtol=1e-4, atol=1e-6)
