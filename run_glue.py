@@ -51,16 +51,11 @@ from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
+from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import (
-    RECORD_NAME,
-    ProgressNote,
-    RunRecord,
-    recorded_arguments,
-    restore_state,
-    save_metrics,
-)
+from experiment.run_record import RECORD_NAME, ProgressNote, RunRecord, restore_state, save_metrics
 from experiment.trial_step import try_first_step
+from experiment.whole_steps import WholeStepsTrainer
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
@@ -86,8 +81,8 @@ DEFAULT_EPOCHS = 3
 # Arguments that `plan_runs` gives each run of its own.
 SET_BY_PLAN = {
     "num_train_epochs",
-    "remove_unused_columns",
     "eval_strategy",
+    "saved_for_best",
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
@@ -138,13 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
         start = {"checkpoint_digest": checkpoint_digest(model_arguments)}
         # Which tasks the folder has, and their data, is a matter of the runs' own records.
-        record = RunRecord(training.output_dir, common_arguments(model_arguments, arguments, training) | start, "")
+        common = common_arguments(model_arguments, arguments, spikes, training) | start
+        record = RunRecord(training.output_dir, common, "")
         overwrite = model_arguments.overwrite_output_dir
         record.check(overwrite, training.resume_from_checkpoint)
         records = {}
         for data in ready:
             for run in plans[data.task.name]:
-                run_arguments = common_arguments(model_arguments, arguments, run) | start
+                run_arguments = common_arguments(model_arguments, arguments, spikes, run) | start
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
                 refuse_pickled_weights(records[run.output_dir].check(overwrite, run.resume_from_checkpoint))
         try_first_steps(ready, plans, records, tokenizer, model_arguments, given)
@@ -171,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def common_arguments(
-    model_arguments: ModelArguments, arguments: GlueArguments, training: GlueTrainingArguments
+    model_arguments: ModelArguments, arguments: GlueArguments, spikes: SpikeArguments, training: GlueTrainingArguments
 ) -> dict[str, Any]:
     """What all runs in an output folder have to have in common, and a run with itself when it is resumed."""
-    recorded = recorded_arguments(model_arguments, arguments, training)
+    recorded = recorded_arguments(model_arguments, arguments, spikes, training)
     # Which tasks a command names is no part of their results; the epochs of a run are in its num_train_epochs.
     return {name: value for name, value in recorded.items() if name not in ("task_name", "task_epochs")}
 
@@ -379,7 +375,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     validation = {name.removeprefix("validation_"): data.splits[name] for name in data.task.validation_splits}
-    return Trainer(
+    return WholeStepsTrainer(
         model=model,
         args=run,
         data_collator=DataCollatorWithPadding(tokenizer),

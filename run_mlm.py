@@ -53,9 +53,11 @@ from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
 from experiment.preemption import StopOnSigterm
 from experiment.publishing import Publisher, push_target, take_over_pushing
+from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import ProgressNote, RunRecord, recorded_arguments, restore_state, save_metrics
+from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
 from experiment.trial_step import try_first_step
+from experiment.whole_steps import WholeStepsTrainer
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         splits = check_rows(splits, config, tokenizer, data_arguments)
         record = RunRecord(
             training.output_dir,
-            recorded_arguments(model_arguments, data_arguments, training)
+            recorded_arguments(model_arguments, data_arguments, spikes, training)
             | {"checkpoint_digest": checkpoint_digest(model_arguments)},
             "+".join(content_fingerprint(split) for split in splits.values()),
         )
@@ -342,7 +344,7 @@ def make_trainer(
     training: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    return Trainer(
+    return WholeStepsTrainer(
         model=model,
         args=training,
         data_collator=collator,

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .precision import check_precision
+from .recorded_arguments import refuse_inexact_resuming
 from .reporting import one_line
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -113,7 +114,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
 
     Raises:
         ValueError: a recipe that does not exist, is no mapping or has a key that is no flag, no --output_dir, a token
-            on the command line, or a flag that is unknown, not taken here or has an impossible value.
+            on the command line, or a flag that is unknown, not taken here, has an impossible value or one of
+            `recorded_arguments.REFUSED`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclasses, allow_abbrev=False)
@@ -151,6 +153,7 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
     _check_numbers(training)
     check_precision(training)
+    refuse_inexact_resuming(training)
     return *parsed, {name: value for name, value in values.items() if name in given}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .durable_files import UNFINISHED_SUFFIX, sync, sync_tree, write_durably
@@ -63,6 +63,14 @@ def damage(checkpoint: Path) -> str | None:
         if _digest(checkpoint / name) != digest:
             return f"{name} is not what was written"
     return None
+
+
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint has what the Trainer needs to go on: without it, it would begin anew and say nothing."""
+    if any(checkpoint.glob("global_step*")):
+        return True  # DeepSpeed's own folder, with its scheduler in it or beside it
+    # FSDP writes optimizer.bin, or a folder of shards.
+    return (checkpoint / SCHEDULER_NAME).is_file() and any(checkpoint.glob("optimizer*"))
 
 
 def latest_complete_checkpoint(folder: str | Path) -> Path | None:
@@ -137,6 +145,10 @@ class CheckpointKeeper(TrainerCallback):
         self.card = card
         self.latest_results: dict[str, float] = {}
         self.limit, training.save_total_limit = training.save_total_limit, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The Trainer goes on with the intervals of the command that wrote the checkpoint, whatever this one says.
+        state.compute_steps(args, state.max_steps)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # A task with several validation sets is evaluated once per set.

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +15,14 @@ from .checkpoints import (
     DAMAGED_PREFIX,
     clear_incomplete_checkpoints,
     damage,
+    holds_optimizer,
     is_sealed,
     latest_complete_checkpoint,
 )
 from .durable_files import UNFINISHED_SUFFIX, write_durably
+from .recorded_arguments import EXPLANATIONS
 
 RECORD_NAME = "run.json"
-
-# Where a run lies, how it is watched and how it is spread over processes is no part of what it computes.
-_NOT_RECORDED = {
-    "output_dir",
-    "overwrite_output_dir",
-    "overwrite_cache",
-    "resume_from_checkpoint",
-    "cache_dir",
-    "preprocessing_num_workers",
-    "local_rank",
-    # Recorded as `mixed_precision`, which a launch file can set as well.
-    "bf16",
-    "fp16",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "accelerator_config",
-    "parallelism_config",
-    "ddp_backend",
-    "ddp_timeout",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio_space_id",
-    "push_to_hub",
-}
-_NOT_RECORDED_PREFIXES = ("hub_", "log", "save_", "push_to_hub_")
-
-
-def recorded_arguments(*arguments: Any) -> dict[str, Any]:
-    """The fields of argument dataclasses that decide what a run computes, as JSON values."""
-    values: dict[str, Any] = {}
-    for group in arguments:
-        as_dict = group.to_dict() if isinstance(group, TrainingArguments) else vars(group)
-        for entry in fields(group):
-            if entry.init and entry.name not in _NOT_RECORDED and not entry.name.startswith(_NOT_RECORDED_PREFIXES):
-                values[entry.name] = as_dict.get(entry.name)
-        if isinstance(group, TrainingArguments):
-            values["mixed_precision"] = group.mixed_precision
-    return json.loads(json.dumps(values, default=str))
 
 
 @dataclass
@@ -74,7 +31,7 @@ class RunRecord:
 
     Args:
         output_dir: the folder.
-        arguments: from `recorded_arguments`.
+        arguments: from `recorded_arguments.recorded_arguments`.
         data_fingerprint: a hash of the data that the run trains and evaluates on.
 
     Attributes (known after `check` or `open`):
@@ -176,6 +133,12 @@ class RunRecord:
             reason = damage(checkpoint) if is_sealed(checkpoint) else None
             if reason:
                 raise ValueError(f"--resume_from_checkpoint {checkpoint} is damaged: {reason}.")
+            if not holds_optimizer(checkpoint):
+                raise ValueError(
+                    f"--resume_from_checkpoint {checkpoint} holds no optimizer and schedule (was it saved with "
+                    "--save_only_model?), so training would begin anew with its weights. For that, leave the flag out "
+                    f"and give --model_name_or_path {checkpoint}."
+                )
             return resume_from_checkpoint
         # A run that was killed as it claimed the folder has left no more than this.
         leftover = folder / (RECORD_NAME + UNFINISHED_SUFFIX)
@@ -205,13 +168,18 @@ class RunRecord:
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
         before = earlier["arguments"]
         differences = [
-            f"{name} was {before.get(name)!r} and is {self.arguments.get(name)!r}"
+            _said(name, f"was {before.get(name)!r} and is {self.arguments.get(name)!r}")
             for name in sorted(before.keys() | self.arguments.keys())
             if before.get(name) != self.arguments.get(name)
         ]
         if earlier["data_fingerprint"] != self.data_fingerprint:
             differences.append("the data has changed")
         return differences
+
+
+def _said(name: str, change: str) -> str:
+    """A change of a recorded value, in words where the name is no flag."""
+    return f"{name.replace('_', ' ')} {change} ({EXPLANATIONS[name]})" if name in EXPLANATIONS else f"{name} {change}"
 
 
 class ProgressNote(TrainerCallback):

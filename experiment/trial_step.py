@@ -27,6 +27,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .arguments import trainer_flags
 from .reporting import errors_only, one_line
+from .whole_steps import rows_of_an_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,8 @@ def _for_trial(training: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
-    if trains:
-        _check_is_a_batch(trainer.train_dataset, training)
+    if trains and isinstance(trainer.train_dataset, Dataset):
+        rows_of_an_epoch(len(trainer.train_dataset), training)  # of all rows; the trial sees a few
     args = trainer.args
     # Here and not in `_for_trial`: how these go together is checked as the trainer is made.
     args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
@@ -101,15 +102,6 @@ def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
         trainer.train()
     if args.do_eval:
         trainer.evaluate()
-
-
-def _check_is_a_batch(rows: Any, training: TrainingArguments) -> None:
-    needed = training.train_batch_size * training.world_size
-    if training.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < needed:
-        raise ValueError(
-            f"--dataloader_drop_last leaves nothing to train on: a batch of all devices is {needed} rows, and there "
-            f"are {len(rows)}."
-        )
 
 
 class _StopAfterStep(TrainerCallback):

@@ -94,6 +94,8 @@ def test_the_scripts_do_not_resume_from_pickled_weights(script, checkpoint, tmp_
     resumed.mkdir()
     torch.save(load_file(checkpoint / "model.safetensors"), resumed / "pytorch_model.bin")
     (resumed / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, resumed / name)
     with pytest.raises(SystemExit, match=r"error: The weights of .*checkpoint-2 are a pickle"):
         script.main([*arguments, "--max_steps", "4", "--resume_from_checkpoint", str(resumed)])
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,8 @@ import pytest
 from transformers import TrainingArguments
 
 from experiment.checkpoints import MANIFEST_NAME, seal
-from experiment.run_record import RECORD_NAME, RunRecord, recorded_arguments
+from experiment.recorded_arguments import recorded_arguments
+from experiment.run_record import RECORD_NAME, RunRecord
 
 
 def record(folder, fingerprint="f", **arguments):
@@ -14,6 +15,8 @@ def record(folder, fingerprint="f", **arguments):
 def checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (path / name).touch()
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     seal(path)
     return path
@@ -40,10 +43,17 @@ def test_the_same_run_goes_on_from_its_last_checkpoint(tmp_path):
         ({"learning_rate": 2e-3}, "learning_rate was 0.001 and is 0.002"),
         ({"seed": 3}, "seed was None and is 3"),
         ({"fingerprint": "g"}, "the data has changed"),
+        (
+            {"sequences_per_step": 16},
+            r"sequences per step was None and is 16 \(--per_device_train_batch_size x --gradient_accumulation_steps x "
+            r"processes\)",
+        ),
     ],
 )
 def test_another_run_is_refused_and_nothing_is_written(tmp_path, other, named):
-    record(tmp_path).open()
+    begun = record(tmp_path)
+    begun.open()
+    begun.record_beginning()
     before = (tmp_path / RECORD_NAME).read_bytes()
     with pytest.raises(ValueError, match=named):
         record(tmp_path, **other).open()
@@ -91,6 +101,26 @@ def test_named_checkpoint_overrides_the_record(tmp_path):
     assert record(tmp_path, seed=1).open(resume_from_checkpoint=str(path)) == str(path)
 
 
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_optimizer_or_schedule_is_not_gone_on_from(tmp_path, missing):
+    record(tmp_path).open()
+    path = checkpoint(tmp_path, 5)
+    (path / missing).unlink()
+    (path / MANIFEST_NAME).unlink()  # another program's
+    with pytest.raises(ValueError, match=f"holds no optimizer and schedule.*give --model_name_or_path {path}"):
+        record(tmp_path).open(resume_from_checkpoint=str(path))
+
+
+@pytest.mark.parametrize(
+    "names", [["optimizer.bin", "scheduler.pt"], ["optimizer_0", "scheduler.pt"], ["global_step5"]]
+)
+def test_the_optimizer_of_fsdp_and_deepspeed_is_found(tmp_path, names):
+    (tmp_path / "trainer_state.json").touch()
+    for name in names:
+        (tmp_path / name).touch()
+    assert record(tmp_path / "run").open(resume_from_checkpoint=str(tmp_path)) == str(tmp_path)
+
+
 def test_a_half_written_checkpoint_is_passed_over_and_only_a_run_that_is_opened_removes_it(tmp_path):
     record(tmp_path).open()
     whole = checkpoint(tmp_path, 5)
@@ -104,18 +134,6 @@ def test_a_half_written_checkpoint_is_passed_over_and_only_a_run_that_is_opened_
 def test_check_writes_nothing(tmp_path):
     record(tmp_path / "new").check()
     assert not (tmp_path / "new").exists()
-
-
-def test_only_what_decides_the_result_is_recorded(tmp_path):
-    def recorded(**changes):
-        return recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes))
-
-    plain = recorded()
-    assert plain == recorded(logging_steps=7, save_steps=9, report_to="tensorboard", disable_tqdm=True, run_name="x")
-    assert plain != recorded(learning_rate=1.0)
-    assert plain != recorded(per_device_train_batch_size=3)
-    assert plain != recorded(num_train_epochs=1)
-    assert json.loads(json.dumps(plain)) == plain
 
 
 def test_a_run_has_nothing_left_until_it_is_opened_again(tmp_path):
