@@ -1,3 +1,3 @@
-from .configuration_spikelm import AUTO_MAP, SpikeLMConfig
+from .configuration_spikelm import AUTO_MAP, CALIBRATION_FIELDS, SpikeLMConfig, calibration_differences
 
-__all__ = ["AUTO_MAP", "SpikeLMConfig"]
+__all__ = ["AUTO_MAP", "CALIBRATION_FIELDS", "SpikeLMConfig", "calibration_differences"]

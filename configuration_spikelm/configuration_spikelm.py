@@ -1,6 +1,7 @@
 """What a SpikeLM is: sizes, time steps and neuron. No torch, no model code."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -31,6 +32,10 @@ NEURONS = {
     "bi-spiking": ("membrane_reset", "int8_weights"),
     "lif": (),
 }
+
+# What spike amplitudes are made for, beside the weights: where one of these differs, as far as the neuron uses it,
+# amplitudes of one model are none of another.
+CALIBRATION_FIELDS = ("neuron", "num_time_steps", "membrane_decay", "amplitude_scale", "membrane_reset")
 
 # A subset of transformers.activations.ACT2FN, spelled out because importing that table imports torch.
 ACTIVATIONS = (
@@ -77,6 +82,21 @@ SHARED_WITH_BERT = (
     "label2id",
     "problem_type",
 )
+
+
+def calibration_differences(made_for: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Why amplitudes made for one configuration are none of another: the fields that differ, as (made for, given).
+
+    Args:
+        made_for: fields of the configuration that the amplitudes were made for; those it lacks are not compared.
+        given: fields of the other one; those that its neuron does not use are not compared.
+    """
+    not_used = {field for fields in NEURONS.values() for field in fields} - set(NEURONS.get(given["neuron"], ()))
+    return {
+        field: (made_for[field], given[field])
+        for field in CALIBRATION_FIELDS
+        if field in made_for and field not in not_used and made_for[field] != given[field]
+    }
 
 
 @strict
@@ -209,22 +229,39 @@ class SpikeLMConfig(PreTrainedConfig):
             raise ValueError(f"SpikeLMConfig: {field}={getattr(self, field)!r} is not possible; it must be {allowed}.")
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in `PreTrainedConfig`, which sets the fields in `kwargs` one by one and looks at none.
+
+        Raises:
+            ValueError: as at construction.
+        """
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate_architecture()
+        config.validate_neuron()
+        return loaded
+
+    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `PreTrainedConfig`, but a BERT configuration is translated and every other model type refused.
 
+        A subclass with a `model_type` of its own takes the checkpoints of the classes it is made of, too.
+
         Raises:
             ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        own_types = list(dict.fromkeys(base.model_type for base in cls.__mro__ if issubclass(base, SpikeLMConfig)))
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == "bert":
             config_dict = cls._from_bert(config_dict, pretrained_model_name_or_path)
-        elif model_type != cls.model_type:
+        elif model_type not in own_types:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; SpikeLM loads its own "
-                "checkpoints ('spikelm') and takes a warm start from BERT ('bert'), nothing else."
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}; {cls.__name__} loads "
+                f"checkpoints of type {' and '.join(map(repr, own_types))} and takes a warm start from BERT ('bert'), "
+                "nothing else."
             )
         return config_dict, kwargs
 
@@ -248,7 +285,8 @@ class SpikeLMConfig(PreTrainedConfig):
             translated["mlm_transform_act"] = bert.get("hidden_act", "gelu")
         logger.warning_once(
             f"{name} is a BERT checkpoint: SpikeLM takes its weights as a warm start. Elastic neurons are then not "
-            "calibrated yet; they calibrate in the first training forward, or by model.calibrate(batches)."
+            "calibrated, and outputs depend on what else is in a batch. Call model.calibrate(batches), or train the "
+            "model, whose first step does it."
         )
         return {**translated, "model_type": cls.model_type}
 

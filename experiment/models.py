@@ -21,7 +21,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
-from configuration_spikelm import SpikeLMConfig
+from configuration_spikelm import SpikeLMConfig, calibration_differences
 
 from .arguments import ModelArguments
 from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
@@ -179,7 +179,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             f"{encoder[0]} and {len(encoder) - 1} more are missing."
         )
     without = [key for key in loaded["missing_keys"] if key.endswith(".amplitude")]
-    if without and config.model_type == SpikeLMConfig.model_type and not _is_bert(arguments):
+    if without and config.model_type == SpikeLMConfig.model_type and _has_amplitudes_for(arguments, config):
         raise ValueError(
             f"{name} is a SpikeLM checkpoint without spike amplitudes ({without[0]} and {len(without) - 1} more are "
             "missing), so it was not saved by a SpikeLM model. Load it in Python, call model.calibrate(batches) and "
@@ -247,8 +247,9 @@ def _with_mean_loss(auto_class: Any, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _is_bert(arguments: ModelArguments) -> bool:
+def _has_amplitudes_for(arguments: ModelArguments, config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint should have the amplitudes of this configuration, by what its own one says."""
     fields, _ = PreTrainedConfig.get_config_dict(
         arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
     )
-    return fields.get("model_type") == "bert"
+    return fields.get("model_type") != "bert" and not calibration_differences(fields, config.to_dict())

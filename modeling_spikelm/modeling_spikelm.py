@@ -5,14 +5,12 @@ works on `(T * B, L, H)`, time step major, and its output is averaged over the T
 BERT's.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -34,7 +32,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_spikelm import SpikeLMConfig
+from .calibration import (
+    Calibration,
+    as_batches,
+    calibrated_groups,
+    check_batch,
+    check_configuration,
+    check_int8_fits,
+    forget_amplitudes,
+    keep_own_amplitudes,
+    neuron_groups,
+    restore_configuration,
+    text_positions,
+)
+from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
 from .dropout import Dropout, attention_with_dropout
 from .fast_paths import FAST_PATHS, is_eager_on_cpu
 from .linear import Linear
@@ -393,39 +404,61 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SpikeLMLMPredictionHead) and module.bias is not None:
             init.zeros_(module.bias)
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # Amplitudes of another number of time steps are none of this model's, which is no reason to refuse the rest.
+        others = {entry for entry in loading_info.mismatched_keys if entry[0].endswith(".amplitude")}
+        loading_info.mismatched_keys -= others
+        loading_info.missing_keys |= {name for name, *_ in others}
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As in `PreTrainedModel`; a BERT checkpoint is a warm start: its weights, with neurons not calibrated yet.
 
+        Amplitudes belong to the values that they were made for (`CALIBRATION_FIELDS`). Loaded with others, by keyword
+        or by a configuration, the neurons are not calibrated, and one notice names the fields.
+
         Raises:
-            ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder.
+            ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder; or one of the checkpoint and the
+                configuration has int8 weights and the other has not, or both have and the amplitudes would be others.
         """
         name = pretrained_model_name_or_path
-        if name is not None and isinstance(config, PreTrainedConfig) and config.name_or_path != str(name):
-            # A configuration of the caller's says nothing about the checkpoint, so the checkpoint's own is asked.
-            location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
-            checkpoint, _ = type(config).get_config_dict(name, **location)
-            saved, given = checkpoint.get("int8_weights", False), getattr(config, "int8_weights", False)
-            if saved != given:
-                raise ValueError(
-                    f"{name} has int8_weights={saved}, the configuration given has int8_weights={given}; take the "
-                    "checkpoint's own."
-                )
-        loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
+        location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
+        config_class = type(config) if isinstance(config, PreTrainedConfig) else cls.config_class
+        given = _fields_asked_for(config_class, config, kwargs, location)
+        # What the checkpoint's own configuration says matters only beside something else.
+        saved = _fields_of_checkpoint(config_class, name, location) if given else {}
+        check_int8_fits(name, saved, saved | given)
+        loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+        model, info = loaded
         # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for neurons in _neurons(model):
+        for neurons in neuron_groups(model):
             neurons.read_calibration()
         if model.config.int8_weights:
             from .quantization import check_is_quantized
 
             check_is_quantized(model, name)
-        return loaded
+        missing = [key for key in info["missing_keys"] if key.endswith(".amplitude")]
+        if not saved and (given or missing):
+            # An adapter's folder has no configuration, but names the model it belongs to.
+            saved = _fields_of_checkpoint(config_class, model.config.name_or_path, location)
+        keep_own_amplitudes(model, saved, bool(missing))
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`: weights, configuration and code."""
+        """As in `PreTrainedModel`: weights, configuration and code.
+
+        The configuration says what the neurons were built for; fields of it that were changed afterwards are set back,
+        with a warning.
+        """
+        restore_configuration(self)
         current_class = type(self)
         # FSDP2 gives the model a class of torch's, made of FSDPModule and ours: the code saved would be torch's.
         if current_class.__name__.startswith("FSDP"):
@@ -436,63 +469,63 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             self.__class__ = current_class
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[dict[str, Any]]) -> None:
+    def calibrate(
+        self, batches: Iterable[Mapping[str, Any]] | Mapping[str, Any], include_padding: bool = False
+    ) -> None:
         """Sets every amplitude from data, without training; anew if called again.
 
         Each batch is treated as if it were the first of a training (dropout off), in execution order; an amplitude
-        becomes the mean of its values over the batches, weighted by their number of positions. With several processes
-        every one has to call, each with batches of its own, and all end with the same amplitudes. Neurons with a fixed
-        amplitude need none of this and stay as they are.
+        becomes the mean of its values over the batches, weighted by their number of positions. Padding, where the
+        attention mask has a 0, does not count; without a mask, or with one of four dimensions, every position does.
+        With several processes every one has to call, each with batches of its own, and all end with the same
+        amplitudes. Neurons with a fixed amplitude need none of this and stay as they are.
 
         Args:
-            batches: forward arguments, for instance `[tokenizer(texts, padding=True, return_tensors="pt")]`.
+            batches: forward arguments, for instance `tokenizer(texts, padding=True, return_tensors="pt")`, or an
+                iterable of such batches.
+            include_padding: count padding too, as the first batch of a training does (and the reference).
 
         Raises:
-            ValueError: `batches` is empty (on every process), or the weights are int8 already. The amplitudes then stay
-                what they were.
+            ValueError: there is no batch, or none with anything but padding (on any process); the weights are int8
+                already; or the configuration was changed since the model was built. The amplitudes then stay what they
+                were.
+            TypeError: a batch is no mapping of names to tensors. The amplitudes then stay what they were.
         """
         if self.config.int8_weights:
             raise ValueError("A SpikeLM with int8 weights keeps its amplitudes; calibrate the float model instead.")
-        groups = _elastic_neurons(self)
+        check_configuration(self)
+        groups = calibrated_groups(self)
         if not groups:
             return
-        weighted: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0))
-        weights: dict[SpikingNeurons, int] = defaultdict(int)
-
-        def use_batch_amplitude(neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
-            steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
-            amplitude = neurons.batch_amplitude(steps)
-            weighted[neurons] = weighted[neurons] + amplitude.cpu().double() * steps[0].numel()
-            weights[neurons] += steps[0].numel()
-            neurons.set_amplitude(amplitude)
-
+        calibration = Calibration(groups)
         before = [neurons.amplitude.clone() for neurons in groups]
         was_training = self.training
-        hooks = [neurons.register_forward_pre_hook(use_batch_amplitude) for neurons in groups]
         self.eval()
         try:
-            for batch in batches:
-                self(**{name: _to_device(value, self.device) for name, value in batch.items()})
+            for batch in as_batches(batches):
+                check_batch(batch)
+                inputs = {name: _to_device(value, self.device) for name, value in batch.items()}
+                calibration.use(self, inputs, None if include_padding else text_positions(inputs))
         finally:
             self.train(was_training)
-            for hook, neurons, amplitude in zip(hooks, groups, before, strict=True):
-                hook.remove()
+            for neurons, amplitude in zip(groups, before, strict=True):
                 neurons.set_amplitude(amplitude)
-        sums = torch.stack(
-            [torch.cat((weighted[n].expand(n.num_time_steps), torch.tensor([weights[n]]))).double() for n in groups]
-        )
-        if dist.is_available() and dist.is_initialized():
-            sums = sums.to(self.device)
-            dist.all_reduce(sums)
-        if not (sums[:, -1] > 0).all():
-            raise ValueError("calibrate() got no batch; pass at least one dict of forward arguments.")
-        for neurons, amplitude in zip(groups, sums[:, :-1] / sums[:, -1:], strict=True):
-            neurons.set_amplitude(amplitude.float())
+        amplitudes = calibration.amplitudes(self.device)
+        if amplitudes is None:
+            raise ValueError(
+                "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."
+            )
+        for neurons, amplitude in zip(groups, amplitudes, strict=True):
+            neurons.set_amplitude(amplitude)
 
     def reset_calibration(self) -> None:
-        """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew."""
-        for neurons in _elastic_neurons(self):
-            neurons.set_amplitude(torch.zeros_like(neurons.amplitude))
+        """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew.
+
+        Raises:
+            ValueError: the configuration was changed since the model was built.
+        """
+        check_configuration(self)
+        forget_amplitudes(self)
 
     def quantize_weights(self) -> "SpikeLMPreTrainedModel":
         """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
@@ -501,11 +534,12 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         and loaded like any SpikeLM; `config.int8_weights` says so. Embeddings, pooler and heads stay float32.
 
         Raises:
-            ValueError: the neurons are not calibrated or not ternary, or the weights are int8 already, not float32, or
-                wear an adapter.
+            ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
+                wear an adapter, or the configuration was changed since the model was built.
         """
         from .quantization import check_can_quantize, quantize_layer
 
+        check_configuration(self)
         encoder = next(module for module in self.modules() if isinstance(module, SpikeLMEncoder))
         check_can_quantize(encoder.layer, self.config)
         for number, layer in enumerate(encoder.layer):
@@ -515,15 +549,30 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
 
 
 # Arguments of from_pretrained that say where a checkpoint lies.
-_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
 
-def _neurons(model: nn.Module) -> list[SpikingNeurons]:
-    return [module for module in model.modules() if isinstance(module, SpikingNeurons)]
+def _fields_of_checkpoint(config_class: Any, name: Any, location: dict[str, Any]) -> dict[str, Any]:
+    """Of the configuration that lies with a checkpoint, translated if it is a BERT's; nothing where none lies there."""
+    if not name:
+        return {}
+    try:
+        fields, _ = config_class.get_config_dict(name, **location)
+    except OSError:
+        return {}
+    return fields
 
 
-def _elastic_neurons(model: nn.Module) -> list[SpikingNeurons]:
-    return [neurons for neurons in _neurons(model) if neurons.fixed_amplitude is None]
+def _fields_asked_for(
+    config_class: Any, config: Any, kwargs: dict[str, Any], location: dict[str, Any]
+) -> dict[str, Any]:
+    """What the arguments of from_pretrained say, beside the checkpoint, of the fields that its amplitudes or the kind
+    of its weights depend on."""
+    if isinstance(config, PreTrainedConfig):
+        fields = config.to_dict()
+    else:
+        fields = _fields_of_checkpoint(config_class, config, location) | kwargs
+    return {name: fields[name] for name in (*CALIBRATION_FIELDS, "int8_weights") if name in fields}
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

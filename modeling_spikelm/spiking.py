@@ -27,12 +27,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
-from .configuration_spikelm import SpikeLMConfig
+from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
 from .fast_paths import FAST_PATHS, is_eager_on_cpu
 
 logger = logging.get_logger(__name__)
 
 AMPLITUDE_FLOOR = 1e-5
+HOW_TO_CALIBRATE = "Call model.calibrate(batches), or train the model, whose first step does it."
 # The float32 number next below 1.
 _BELOW_ONE = 1 - 2**-24
 
@@ -338,8 +339,11 @@ class SpikingNeurons(nn.Module):
     no part of a checkpoint.
 
     Args:
-        config: gives T, the decay, the amplitude's scale and the reset.
+        config: gives T, the decay, the amplitude's scale and the reset. Changing it later changes nothing here.
         has_membrane: without one every step stands alone, `m[t] = x[t]` (keys and values).
+
+    Attributes:
+        built_for: the values that the amplitudes are made for, by the name of their field in the configuration.
     """
 
     # The class of every `SpikeLMConfig.neuron`.
@@ -354,6 +358,7 @@ class SpikingNeurons(nn.Module):
 
     def __init__(self, config: SpikeLMConfig, has_membrane: bool = True):
         super().__init__()
+        self.built_for = {field: getattr(config, field) for field in CALIBRATION_FIELDS}
         self.num_time_steps = config.num_time_steps
         self.decay = config.membrane_decay
         self.amplitude_scale = config.amplitude_scale
@@ -363,6 +368,7 @@ class SpikingNeurons(nn.Module):
         self.register_buffer("amplitude", amplitude, persistent=self.fixed_amplitude is None)
         # True once `amplitude` is known on the host to be set, so that a forward need not ask the device.
         self.is_calibrated = self.fixed_amplitude is not None
+        self.register_load_state_dict_pre_hook(SpikingNeurons._leave_out_other_steps)
         self.register_load_state_dict_post_hook(SpikingNeurons._read_after_load)
 
     def extra_repr(self) -> str:
@@ -395,7 +401,7 @@ class SpikingNeurons(nn.Module):
         if not self.training:
             logger.warning_once(
                 "This SpikeLM is not calibrated: its spike amplitudes are taken from each batch, so outputs depend on "
-                "what else is in the batch. Call model.calibrate(batches) or train it for one step."
+                f"what else is in the batch. {HOW_TO_CALIBRATE}"
             )
             return self.batch_amplitude(steps)
         if getattr(self, "_is_replica", False):
@@ -411,7 +417,7 @@ class SpikingNeurons(nn.Module):
         """`amplitude[t] = k * mean(|m[t]|)` of one batch, each step's fixed before its spikes shape the next membrane.
 
         Args:
-            steps: `(T, B, L, F)` inputs.
+            steps: `(T, ...)` inputs, all of which count.
             every_process: the mean is over the batches of all processes of the default group, which all have to call.
 
         Returns:
@@ -448,6 +454,19 @@ class SpikingNeurons(nn.Module):
         self.is_calibrated = all(values)
         if any(values) and not self.is_calibrated:
             logger.warning(f"Spike amplitudes {values} are set for some time steps only: taken as not calibrated.")
+
+    @staticmethod
+    def _leave_out_other_steps(
+        module: "SpikingNeurons", state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        # Amplitudes of another number of steps say nothing here: the group is not calibrated.
+        given = state_dict.get(f"{prefix}amplitude")
+        if given is not None and given.dim() == 1 and given.shape != module.amplitude.shape:
+            state_dict[f"{prefix}amplitude"] = torch.zeros_like(module.amplitude, device=given.device)
+            logger.warning_once(
+                f"The state dict has spike amplitudes of {len(given)} time steps, this model has "
+                f"num_time_steps={module.num_time_steps}: its neurons are not calibrated now. {HOW_TO_CALIBRATE}"
+            )
 
     @staticmethod
     def _read_after_load(module: "SpikingNeurons", incompatible_keys: Any) -> None:

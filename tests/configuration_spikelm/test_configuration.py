@@ -81,6 +81,27 @@ def test_field_made_impossible_later_is_refused_at_save(tmp_path):
         config.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("field", "value"), [("neuron", "izhikevich"), ("amplitude_scale", -1.0)])
+def test_a_field_given_while_loading_is_validated(tmp_path, field, value):
+    SpikeLMConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field}={value!r} is not possible"):
+        SpikeLMConfig.from_pretrained(tmp_path, **{field: value})
+
+
+def test_a_subclass_of_another_type_loads_its_own_checkpoints_and_ours_and_names_both(tmp_path):
+    class LongConfig(SpikeLMConfig):
+        model_type = "long-spikelm"
+
+    SpikeLMConfig(num_time_steps=3).save_pretrained(tmp_path / "ours")
+    LongConfig(num_time_steps=5).save_pretrained(tmp_path / "own")
+    assert LongConfig.from_pretrained(tmp_path / "ours").num_time_steps == 3
+    assert LongConfig.from_pretrained(tmp_path / "own").num_time_steps == 5
+    with pytest.raises(ValueError, match="'roberta'; LongConfig loads .* 'long-spikelm' and 'spikelm'"):
+        LongConfig.from_pretrained(bert_folder(tmp_path, model_type="roberta"))
+    with pytest.raises(ValueError, match="'long-spikelm'; SpikeLMConfig loads checkpoints of type 'spikelm' and takes"):
+        SpikeLMConfig.from_pretrained(tmp_path / "own")
+
+
 def test_json_round_trip_is_exact_and_keeps_unknown_fields(tmp_path):
     config = SpikeLMConfig(
         num_time_steps=3, membrane_decay=0.1, membrane_reset="symmetric", num_labels=5, made_by={"us": [1, 2.5, None]}

@@ -51,6 +51,9 @@ assert torch.equal(model(ids).logits, second(ids).logits)
 classifier = AutoModelForSequenceClassification.from_pretrained({str(again)!r}, trust_remote_code=True, num_labels=3)
 assert classifier(ids).logits.shape == (1, 3)
 classifier.save_pretrained({str(tmp_path / "classifier")!r})
+for change in ({{"amplitude_scale": 6.0}}, {{"num_time_steps": 1}}):
+    other = AutoModelForMaskedLM.from_pretrained({str(checkpoint)!r}, trust_remote_code=True, **change)
+    assert not any(buffer.any() for name, buffer in other.named_buffers() if name.endswith(".amplitude")), change
 fill = pipeline("fill-mask", model={str(again)!r}, trust_remote_code=True)
 print(type(model).__name__, len(fill("the capital of france is [MASK].")), model(ids).logits.sum().item())
 """)

@@ -108,7 +108,8 @@ def test_warm_start_says_so_once(tmp_path, caplog):
     for _ in range(2):
         SpikeLMModel.from_pretrained(tmp_path)
     notices = [record.message for record in caplog.records if "warm start" in record.message]
-    assert len(notices) == 1
+    assert len(notices) == 1 and "model.calibrate(batches)" in notices[0]
+    assert sum("calibrated" in record.message for record in caplog.records) == 1
     assert not any("model of type" in record.message for record in caplog.records)
 
 
