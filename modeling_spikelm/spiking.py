@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 AMPLITUDE_FLOOR = 1e-5
 HOW_TO_CALIBRATE = "Call model.calibrate(batches), or train the model, whose first step does it."
 # The float32 number next below 1.
-_BELOW_ONE = 1 - 2**-24
+BELOW_ONE = 1 - 2**-24
 
 
 def ternary(membrane: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ def _fire(
     units = (membrane / threshold).clamp_(-2, 2)
     codes.copy_(units)
     # Other than sign(), clamping keeps a NaN.
-    signs = torch.hardshrink(units, _BELOW_ONE, out=units).clamp_(-1, 1)
+    signs = torch.hardshrink(units, BELOW_ONE, out=units).clamp_(-1, 1)
     if spikes.dtype == torch.float32:
         torch.mul(signs, amplitude, out=spikes)
     else:
@@ -217,19 +217,19 @@ def _pass_back_on_cpu(
 ) -> torch.Tensor:
     """`_pass_back` in passes that are vectorised on a CPU."""
     if not has_membrane or len(codes) == 1:
-        return _passed(spikes_gradient, codes).to(dtype)
+        return passed_on(spikes_gradient, codes).to(dtype)
     gradient = torch.empty_like(spikes_gradient, dtype=dtype)
     silent_shares = _silent_shares(amplitude, decay, reset)
     later = None
     for step in reversed(range(len(codes))):
-        passed = _passed(spikes_gradient[step], codes[step]).float()
+        passed = passed_on(spikes_gradient[step], codes[step]).float()
         if later is not None:
             passed.add_(_times_left(codes[step], reset).float().mul_(silent_shares[step]).mul_(later))
         gradient[step] = later = passed
     return gradient
 
 
-def _passed(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def passed_on(gradient: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """What spikes with these codes pass on of their gradient, of its dtype; the membrane left aside."""
     # The derivative of hardtanh is this mask: it passes what lies strictly between its limits.
     return torch.ops.aten.hardtanh_backward(gradient, codes.to(gradient.dtype), -2, 2)
@@ -271,8 +271,16 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
         super().__exit__(*error)
 
     @staticmethod
-    def announce(spikes: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor) -> None:
-        """Tells the innermost context, if there is one, what `spikes` `(T, ...)` are made of."""
+    def announce(
+        spikes: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> None:
+        """Tells the innermost context, if there is one, what `spikes` `(T, ..., F)` are made of.
+
+        Args:
+            codes: int8, of the same shape; their sign, by 0, is that of the spike.
+            amplitude: `(T,)` or `(T, F)`, what a sign is multiplied by.
+            shift: `(F,)`, what is added then.
+        """
         packing = _PACKING.get()
         if packing is None or not spikes.is_contiguous():
             return
@@ -280,14 +288,14 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
         alive = {number: entry for number, entry in packing._announced.items() if not entry.storage.expired()}
         # As long as the weak reference lives, no other storage can have its number.
         storage = StorageWeakRef(spikes.untyped_storage())
-        packing._announced = alive | {storage.cdata: _Announcement(storage, spikes._version, codes, amplitude)}
+        packing._announced = alive | {storage.cdata: _Announcement(storage, spikes._version, codes, amplitude, shift)}
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _PackedSpikes":
         announced = self._announced.get(tensor.untyped_storage()._cdata)
         if announced is None or tensor._version != announced.version:
             return tensor
         layout = tensor.size(), tensor.stride(), int(tensor.storage_offset())
-        return _PackedSpikes(announced.codes, announced.amplitude, tensor.dtype, *layout)
+        return _PackedSpikes(announced.codes, announced.amplitude, announced.shift, tensor.dtype, *layout)
 
 
 # Of each thread and task its own: replicas of torch.nn.DataParallel run side by side.
@@ -299,11 +307,13 @@ class _Announcement(NamedTuple):
     version: int
     codes: torch.Tensor
     amplitude: torch.Tensor
+    shift: torch.Tensor | None
 
 
 class _PackedSpikes(NamedTuple):
     codes: torch.Tensor
     amplitude: torch.Tensor
+    shift: torch.Tensor | None
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -313,8 +323,13 @@ class _PackedSpikes(NamedTuple):
 def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    amplitude = _per_step(saved.amplitude, saved.codes).to(saved.dtype)
-    spikes = saved.codes.clamp(-1, 1).to(saved.dtype).mul_(amplitude)
+    signs = saved.codes.clamp(-1, 1)
+    if saved.shift is None:
+        spikes = signs.to(saved.dtype).mul_(_per_step(saved.amplitude, saved.codes).to(saved.dtype))
+    else:
+        # Rounded once, as the spikes were.
+        sizes = saved.amplitude.view(len(signs), *(1 for _ in signs.shape[1:-1]), -1)
+        spikes = torch.addcmul(saved.shift, signs.float(), sizes).to(saved.dtype)
     return spikes.as_strided(saved.size, saved.stride, saved.offset)
 
 

@@ -1,0 +1,152 @@
+"""Spikes with learned levels: by hand, the fast pass against the oracle, and what the two gradients are."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from modeling_spikelm.learned import Levels, level_spikes, level_spikes_reference
+from modeling_spikelm.spiking import SpikePacking, _unpack, spike
+
+BOTH = pytest.mark.parametrize("function", [level_spikes, level_spikes_reference])
+
+
+def run(function, inputs, levels, decay, reset, has_membrane, weights):
+    """Spikes, and the gradients of inputs, amplitude, scale and shift."""
+    inputs = inputs.clone().requires_grad_()
+    levels = Levels(*(part.clone().requires_grad_() for part in levels[:3]), levels.cost)
+    spikes = function(inputs, levels, decay, reset, has_membrane)
+    gradients = torch.autograd.grad((spikes.float() * weights).sum(), [inputs, *levels[:3]])
+    return spikes.detach(), gradients
+
+
+# Two channels of scale 1 and 2, shift 1 and 0, amplitude 1; one token per row.
+#   inputs            0.4   1.6   2.5  -3.0         -0.9   1.1   2.2   0.0
+#   m = (x-shift)/s  -0.6   0.6   1.5  -4.0         -0.45  0.55  1.1   0.0
+#   signs (> 1/2)     -1     1     1    -1            0     1     1     0
+#   inside (<= 1)      x     x                        x     x           x
+HAND_INPUTS = torch.tensor([[[0.4, -0.9], [1.6, 1.1], [2.5, 2.2], [-3.0, 0.0]]])
+HAND_LEVELS = Levels(torch.tensor([1.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+HAND_SPIKES = torch.tensor([[[0.0, 0.0], [2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]])
+HAND_PASSED = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]])
+
+
+@BOTH
+def test_one_step_by_hand_with_lsqs_gradient(function):
+    spikes, gradients = run(function, HAND_INPUTS, HAND_LEVELS, 0.25, "reference", True, torch.ones(1, 4, 2))
+    assert torch.equal(spikes, HAND_SPIKES)
+    assert torch.equal(gradients[0], HAND_PASSED)
+    # Of the scale: amplitude * sign, less m where it is inside. Channel 1: -1 + 1 + 1 - 1 - (-0.6 + 0.6); channel 2:
+    # 1 + 1 - (-0.45 + 0.55 + 0).
+    assert gradients[2].tolist() == pytest.approx([0.0, 1.9])
+    # Of the amplitude: scale * (sign, less m where it is inside).
+    assert gradients[1].tolist() == pytest.approx([1.0 * 0.0 + 2.0 * 1.9])
+    # Of the shift: 1, less 1 where the gradient goes to the input.
+    assert gradients[3].tolist() == pytest.approx([2.0, 1.0])
+
+
+@BOTH
+def test_one_step_by_hand_with_a_cost_and_the_exact_gradient(function):
+    # A cost of 0.2 moves the first threshold from 0.5 to 0.6, which 0.6 itself does not exceed (the membranes of the
+    # first channel are exact in float32 only about 0.6, so take 0.5625 and 0.625 instead).
+    inputs = torch.tensor([[[1.5625, -0.9], [1.625, 1.1], [2.5, 2.2], [-3.0, 0.0]]])
+    levels = HAND_LEVELS._replace(cost=torch.tensor([0.2, 0.0]))
+    spikes, gradients = run(function, inputs, levels, 0.25, "reference", True, torch.ones(1, 4, 2))
+    assert torch.equal(spikes, torch.tensor([[[1.0, 0.0], [2.0, 2.0], [2.0, 2.0], [0.0, 0.0]]]))
+    # Passes up to threshold + amplitude / 2, 1.1 in the first channel and 1 in the second.
+    assert torch.equal(gradients[0], HAND_PASSED)
+    # The levels are told what they add to the output, no more: the sum of the signs, and the number of tokens.
+    assert gradients[1].tolist() == pytest.approx([1.0 * 1.0 + 2.0 * 2.0])
+    assert gradients[2].tolist() == pytest.approx([1.0, 2.0])
+    assert gradients[3].tolist() == [4.0, 4.0]
+
+
+def test_a_spike_fires_just_where_it_saves_more_than_it_costs():
+    membranes = torch.linspace(-3, 3, 1001)[None, :, None]
+    amplitude, cost = torch.tensor([0.8]), torch.tensor([0.3])
+    levels = Levels(amplitude, torch.ones(1), torch.zeros(1), cost)
+    spikes = level_spikes(membranes, levels, 0.25, "reference")
+    saved = membranes**2 - (membranes.abs() - amplitude) ** 2
+    assert torch.equal(spikes != 0, saved > cost)
+
+
+def test_levels_of_one_and_no_shift_are_the_elastic_neuron():
+    torch.manual_seed(0)
+    inputs, amplitude = torch.randn(4, 2, 5, 3) * 2, torch.rand(4) + 0.5
+    levels = Levels(amplitude, torch.ones(3), torch.zeros(3))
+    for reset in ("reference", "symmetric"):
+        expected = spike(inputs, amplitude, 0.25, reset)
+        assert torch.equal(level_spikes(inputs, levels, 0.25, reset), expected)
+
+
+values = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
+    lambda sizes: st.tuples(
+        arrays.arrays("float32", (sizes[0], 2, 3, sizes[1]), elements=st.floats(-6, 6, width=32)),
+        arrays.arrays("float32", (sizes[0], 2, 3, sizes[1]), elements=st.floats(-2, 2, width=32)),
+        arrays.arrays("float32", (sizes[0],), elements=st.floats(0.0625, 4, width=32)),
+        arrays.arrays("float32", (sizes[1],), elements=st.floats(0.0625, 4, width=32)),
+        arrays.arrays("float32", (sizes[1],), elements=st.floats(-2, 2, width=32)),
+        st.none() | arrays.arrays("float32", (sizes[1],), elements=st.floats(0, 2, width=32)),
+    )
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    values,
+    st.floats(0, 1),
+    st.sampled_from(["reference", "symmetric"]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_fast_path_equals_the_oracle_in_values_and_every_gradient(values, decay, reset, has_membrane, dtype):
+    inputs, weights, *levels = (None if part is None else torch.from_numpy(part) for part in values)
+    fast, oracle = (
+        run(function, inputs.to(dtype), Levels(*levels), decay, reset, has_membrane, weights)
+        for function in (level_spikes, level_spikes_reference)
+    )
+    assert torch.equal(fast[0], oracle[0])
+    assert fast[0].dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for found, expected in zip(fast[1], oracle[1], strict=True):
+        # Sums of terms that cancel: what counts is the size of the largest term.
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-3 * float(1 + expected.abs().max()))
+
+
+@BOTH
+def test_a_number_that_is_none_stays_none(function):
+    inputs = torch.tensor([[[float("nan")], [float("inf")], [-float("inf")]], [[0.0], [0.0], [0.0]]])
+    levels = Levels(torch.ones(2), torch.ones(1), torch.zeros(1))
+    spikes = function(inputs, levels, 0.25, "symmetric")
+    assert spikes[0, 0].isnan().all()
+    assert spikes[0, 1:].flatten().tolist() == [1.0, -1.0]
+
+
+def test_no_tokens_and_strided_inputs():
+    levels = Levels(torch.ones(2), torch.rand(4) + 0.5, torch.randn(4))
+    assert level_spikes(torch.empty(2, 0, 3, 4), levels, 0.25, "reference").shape == (2, 0, 3, 4)
+    strided = torch.randn(2, 4, 3, 5).permute(0, 2, 3, 1)
+    expected = level_spikes(strided.contiguous(), levels, 0.25, "reference")
+    assert torch.equal(level_spikes(strided, levels, 0.25, "reference"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_product_keeps_of_them_is_a_byte_per_spike_and_comes_back_the_same(dtype):
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True)
+    levels = Levels(torch.rand(2) + 0.5, torch.rand(4) + 0.5, torch.randn(4), torch.rand(4))
+    weight = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+
+    def gradient():
+        spikes = level_spikes(inputs, levels, 0.25, "reference").flatten(0, 1)
+        return torch.autograd.grad(torch.nn.functional.linear(spikes, weight).square().sum(), weight)[0]
+
+    expected = gradient()
+    packing = SpikePacking()
+    with packing:
+        spikes = level_spikes(inputs, levels, 0.25, "reference")
+        kept = packing._pack(spikes)
+        assert kept.codes.dtype == torch.int8
+        assert torch.equal(_unpack(kept), spikes)
+        assert torch.equal(gradient(), expected)
