@@ -18,7 +18,7 @@ Two kinds of neurons learn their levels, and differ in when they fire and in wha
 * learned: a spike where it is the nearer level, `threshold[t] = amplitude[t] / 2`, and LSQ's gradient: the quantiser is
   straight through between its levels, so moving a level also moves the threshold.
 * thrifty: a spike only where it lowers the squared error by more than it costs,
-  `threshold[t] = amplitude[t] / 2 + cost / (2 * amplitude[t])`, since a spike of size a lowers the error of a membrane m
+  `threshold[t] = amplitude[t] / 2 + cost / (2 * amplitude[t])`, for a spike of size a lowers the error of a membrane m
   by `m^2 - (m - a)^2 = 2 a |m| - a^2`. Of all ternary quantisers of that firing rate it has the least error (the
   Lagrangian of rate and distortion, with spikes as the rate). Its levels get their exact gradient, in which they are
   what the spikes carry and nothing else.
