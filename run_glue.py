@@ -32,13 +32,15 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from distillation.arguments import DistillationArguments
+from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
+from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.best_model import set_direction
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.durable_files import write_durably
 from experiment.model_card import RunCard
 from experiment.models import (
-    checkpoint_digest,
     load_config,
     load_model,
     load_tokenizer,
@@ -46,6 +48,7 @@ from experiment.models import (
     refuse_int8_training,
     refuse_pickled_weights,
     saved_by_run,
+    weights_digest,
 )
 from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
@@ -100,24 +103,27 @@ KEEPING_BEST = {
 
 @dataclass
 class TaskData:
-    """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data."""
+    """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data; and
+    the name of its teacher, if it has one."""
 
     task: GlueTask
     config: PreTrainedConfig
     splits: DatasetDict
     test_rows: dict[str, list[int]]
     fingerprint: str
+    teacher: str | None
 
 
 @full_disk_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found in here, before anything is written.
     with input_errors():
-        model_arguments, arguments, spikes, training, given = parse_arguments(
-            (ModelArguments, GlueArguments, SpikeArguments, GlueTrainingArguments), argv
+        model_arguments, arguments, teaching, spikes, training, given = parse_arguments(
+            (ModelArguments, GlueArguments, DistillationArguments, SpikeArguments, GlueTrainingArguments), argv
         )
         set_up_logging(training)
         check_strategies(arguments, training, given)
+        teaching.check_flags(given)
         tasks = resolve_task_names(arguments.task_name)
         plans = {task.name: plan_runs(task, arguments, training, given, len(tasks)) for task in tasks}
         runs = [run for plan in plans.values() for run in plan]
@@ -126,24 +132,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(model_arguments)
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
-        ready = [prepare(task, tokenizer, model_arguments, arguments) for task in tasks]
+        ready = [prepare(task, tokenizer, model_arguments, arguments, teaching) for task in tasks]
         if training.do_train:
             refuse_int8_training(model_arguments, ready[0].config)
         check_evaluation(training, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
-        start = {"checkpoint_digest": checkpoint_digest(model_arguments)}
+        start = {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)}
         # Which tasks the folder has, and their data, is a matter of the runs' own records.
-        common = common_arguments(model_arguments, arguments, spikes, training) | start
+        common = common_arguments(model_arguments, arguments, teaching, spikes, training) | start
         record = RunRecord(training.output_dir, common, "")
         overwrite = model_arguments.overwrite_output_dir
         record.check(overwrite, training.resume_from_checkpoint)
         records = {}
         for data in ready:
             for run in plans[data.task.name]:
-                run_arguments = common_arguments(model_arguments, arguments, spikes, run) | start
+                run_arguments = common_arguments(model_arguments, arguments, teaching, spikes, run) | start
+                run_arguments |= {"teacher_digest": weights_digest(data.teacher)}
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
                 refuse_pickled_weights(records[run.output_dir].check(overwrite, run.resume_from_checkpoint))
-        try_first_steps(ready, plans, records, tokenizer, model_arguments, given)
+        try_first_steps(ready, plans, records, tokenizer, model_arguments, teaching, given)
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(overwrite, training.resume_from_checkpoint)
     if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:
@@ -159,18 +166,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             run_record, repository = records[run.output_dir], repositories[run.output_dir]
             note = ProgressNote(record, run_record)
-            run_task(data, run, tokenizer, model_arguments, spikes, run_record, note, repository, submission_dir)
+            run_task(
+                data, run, tokenizer, model_arguments, teaching, spikes, run_record, note, repository, submission_dir
+            )
     results = finished_results(record)
     if results and training.process_index == 0:
         print(write_table(build_table(results), training.output_dir))
     record.record_end()
 
 
-def common_arguments(
-    model_arguments: ModelArguments, arguments: GlueArguments, spikes: SpikeArguments, training: GlueTrainingArguments
-) -> dict[str, Any]:
+def common_arguments(*arguments: Any) -> dict[str, Any]:
     """What all runs in an output folder have to have in common, and a run with itself when it is resumed."""
-    recorded = recorded_arguments(model_arguments, arguments, spikes, training)
+    recorded = recorded_arguments(*arguments)
     # Which tasks a command names is no part of their results; the epochs of a run are in its num_train_epochs.
     return {name: value for name, value in recorded.items() if name not in ("task_name", "task_epochs")}
 
@@ -265,6 +272,7 @@ def try_first_steps(
     records: Mapping[str, RunRecord],
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
+    teaching: DistillationArguments,
     given: Mapping[str, Any],
 ) -> None:
     """Tries the first step of every task that is not finished, one after another, with a model of its own.
@@ -282,12 +290,16 @@ def try_first_steps(
             model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
         is_first = False
         trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
-        make = partial(make_trainer, data, tokenizer)
+        make = partial(make_trainer, data, tokenizer, load_task_teacher(data, model_arguments, teaching), teaching)
         try_first_step(make, model, unfinished[0], given, trains)
 
 
 def prepare(
-    task: GlueTask, tokenizer: PreTrainedTokenizerBase, model_arguments: ModelArguments, arguments: GlueArguments
+    task: GlueTask,
+    tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
+    arguments: GlueArguments,
+    teaching: DistillationArguments,
 ) -> TaskData:
     """Load and tokenise a task and make its configuration; raises what is wrong with any of them."""
     raw = load_task(task, arguments.data_dir, model_arguments.cache_dir)
@@ -308,7 +320,7 @@ def prepare(
         num_workers=arguments.preprocessing_num_workers,
     )
     test_rows = {name: raw[name]["idx"][: len(splits[name])] for name in task.test_splits if name in splits}
-    return TaskData(task, config, splits, test_rows, fingerprint(raw))
+    return TaskData(task, config, splits, test_rows, fingerprint(raw), teaching.teacher_of(task.name))
 
 
 def run_task(
@@ -316,6 +328,7 @@ def run_task(
     run: GlueTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
+    teaching: DistillationArguments,
     spikes: SpikeArguments,
     record: RunRecord,
     note: ProgressNote,
@@ -329,10 +342,13 @@ def run_task(
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
         model = load_model(AutoModelForSequenceClassification, saved_by_run(model_arguments, trained), data.config)
+        teacher = load_task_teacher(data, model_arguments, teaching)
+    if teacher is not None and not trained:
+        take_real_valued_parts(model, teacher)
     card = make_card(data, run, model, model_arguments)
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
-    trainer = make_trainer(data, tokenizer, model, run, [note, preemption, keeper, publisher])
+    trainer = make_trainer(data, tokenizer, teacher, teaching, model, run, [note, preemption, keeper, publisher])
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)
@@ -352,11 +368,15 @@ def run_task(
         for split in task.validation_splits:
             metrics |= evaluate_spikes(trainer, splits[split], spikes, prefix=metric_key(task, split, ""))
         report(trainer, "eval", metrics | {"eval_samples": sum(len(splits[name]) for name in task.validation_splits)})
+    taught_by = {}
+    if run.do_eval and teacher is not None:
+        # With the same batches and the same metrics; the student's metrics are on record by now.
+        taught_by = make_trainer(data, tokenizer, None, teaching, teacher.model, run).evaluate()
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:
         predict(data, trainer, submission_dir)
-    results = column_results(data, trainer, metrics, history) if run.do_eval else []
+    results = column_results(data, trainer, metrics, history, taught_by) if run.do_eval else []
     if trainer.is_world_process_zero():
         content = json.dumps([asdict(result) for result in results], indent=2) + "\n"
         write_durably(Path(run.output_dir, RESULT_FILE), content)
@@ -367,15 +387,33 @@ def run_task(
         importlib.import_module("wandb").finish()
 
 
+def load_task_teacher(
+    data: TaskData, model_arguments: ModelArguments, teaching: DistillationArguments
+) -> Teacher | None:
+    if data.teacher is None:
+        return None
+    return load_teacher(
+        data.teacher,
+        data.config,
+        is_classifier=True,
+        revision=teaching.teacher_revision,
+        cache_dir=model_arguments.cache_dir,
+        attn_implementation=model_arguments.attn_implementation,
+    )
+
+
 def make_trainer(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher | None,
+    teaching: DistillationArguments,
     model: PreTrainedModel,
     run: GlueTrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     validation = {name.removeprefix("validation_"): data.splits[name] for name in data.task.validation_splits}
-    return WholeStepsTrainer(
+    trainer_class = WholeStepsTrainer if teacher is None else partial(DistillationTrainer, **teaching.options(teacher))
+    return trainer_class(
         model=model,
         args=run,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -406,7 +444,11 @@ def predict(data: TaskData, trainer: Trainer, folder: Path) -> None:
 
 
 def column_results(
-    data: TaskData, trainer: Trainer, metrics: Mapping[str, float], history: list[dict[str, float]]
+    data: TaskData,
+    trainer: Trainer,
+    metrics: Mapping[str, float],
+    history: list[dict[str, float]],
+    teacher_metrics: Mapping[str, float],
 ) -> list[ColumnResult]:
     """What the table shows: the kept model's scores, but MNLI-mm from the last epoch, as in the paper.
 
@@ -415,6 +457,7 @@ def column_results(
     Args:
         metrics: the last evaluation, that of the kept model.
         history: the Trainer's log of the training, with an evaluation of every epoch if the best was to be kept.
+        teacher_metrics: an evaluation of the teacher; empty without one.
     """
     task, run, results = data.task, trainer.args, []
     for number, (split, column) in enumerate(zip(task.validation_splits, task.columns, strict=True)):
@@ -439,6 +482,7 @@ def column_results(
                 train_examples=len(data.splits["train"]) if run.do_train else 0,
                 validation_examples=len(data.splits[split]),
                 spikes=present_scores(task, split, metrics, FIGURES),
+                teacher=present_scores(task, split, teacher_metrics, task.metrics),
             )
         )
     return results

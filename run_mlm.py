@@ -40,7 +40,6 @@ from experiment.best_model import set_direction
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.model_card import RunCard
 from experiment.models import (
-    checkpoint_digest,
     load_config,
     load_model,
     load_tokenizer,
@@ -48,6 +47,7 @@ from experiment.models import (
     refuse_int8_training,
     refuse_pickled_weights,
     saved_by_run,
+    weights_digest,
 )
 from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         record = RunRecord(
             training.output_dir,
             recorded_arguments(model_arguments, data_arguments, spikes, training)
-            | {"checkpoint_digest": checkpoint_digest(model_arguments)},
+            | {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)},
             "+".join(content_fingerprint(split) for split in splits.values()),
         )
         checkpoint, pushed_to = None, push_target(training)

@@ -1,8 +1,11 @@
 """The flags of distillation that `run_distill.py` and `run_glue.py` share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from .teacher import Teacher
 from .trainer import LossWeights
 
 
@@ -58,6 +61,27 @@ class DistillationArguments:
     @property
     def weights(self) -> LossWeights:
         return LossWeights(**{entry.name: getattr(self, f"{entry.name}_weight") for entry in fields(LossWeights)})
+
+    def options(self, teacher: Teacher) -> dict[str, Any]:
+        """What a `DistillationTrainer` takes beside a Trainer's own arguments."""
+        return {
+            "teacher": teacher,
+            "weights": self.weights,
+            "temperature": self.temperature,
+            "diagnoses": self.loss_diagnostics,
+        }
+
+    def check_flags(self, given: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: a flag was given that says nothing without a teacher.
+        """
+        idle = sorted(given.keys() & {entry.name for entry in fields(self)})
+        if idle and self.teacher_name_or_path is None:
+            raise ValueError(
+                f"--{idle[0]} is about learning from a teacher; name one with --teacher_name_or_path, or leave the "
+                "flag out."
+            )
 
     def teacher_of(self, task: str) -> str | None:
         """The teacher of a GLUE task: its folder, where `run_glue.py` has written one for each task, or the one named.

@@ -92,6 +92,26 @@ def load_teacher(
     return Teacher(model, "labels" if is_classifier else "" if missing else "tokens")
 
 
+@torch.no_grad()
+def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher) -> None:
+    """Copies what has no spikes, and so need not be learned again: embeddings, and pooler and classifier or masked-LM
+    head, as far as both models have them.
+
+    Raises:
+        ValueError: a parameter of that name has another shape in the student.
+    """
+    wanted = dict(teacher.model.named_parameters())
+    for name, parameter in student.named_parameters():
+        source = None if ".encoder." in name or name.startswith("encoder.") else wanted.get(name)
+        if source is None:
+            continue
+        if source.shape != parameter.shape:
+            raise ValueError(
+                f"{name} is {tuple(source.shape)} in the teacher, {tuple(parameter.shape)} in the student."
+            )
+        parameter.copy_(source)
+
+
 def _check_fit(name: str, teacher: PreTrainedConfig, student: PreTrainedConfig, is_classifier: bool) -> None:
     if teacher.model_type != "bert":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The stock Trainer with another loss: what a student is told by a teacher, term by term."""
+"""The Trainer of the scripts with another loss: what a student is told by a teacher, term by term."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
+
+from experiment.whole_steps import WholeStepsTrainer
 
 from .losses import (
     VARIANCE_FLOOR,
@@ -36,7 +38,7 @@ class LossWeights:
     label: float = 0.1
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(WholeStepsTrainer):
     """Trains `model` on the weighted sum of `distillation.losses`; all else is the Trainer's.
 
     Evaluation on batches with labels is the Trainer's own. On batches without, what comes out are the sums that

@@ -118,13 +118,12 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     return type(config).from_dict(config.to_dict(), attn_implementation=config._attn_implementation)
 
 
-def checkpoint_digest(arguments: ModelArguments) -> str | None:
-    """What tells one content of a local `--model_name_or_path` from another: its weights' sizes and times of change.
+def weights_digest(name: str | None) -> str | None:
+    """What tells one content of a local checkpoint from another: its weights' sizes and times of change.
 
-    None without a checkpoint, and for one on the Hub, which `--model_revision` pins.
+    None without a checkpoint, and for one on the Hub, which its revision pins.
     """
-    folder = Path(arguments.model_name_or_path or "")
-    weights = sorted(folder.glob("*.safetensors")) if arguments.model_name_or_path else []
+    weights = sorted(Path(name).glob("*.safetensors")) if name else []
     stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weights]
     return hashlib.blake2b("\n".join(stamps).encode(), digest_size=8).hexdigest() if stamps else None
 

@@ -25,6 +25,9 @@ RECORDED = frozenset(
     mlm_probability streaming shuffle_buffer_size max_train_samples max_eval_samples pad_to_multiple_of vocab_size
     lowercase
 
+    teacher_name_or_path teacher_revision hidden_weight sentence_weight logits_weight value_relation_weight label_weight
+    temperature
+
     task_name data_dir pad_to_max_length task_epochs report_epoch num_seeds max_predict_samples spike_batches
 
     do_train do_eval do_predict seed data_seed full_determinism
@@ -78,6 +81,7 @@ NOT_RECORDED = {
     "overwrite_cache": "the same data, prepared again",
     "preprocessing_num_workers": "rows are the same for any number",
     "prepare_only": "no run",
+    "loss_diagnostics": "what is logged",
     "resume_from_checkpoint": "where to go on",
     # What the scripts set themselves, see `arguments.NOT_TAKEN`.
     "remove_unused_columns": "set by the scripts",

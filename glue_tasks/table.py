@@ -41,6 +41,7 @@ class ColumnResult:
         train_examples: number of training examples; 0 for "as loaded".
         validation_examples: number of examples scored.
         spikes: firing rate and energy of the kept model (`spike_metrics.evaluation.FIGURES`), those that there are.
+        teacher: every metric of the task that the teacher reaches on these examples; empty without a teacher.
     """
 
     task: str
@@ -54,6 +55,7 @@ class ColumnResult:
     validation_examples: int
     epoch_chosen_by: str | None = None
     spikes: dict[str, float] = field(default_factory=dict)
+    teacher: dict[str, float] = field(default_factory=dict)
 
 
 def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
@@ -64,8 +66,9 @@ def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
     firing rate and energies, but ratios are those of the mean energies.
 
     Returns:
-        `{"columns": {column: {...}}, "average": {"score", "spikes", "columns", "missing", "by_seed"}}`; the average's
-        score is `None` when no column of the paper's average is present, its spikes have what all these columns have.
+        `{"columns": {column: {...}}, "average": {"score", "spikes", "columns", "missing", "by_seed",
+        "gap"}}`; the average's score is `None` when no column of the paper's average is present, its spikes have what
+        all these columns have. A gap is the teacher's score less the student's, `None` without a teacher.
 
     Raises:
         ValueError: no result at all, two results of one column and seed, or runs of one column that show different
@@ -85,12 +88,14 @@ def build_table(results: Iterable[ColumnResult]) -> dict[str, Any]:
         str(seed): fmean(100 * runs[column][seed].metrics[columns[column]["metric"]] for column in present)
         for seed in sorted(seeds)
     }
+    gaps = [columns[column]["gap"] for column in present]
     average = {
         "score": fmean(columns[column]["score"] for column in present) if present else None,
         "spikes": _average_spikes([columns[column]["spikes"] for column in present]),
         "columns": present,
         "missing": [column for column in GLUE_AVERAGE_COLUMNS if column not in columns],
         "by_seed": by_seed,
+        "gap": fmean(gaps) if gaps and None not in gaps else None,
     }
     return {"columns": columns, "average": average}
 
@@ -113,10 +118,16 @@ def _column(runs: list[ColumnResult]) -> dict[str, Any]:
     metrics = {name: _spread([100 * run.metrics[name] for run in runs]) for name in first.metrics}
     counted = [name for name in first.spikes if all(name in run.spikes for run in runs)]
     metric = TASKS[first.task].shown_metric
+    score = metrics[metric]["median"]
+    taught = {"teacher": None, "gap": None}
+    if all(run.teacher for run in runs):
+        teacher = _spread([100 * run.teacher[metric] for run in runs])
+        taught = {"teacher": teacher, "gap": teacher["median"] - score}
     return {
         "task": first.task,
         "metric": metric,
-        "score": metrics[metric]["median"],
+        "score": score,
+        **taught,
         "metrics": metrics,
         "spikes": {name: _spread([run.spikes[name] for run in runs]) for name in counted},
         "epochs_trained": first.epochs_trained,
@@ -137,7 +148,9 @@ def render_markdown(table: dict[str, Any]) -> str:
     """The table of `build_table` as Markdown; the score in bold is the one the paper's table shows."""
     # Without any count, of a model that cannot be counted for instance, the columns would be empty.
     spikes = _SPIKE_COLUMNS if any(column["spikes"] for column in table["columns"].values()) else {}
-    header = ["task", "metric", "score", *(title for title, _ in spikes.values()), "other metrics", "epochs trained"]
+    is_taught = any(column["teacher"] for column in table["columns"].values())
+    header = ["task", "metric", "score", *(["teacher", "gap"] if is_taught else [])]
+    header += [*(title for title, _ in spikes.values()), "other metrics", "epochs trained"]
     header += ["epoch shown", "seeds", "train / dev examples"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, column in table["columns"].items():
@@ -149,6 +162,7 @@ def render_markdown(table: dict[str, Any]) -> str:
             name,
             _METRIC_TITLES[column["metric"]],
             f"**{scores[column['metric']]}**",
+            *(_teacher_cells(column) if is_taught else []),
             *(_figure(column["spikes"].get(figure, {}).get("median"), form) for figure, (_, form) in spikes.items()),
             ", ".join(others) or "-",
             f"{column['epochs_trained']:g}",
@@ -177,6 +191,10 @@ def _score(values: dict[str, Any]) -> str:
     return f"{text} ({values['lowest']:.1f} to {values['highest']:.1f})" if several else text
 
 
+def _teacher_cells(column: dict[str, Any]) -> list[str]:
+    return [_score(column["teacher"]), f"{column['gap']:.1f}"] if column["teacher"] else ["-", "-"]
+
+
 def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -196,6 +214,10 @@ def _notes(table: dict[str, Any]) -> list[str]:
         )
     else:
         notes.append("Average: none, since no column of the paper's average was run.")
+    if average["gap"] is not None:
+        notes.append(
+            f"Gap to the teacher (its score less this one's): **{average['gap']:.1f}**, the mean over the same columns."
+        )
     chosen = {name: column["epoch_chosen_by"] for name, column in table["columns"].items() if column["epoch_chosen_by"]}
     if chosen:
         by = ", ".join(f"{name} by {_METRIC_TITLES.get(metric, metric)}" for name, metric in chosen.items())

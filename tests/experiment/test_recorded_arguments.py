@@ -5,6 +5,7 @@ import pytest
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from distillation.arguments import DistillationArguments
 from experiment import recorded_arguments as tables
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.recorded_arguments import recorded_arguments, sequences_per_step
@@ -31,7 +32,7 @@ def arguments(tmp_path):
 
 
 def test_the_tables_name_every_argument_and_no_other():
-    groups = [ScriptArguments, ModelArguments, DataArguments, GlueArguments, SpikeArguments]
+    groups = [ScriptArguments, ModelArguments, DataArguments, GlueArguments, DistillationArguments, SpikeArguments]
     groups += [TrainingArguments, GlueTrainingArguments]
     arguments = {entry.name for group in groups for entry in fields(group)} - {"accelerator_config"}
     arguments |= {f"accelerator_config.{entry.name}" for entry in fields(AcceleratorConfig)}

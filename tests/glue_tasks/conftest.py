@@ -1,10 +1,14 @@
 """Small data in GLUE's own layout, header for header as in the official archives."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, set_seed
+
+from configuration_spikelm import SpikeLMConfig
+from modeling_spikelm import SpikeLMForMaskedLM
 
 _STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"]
 _PARSES = ["sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"]
@@ -62,23 +66,24 @@ def _write(folder: Path, split: str, rows: int) -> None:
     (folder / f"{split}.tsv").write_text(mark + "\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_tasks(data: Path, *tasks: str, train: int = 12, dev: int = 6, test: int = 4) -> Path:
+    """Writes those tasks, or all, into a new folder, and returns it."""
+    for task in tasks or HEADERS:
+        folder = data / task
+        folder.mkdir(parents=True)
+        endings = ("_matched", "_mismatched") if task == "MNLI" else ("",)
+        _write(folder, "train", train)
+        for ending in endings:
+            _write(folder, f"dev{ending}", dev)
+            if test:
+                _write(folder, f"test{ending}", test)
+    return data
+
+
 @pytest.fixture
 def write_glue(tmp_path: Path) -> Callable[..., Path]:
     """`write_glue(folder_name, ..., train=12, dev=6, test=4)` writes those tasks and returns the data folder."""
-
-    def write(*tasks: str, train: int = 12, dev: int = 6, test: int = 4) -> Path:
-        for task in tasks or HEADERS:
-            folder = tmp_path / "glue" / task
-            folder.mkdir(parents=True)
-            endings = ("_matched", "_mismatched") if task == "MNLI" else ("",)
-            _write(folder, "train", train)
-            for ending in endings:
-                _write(folder, f"dev{ending}", dev)
-                if test:
-                    _write(folder, f"test{ending}", test)
-        return tmp_path / "glue"
-
-    return write
+    return partial(write_tasks, tmp_path / "glue")
 
 
 @pytest.fixture(scope="session")
@@ -93,4 +98,19 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
     BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_spikelm(tiny_bert, tmp_path_factory) -> Path:
+    """A calibrated SpikeLM with its masked LM head, of the size and with the tokenizer of `tiny_bert`."""
+    folder = tmp_path_factory.mktemp("spikelm")
+    bert = AutoConfig.from_pretrained(tiny_bert).to_dict()
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    config = SpikeLMConfig(num_time_steps=2, max_position_embeddings=64, **{name: bert[name] for name in kept})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    model = SpikeLMForMaskedLM(config)
+    model.calibrate([dict(tokenizer(["row of train", "sentence of test row"], padding=True, return_tensors="pt"))])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -14,11 +14,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
-from configuration_spikelm import SpikeLMConfig
 from experiment import precision
 from experiment.publishing import Publisher
 from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
-from modeling_spikelm import SpikeLMForMaskedLM
 from run_glue import TaskData, column_results, main
 from spike_metrics.counting import count
 from spike_metrics.evaluation import spike_figures
@@ -46,21 +44,6 @@ def log_history(folder: Path) -> list[dict]:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="session")
-def tiny_spikelm(tiny_bert, tmp_path_factory) -> Path:
-    """A calibrated SpikeLM with its masked LM head, of the size and with the tokenizer of `tiny_bert`."""
-    folder = tmp_path_factory.mktemp("spikelm")
-    bert = AutoConfig.from_pretrained(tiny_bert).to_dict()
-    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    config = SpikeLMConfig(num_time_steps=2, max_position_embeddings=64, **{name: bert[name] for name in kept})
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    model = SpikeLMForMaskedLM(config)
-    model.calibrate([dict(tokenizer(["row of train", "sentence of test row"], padding=True, return_tensors="pt"))])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_all_nine_tasks_and_the_probe_end_in_one_table(write_glue, tiny_bert, tmp_path, capsys):

@@ -1,0 +1,95 @@
+"""Fine-tuning with a teacher: one for every task, and a table that shows what is lost."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from run_glue import main
+from tests.glue_tasks.conftest import write_tasks
+from tests.glue_tasks.test_run_glue import command, log_history, results, snapshot
+
+
+@pytest.fixture(scope="module")
+def taught_run(tiny_bert, tiny_spikelm, tmp_path_factory):
+    """Teachers of two tasks, and what their student, trained for an epoch, has left behind."""
+    folder = tmp_path_factory.mktemp("taught")
+    data = write_tasks(folder / "glue", "CoLA", "STS-B")
+    tasks = ("--task_name", "cola", "stsb", "--num_train_epochs", "1", "--report_epoch", "last")
+    main(command(tiny_bert, data, folder / "teachers", *tasks))
+    student = (*tasks, "--teacher_name_or_path", str(folder / "teachers"), "--logging_steps", "1", "--loss_diagnostics")
+    main(command(tiny_spikelm, data, folder / "students", *student))
+    return folder
+
+
+def test_the_table_shows_teacher_student_and_gap(taught_run):
+    teachers, students = results(taught_run / "teachers"), results(taught_run / "students")
+    for column in ("CoLA", "STS-B"):
+        shown = students["columns"][column]
+        assert shown["teacher"]["median"] == pytest.approx(teachers["columns"][column]["score"])
+        assert shown["gap"] == pytest.approx(shown["teacher"]["median"] - shown["score"])
+    gaps = [students["columns"][column]["gap"] for column in ("CoLA", "STS-B")]
+    assert students["average"]["gap"] == pytest.approx(sum(gaps) / 2)
+    header, _, first = (taught_run / "students" / "glue_results.md").read_text().splitlines()[:3]
+    assert "| score | teacher | gap |" in header
+    assert f"| {students['columns']['CoLA']['gap']:.1f} |" in first
+    assert "gap" not in (taught_run / "teachers" / "glue_results.md").read_text().lower()
+
+
+def test_classes_are_learned_from_logits_and_scores_by_their_square(taught_run):
+    for task in ("cola", "stsb"):
+        first = log_history(taught_run / "students" / task)[0]
+        assert {"hidden_loss", "logits_loss", "label_loss", "hidden_gradient", "hidden_logits_cosine"} <= first.keys()
+
+
+def test_the_student_begins_with_the_teachers_real_valued_parts(taught_run, write_glue, tiny_spikelm, tmp_path):
+    still = ("--learning_rate", "1e-30", "--num_train_epochs", "1", "--report_epoch", "last")
+    teacher = taught_run / "teachers" / "cola"
+    more = ("--task_name", "cola", "--teacher_name_or_path", str(teacher), *still)
+    main(command(tiny_spikelm, write_glue("CoLA"), tmp_path / "out", *more))
+    student, wished = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "cola", teacher))
+    taken = [name for name in wished if ".encoder." not in name]
+    assert {"classifier.weight", "bert.pooler.dense.bias", "bert.embeddings.LayerNorm.weight"} < set(taken)
+    for name in taken:
+        torch.testing.assert_close(student[name], wished[name])
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "cola").config.model_type == "spikelm"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--task_name", "rte"), "has no teacher for rte: there is no"),
+        (("--task_name", "cola", "--temperature", "0"), "--temperature is 0.0; it has to be"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_and_nothing_is_written(
+    taught_run,
+    write_glue,
+    tiny_spikelm,
+    tmp_path,
+    more,
+    message,
+):
+    before = snapshot(tmp_path)
+    teacher = ("--teacher_name_or_path", str(taught_run / "teachers"))
+    with pytest.raises(SystemExit, match=message):
+        main(command(tiny_spikelm, write_glue(), tmp_path / "out", *teacher, *more))
+    assert {name for name in snapshot(tmp_path) if name.startswith("out")} == {n for n in before if n.startswith("out")}
+
+
+def test_flags_about_a_teacher_are_refused_without_one(write_glue, tiny_spikelm, tmp_path):
+    with pytest.raises(SystemExit, match="--hidden_weight is about learning from a teacher"):
+        main(command(tiny_spikelm, write_glue("CoLA"), tmp_path / "out", "--task_name", "cola", "--hidden_weight", "2"))
+
+
+def test_a_teacher_that_was_trained_on_makes_another_run(taught_run, tiny_bert, tiny_spikelm, tmp_path):
+    data, teacher, output = write_tasks(tmp_path / "glue", "CoLA"), tmp_path / "teacher", tmp_path / "out"
+    shutil.copytree(taught_run / "teachers" / "cola", teacher)
+    more = ("--task_name", "cola", "--num_train_epochs", "1", "--report_epoch", "last")
+    main(command(tiny_spikelm, data, output, *more, "--teacher_name_or_path", str(teacher)))
+    weights = load_file(teacher / "model.safetensors")
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="teacher_digest was"):
+        main(command(tiny_spikelm, data, output, *more, "--teacher_name_or_path", str(teacher)))
