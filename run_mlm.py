@@ -60,7 +60,7 @@ from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
-from pretraining_data.masking import EpochCallback, MaskingCollator, StreamPasses, mask_statically
+from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically
 from pretraining_data.packing import (
     check_token_ids,
     content_fingerprint,
@@ -71,6 +71,7 @@ from pretraining_data.packing import (
 )
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
+from pretraining_data.streams import OrderedStream, StreamPasses, lanes_of, shuffled, take_over_workers
 from pretraining_data.tokenizers import train_wordpiece
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
@@ -164,9 +165,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"{type(model).__name__} has no next-sentence head; choose --objective mlm or another --model_type."
             )
         validation, collator = mask(splits["validation"], tokenizer, inputs, data_arguments, training)
-        make = partial(
-            make_trainer, collator, training_rows(splits["train"]) if training.do_train else None, validation, tokenizer
-        )
+        rows = numbered(splits["train"]) if training.do_train else None
+        if data_arguments.streaming:
+            rows, validation = in_order(rows, validation, collator, data_arguments, training)
+        make = partial(make_trainer, collator, rows, validation, tokenizer)
         try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
         record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
@@ -257,12 +259,19 @@ def pack(
     if "train" in packed:
         packed["train"] = take_rows(packed["train"], arguments.max_train_samples)
         if arguments.streaming:
-            packed["train"] = packed["train"].shuffle(training.seed, buffer_size=arguments.shuffle_buffer_size)
+            lanes = lanes_of(packed["train"], arguments.max_train_samples)
+            packed["train"] = shuffled(packed["train"], training.seed, arguments.shuffle_buffer_size, lanes)
     return type(documents)(packed)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+
+
+def longest_row(arguments: DataArguments) -> int:
+    """Most tokens in a row, padding included."""
+    multiple = arguments.pad_to_multiple_of or 1
+    return math.ceil(arguments.max_seq_length / multiple) * multiple
 
 
 def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> None:
@@ -273,8 +282,7 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArgumen
             "tokenizer that belongs to the model with --tokenizer_name, or leave vocab_size to the script."
         )
     longest = getattr(config, "max_position_embeddings", None)
-    multiple = arguments.pad_to_multiple_of or 1
-    length = math.ceil(arguments.max_seq_length / multiple) * multiple
+    length = longest_row(arguments)
     if longest is not None and length > longest:
         raise ValueError(
             f"Rows of up to {length} tokens (--max_seq_length, padded to --pad_to_multiple_of) are more than the "
@@ -309,12 +317,14 @@ def mask(
         inputs: names of what the model's forward takes.
     """
     seed = training.data_seed if training.data_seed is not None else training.seed
+    is_bounded = not (arguments.streaming and "labels" in rows.column_names)
     collator = MaskingCollator(
         tokenizer,
         arguments.mlm_probability,
         seed,
-        arguments.pad_to_multiple_of,
-        with_positions="masked_lm_positions" in inputs,
+        # Of a stream, accelerate puts the batches of all processes into one tensor.
+        longest_row(arguments) if arguments.streaming else arguments.pad_to_multiple_of,
+        with_positions="masked_lm_positions" in inputs and is_bounded,
     )
     collator.has_token_types &= "token_type_ids" in inputs
     with training.main_process_first(desc="masking the validation rows"):
@@ -329,16 +339,27 @@ def mask(
     return validation, collator
 
 
-def training_rows(rows: Dataset | IterableDataset) -> Dataset | StreamPasses:
-    """The rows with what their masks depend on; a stream is read again whenever it ends."""
-    rows = numbered(rows)
-    return StreamPasses(rows) if isinstance(rows, IterableDataset) else rows
+def in_order(
+    rows: IterableDataset | None,
+    validation: IterableDataset,
+    collator: MaskingCollator,
+    arguments: DataArguments,
+    training: TrainingArguments,
+) -> tuple[StreamPasses | None, OrderedStream]:
+    """Streams whose rows come in the same order for any number of workers, which read and mask them; those of training
+    begin again whenever they end."""
+    workers = take_over_workers(training)
+    validation = OrderedStream(validation, lanes_of(validation, arguments.max_eval_samples), workers)
+    if rows is None:
+        return None, validation
+    ordered = OrderedStream(rows, lanes_of(rows, arguments.max_train_samples), workers)
+    return StreamPasses(ordered, prepare=collator.masked), validation
 
 
 def make_trainer(
     collator: MaskingCollator,
     rows: Dataset | StreamPasses | None,
-    validation: Dataset | IterableDataset,
+    validation: Dataset | OrderedStream,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     training: TrainingArguments,

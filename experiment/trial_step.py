@@ -20,7 +20,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -115,7 +115,7 @@ def _first(rows: Any, count: int) -> Any:
         return {name: _first(split, count) for name, split in rows.items()}
     if isinstance(rows, Dataset):
         return rows.select(range(min(count, len(rows))))
-    return rows.take(count) if isinstance(rows, IterableDataset) else rows
+    return rows.take(count) if hasattr(rows, "take") else rows
 
 
 @contextmanager

@@ -71,7 +71,13 @@ class DataArguments:
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed, without a local copy."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the data as it is needed, without a local copy, by --dataloader_num_workers processes (as "
+            "many as there are files, and 8 at most)."
+        },
+    )
     shuffle_buffer_size: int = field(
         default=10_000, metadata={"help": "Rows among which the next one is drawn when --streaming."}
     )

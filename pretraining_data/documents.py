@@ -59,8 +59,9 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What the loaders raise at files that they cannot read.
 READ_ERRORS = (ValueError, pa.ArrowException, DatasetGenerationError)
-# Files of a saved dataset that are read in parallel when it is streamed.
+# Parts of a saved dataset that can be read in parallel when it is streamed, and the fewest rows that make one.
 STREAM_SHARDS = 64
+ROWS_PER_SHARD = 1000
 NO_TEXT = "their text is blank or missing"
 ROWS_PER_BATCH = 1000
 
@@ -389,7 +390,7 @@ def _check_text(name: str, column: str, features: Features, shown_as: str | None
 def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments, rows_per_document: int) -> AnyDataset:
     """The dataset reduced to the columns that matter, without blank rows, which are then joined."""
     if arguments.streaming and isinstance(dataset, Dataset):
-        dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset))))
+        dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset) // ROWS_PER_SHARD)))
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"{name} is empty: it holds no document.")
@@ -484,7 +485,7 @@ def _have_text(batch: dict[str, list[str | None]]) -> list[bool]:
 
 
 def _join_rows(dataset: AnyDataset, rows_per_document: int, arguments: DataArguments) -> AnyDataset:
-    """Every so many rows in a row as one document; the last one may be shorter."""
+    """Every so many rows in a row as one document; the last one, of a stream that of each shard, may be shorter."""
     options = {
         "function": _joined,
         "batched": True,
@@ -493,7 +494,10 @@ def _join_rows(dataset: AnyDataset, rows_per_document: int, arguments: DataArgum
         "fn_kwargs": {"rows_per_document": rows_per_document},
     }
     if isinstance(dataset, IterableDataset):
-        return dataset.map(**options)
+        # Shard by shard: a document over the end of one, and all after it, would be others in every order of shards.
+        # What is held out in one order would be trained on in another.
+        shards = [dataset.shard(dataset.num_shards, number).map(**options) for number in range(dataset.num_shards)]
+        return concatenate_datasets(shards)
     options |= {"load_from_cache_file": not arguments.overwrite_cache, "desc": "Joining rows into documents"}
     return map_in_aligned_shards(dataset, arguments.preprocessing_num_workers, options)
 

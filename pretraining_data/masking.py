@@ -1,9 +1,8 @@
 """BERT's masking as a function of (seed, epoch, example), as a collator for training and once for evaluation."""
 
-import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,6 +17,8 @@ from .packing import numbered
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+# A row's labels are of our choosing, so that `most_labels` bounds their number.
+MASKED_HERE = "is_masked_here"
 
 
 def most_labels(length: int, probability: float) -> int:
@@ -116,8 +117,7 @@ class MaskingCollator:
     """Rows to a padded batch of tensors, masked anew in every epoch.
 
     Rows carry "input_ids" and "example_id" (see `pretraining_data.packing.numbered`), and maybe "attention_mask",
-    "token_type_ids", "special_tokens_mask" and "next_sentence_label". Rows that carry "labels" are used as they are,
-    rows that carry "epoch" (see `StreamPasses`) are masked for that one.
+    "token_type_ids", "special_tokens_mask" and "next_sentence_label". Rows that carry "labels" are used as they are.
 
     Args:
         tokenizer: gives the special tokens, the vocabulary and whether the model takes token_type_ids.
@@ -157,6 +157,19 @@ class MaskingCollator:
         """Draw other masks from now on, in running worker processes too."""
         self._epoch.fill_(epoch)
 
+    def masked(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
+        """A row masked for that epoch, as a batch of this collator would have it; one with labels as it is.
+
+        Raises:
+            ValueError: the row has neither labels nor example_id.
+        """
+        if "labels" in row:
+            return row
+        if "example_id" not in row:
+            raise ValueError("Rows to be masked need an example_id; add it with pretraining_data.packing.numbered.")
+        input_ids, labels = self._masker.mask(row, epoch)
+        return {**row, "input_ids": input_ids, "labels": labels, MASKED_HERE: True}
+
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows.
 
@@ -167,6 +180,7 @@ class MaskingCollator:
             others without one. C is `most_labels` of L tokens, so that equal batches have equal shapes; of labels that
             the rows carry, whose number has no bound, the most that a row has.
         """
+        rows = [self.masked(row, self.epoch) for row in rows]
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -183,23 +197,16 @@ class MaskingCollator:
             batch["attention_mask"][index, :end] = row.get("attention_mask", 1)
             if self.has_token_types:
                 batch["token_type_ids"][index, :end] = row.get("token_type_ids", 0)
-            batch["input_ids"][index, :end], batch["labels"][index, :end] = self._inputs_and_labels(row)
+            batch["input_ids"][index, :end], batch["labels"][index, :end] = row["input_ids"], row["labels"]
         if "next_sentence_label" in rows[0]:
             batch["next_sentence_label"] = np.array([row["next_sentence_label"] for row in rows], dtype=np.int64)
         if self.with_positions and "example_id" in rows[0]:
             has_no_label = batch["labels"] == IGNORED
             most = most_labels(length, self._masker.probability)
-            if "labels" in rows[0]:
+            if MASKED_HERE not in rows[0]:
                 most = length - int(has_no_label.sum(1).min())
             batch["masked_lm_positions"] = np.argsort(has_no_label, axis=1, kind="stable")[:, :most].copy()
         return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-    def _inputs_and_labels(self, row: dict[str, Any]) -> tuple[Any, Any]:
-        if "labels" in row:
-            return row["input_ids"], row["labels"]
-        if "example_id" not in row:
-            raise ValueError("Rows to be masked need an example_id; add it with pretraining_data.packing.numbered.")
-        return self._masker.mask(row, row.get("epoch", self.epoch))
 
 
 def mask_statically(
@@ -246,31 +253,6 @@ def mask_statically(
 def _masked_row(row: dict[str, Any], masker: _Masker, epoch: int) -> dict[str, np.ndarray]:
     input_ids, labels = masker.mask(row, epoch)
     return {"input_ids": input_ids, "labels": labels}
-
-
-class StreamPasses(torch.utils.data.IterableDataset):
-    """The rows of a stream, pass after pass without an end; in each in another order and with its number as "epoch".
-
-    To the Trainer it is one endless epoch, so a run that is resumed skips exactly the rows it has trained on. Of
-    several epochs of unknown length, the Trainer would skip the first and begin the second, wherever it had been.
-
-    Args:
-        stream: numbered rows; it ends with the first pass that yields none.
-    """
-
-    def __init__(self, stream: IterableDataset) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for epoch in itertools.count():
-            self.stream.set_epoch(epoch)
-            count = 0
-            for row in self.stream:
-                count += 1
-                yield {**row, "epoch": epoch}
-            logger.info("The stream is read to its end: %d rows in pass %d.", count, epoch + 1)
-            if not count:
-                return
 
 
 class EpochCallback(TrainerCallback):

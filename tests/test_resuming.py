@@ -1,4 +1,4 @@
-"""A run is gone on with on other numbers of devices and accumulation steps, and ends as one that nobody interrupted."""
+"""A run goes on with other numbers of devices, accumulation steps and workers, and ends as one nobody interrupted."""
 
 import json
 import os
@@ -16,33 +16,40 @@ from tests.corpus import TINY, write_corpus
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES, ROWS, STEPS, CUT_AT = 4, 22, 14, 4  # the last of six steps of an epoch has two rows left
+FEW_ROWS = ["--max_train_samples", str(ROWS)]
+STREAM = ["--streaming", "--shuffle_buffer_size", "20"]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.txt")
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(3):
+        write_corpus(folder / f"{number}.txt", count=10, first=10 * number)
+    return folder
 
 
 def arguments(corpus: Path, folder: Path, batch: int, *more: str) -> list[str]:
     no_dropout = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
-    return (
-        f"""--train_file {corpus} --vocab_size 600 --max_seq_length 64 --config_overrides {TINY},{no_dropout}
-        --max_train_samples {ROWS} --max_eval_samples 8 --per_device_train_batch_size {batch} --max_steps {STEPS}
+    flags = f"""--train_file {corpus} --vocab_size 600 --max_seq_length 64 --config_overrides {TINY},{no_dropout}
+        --max_eval_samples 8 --validation_split_percentage 20 --per_device_train_batch_size {batch} --max_steps {STEPS}
         --save_steps {CUT_AT} --logging_steps 1 --learning_rate 1e-3 --spike_batches 0 --seed 0 --use_cpu
-        --report_to none --disable_tqdm True --output_dir {folder}""".split()
-        + list(more)
-    )
+        --report_to none --disable_tqdm True --output_dir {folder}"""
+    return [*flags.split(), *more]
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run_mlm.main(arguments(corpus, folder, SEQUENCES))
+    run_mlm.main(arguments(corpus, folder, SEQUENCES, *FEW_ROWS))
     return folder
 
 
 @pytest.fixture
 def cut(whole, tmp_path) -> Path:
+    return cut_off(whole, tmp_path)
+
+
+def cut_off(whole: Path, tmp_path: Path) -> Path:
     """What a kill after step `CUT_AT` has left of the run."""
     folder = tmp_path / "run"
     shutil.copytree(whole / f"checkpoint-{CUT_AT}", folder / f"checkpoint-{CUT_AT}")
@@ -63,7 +70,8 @@ def assert_ended_alike(folder: Path, whole: Path) -> None:
 
 
 def test_half_the_batch_and_twice_the_accumulation_is_the_same_run(corpus, cut, whole):
-    run_mlm.main(arguments(corpus, cut, SEQUENCES // 2, "--gradient_accumulation_steps", "2", "--save_steps", "5"))
+    twice = ["--gradient_accumulation_steps", "2"]
+    run_mlm.main(arguments(corpus, cut, SEQUENCES // 2, *FEW_ROWS, *twice, "--save_steps", "5"))
     assert_ended_alike(cut, whole)
     # The intervals are those of this command, not those in the checkpoint.
     assert {path.name for path in cut.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (CUT_AT, 5, 10, STEPS)}
@@ -71,7 +79,7 @@ def test_half_the_batch_and_twice_the_accumulation_is_the_same_run(corpus, cut, 
 
 def test_half_the_batch_and_twice_the_processes_is_the_same_run(corpus, cut, whole):
     launch = ["--config_file", "accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0"]
-    script = ["run_mlm.py", *arguments(corpus, cut, SEQUENCES // 2)]
+    script = ["run_mlm.py", *arguments(corpus, cut, SEQUENCES // 2, *FEW_ROWS)]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, *script],
         cwd=ROOT,
@@ -84,8 +92,17 @@ def test_half_the_batch_and_twice_the_processes_is_the_same_run(corpus, cut, who
     assert_ended_alike(cut, whole)
 
 
+def test_a_stream_that_other_workers_read_is_the_same_run(corpus, tmp_path):
+    whole = tmp_path / "whole"
+    run_mlm.main(arguments(corpus, whole, SEQUENCES, *STREAM))
+    cut = cut_off(whole, tmp_path)
+    others = ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
+    run_mlm.main(arguments(corpus, cut, SEQUENCES // 2, *STREAM, *others))
+    assert_ended_alike(cut, whole)
+
+
 def test_other_sequences_per_step_are_refused_by_name_and_nothing_is_touched(corpus, cut):
     before = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
     with pytest.raises(SystemExit, match=r"run: sequences per step was 4 and is 2 \(--per_device_train_"):
-        run_mlm.main(arguments(corpus, cut, SEQUENCES // 2))
+        run_mlm.main(arguments(corpus, cut, SEQUENCES // 2, *FEW_ROWS))
     assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before

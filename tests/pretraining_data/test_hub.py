@@ -162,11 +162,17 @@ def test_a_loading_script_is_read_from_the_hubs_parquet_copy_as_documents_of_sev
     assert "tester/books cannot be loaded from revision 'main'" in as_script
     assert "--dataset_revision refs/convert/parquet" in as_script
     articles = [f"Article {n}. It is long." for n in range(40)]
-    books = ["\n".join(f"sentence {n} ." for n in range(start, min(start + 8, 150))) for start in range(0, 150, 8)]
-    for splits in (as_rows, streamed):
+
+    def books(first, end):
+        return [
+            "\n".join(f"sentence {n} ." for n in range(start, min(start + 8, end))) for start in range(first, end, 8)
+        ]
+
+    # Of a stream, documents end with their file.
+    for splits, documents in ((as_rows, books(0, 150)), (streamed, books(0, 75) + books(75, 150))):
         # All of both, in their order, and each document on one side only.
-        assert sorted(splits["train"] + splits["validation"]) == sorted(articles + books)
-        assert splits["train"] == [document for document in articles + books if document in splits["train"]]
+        assert sorted(splits["train"] + splits["validation"]) == sorted(articles + documents)
+        assert splits["train"] == [document for document in articles + documents if document in splits["train"]]
     assert with_two_processes == as_rows
     # 5 % of each, and they take turns.
     assert [document.split()[0] for document in as_rows["validation"]] == ["Article", "sentence", "Article"]

@@ -1,4 +1,3 @@
-import itertools
 import multiprocessing
 import pickle
 
@@ -22,7 +21,6 @@ from pretraining_data.masking import (
     IGNORED,
     EpochCallback,
     MaskingCollator,
-    StreamPasses,
     mask_statically,
     mask_tokens,
     most_labels,
@@ -242,24 +240,6 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.epochs.append(self.collator.epoch)
-
-
-def test_passes_over_a_stream_are_shuffled_and_masked_anew(tokenizer, collator):
-    rows = rows_of(tokenizer)
-    stream = rows.to_iterable_dataset().shuffle(seed=0, buffer_size=12)
-    passes = list(itertools.islice(StreamPasses(stream), 36))
-    assert [row["epoch"] for row in passes] == [0] * 12 + [1] * 12 + [2] * 12
-    orders = [tuple(row["example_id"] for row in passes[start : start + 12]) for start in (0, 12, 24)]
-    assert {tuple(sorted(order)) for order in orders} == {tuple(range(12))}
-    assert len(set(orders)) == 3
-    masked = collator(passes[12:24])
-    collator.set_epoch(1)
-    expected = collator([rows[number] for number in orders[1]])
-    assert all(torch.equal(masked[name], expected[name]) for name in expected)
-
-
-def test_passes_over_an_empty_stream_end(tokenizer):
-    assert list(StreamPasses(rows_of(tokenizer).to_iterable_dataset().take(0))) == []
 
 
 def test_the_trainer_sets_the_epoch_and_does_so_after_resuming(tokenizer, tmp_path):
