@@ -11,11 +11,13 @@ model returns.
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 
 @dataclass(slots=True)
 class FastPaths:
-    """Those that begin with `cpu_` serve a CPU's tensors in eager mode; everywhere else torch's own code runs.
+    """None serves what `is_transformed`. Those that begin with `cpu_` serve a CPU's tensors in eager mode; everywhere
+    else torch's own code runs.
 
     Attributes:
         fused_neurons: neurons that keep a byte per spike and have their gradient written out, on every device; else the
@@ -42,5 +44,24 @@ FAST_PATHS = FastPaths()
 
 
 def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether this is a CPU's tensor that nothing traces: what the fast paths of a CPU serve."""
-    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+    """Whether this is a CPU's tensor that nothing traces or transforms: what the fast paths of a CPU serve."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not is_transformed(tensor)
+    )
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.jit traces, torch.func transforms, or forward-mode differentiation has come to one of the tensors.
+
+    None of these can look into a gradient that is written out (torch.autograd.Function) or allows what autograd saves
+    to be packed. Then the plain equations run, as they do where a fast path is switched off.
+    """
+    # torch.compile can look into it.
+    return not torch.compiler.is_compiling() and (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    )

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .fast_paths import FAST_PATHS
+from .fast_paths import FAST_PATHS, is_transformed
 from .spiking import BELOW_ONE, SpikePacking, integrate, kept_share, passed_on, spikes_dtype
 
 
@@ -86,7 +86,11 @@ def level_spikes_reference(
     spikes = []
     membrane, kept = None, None
     for step_inputs, amplitude, threshold, limit in zip(
-        inputs.float().unbind(), levels.amplitude.unbind(), levels.thresholds(), levels.limits(), strict=True
+        inputs.float().unbind(),
+        levels.amplitude.unbind(),
+        levels.thresholds().unbind(),
+        levels.limits().unbind(),
+        strict=True,
     ):
         membrane = integrate((step_inputs - shift) / scale, membrane, kept)
         held = membrane.detach()
@@ -169,7 +173,7 @@ def level_spikes(
     inputs: torch.Tensor, levels: Levels, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `level_spikes_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons:
+    if not FAST_PATHS.fused_neurons or is_transformed(inputs, levels.amplitude, levels.scale, levels.shift):
         return level_spikes_reference(inputs, levels, decay, reset, has_membrane)
     return _LevelSpikes.apply(inputs, *levels, decay, reset, has_membrane)
 

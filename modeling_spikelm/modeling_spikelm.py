@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -46,10 +47,10 @@ from .calibration import (
     text_positions,
 )
 from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
-from .dropout import Dropout, attention_with_dropout
-from .fast_paths import FAST_PATHS, is_eager_on_cpu
-from .linear import Linear
+from .dropout import attention_with_dropout
+from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
 from .neurons import make_neurons
+from .quick_layers import quick
 from .spiking import SpikePacking, SpikingNeurons
 
 
@@ -80,6 +81,8 @@ class SpikeLMStepMean(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         steps = x.unflatten(0, (self.num_time_steps, -1))
         mean = steps.mean(0)
+        if is_transformed(x):
+            return x, mean
         return _TapMean.apply(steps, mean).flatten(0, 1), mean
 
 
@@ -92,7 +95,7 @@ class SpikeLMEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -114,7 +117,7 @@ class SpikeLMEmbeddings(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros(batch_size, length, dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings))
+        return quick(self.dropout, self.LayerNorm(embeddings))
 
 
 def eager_attention_forward(
@@ -155,9 +158,9 @@ class SpikeLMSelfAttention(nn.Module):
         self.is_causal = False
         # Queries, keys and values see the same input, so one group of neurons serves all three.
         self.neurons = make_neurons(config)
-        self.query = Linear(config.hidden_size, config.hidden_size)
-        self.key = Linear(config.hidden_size, config.hidden_size)
-        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.key_neurons = make_neurons(config, has_membrane=False)
         self.value_neurons = make_neurons(config, has_membrane=False)
         self.step_mean = SpikeLMStepMean(config)
@@ -169,9 +172,9 @@ class SpikeLMSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         spikes = self.neurons(hidden_states)
-        query = self.query(spikes)
-        key = self.key_neurons(self.key(spikes))
-        value = self.value_neurons(self.value(spikes))
+        query = quick(self.query, spikes)
+        key = self.key_neurons(quick(self.key, spikes))
+        value = self.value_neurons(quick(self.value, spikes))
         return self.attend(query, key, value, attention_mask, **kwargs)
 
     def attend(
@@ -191,9 +194,11 @@ class SpikeLMSelfAttention(nn.Module):
             context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        context, mean_probabilities = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        # Of torch's own attentions, only this one can be differentiated forwards.
+        with sdpa_kernel(SDPBackend.MATH) if is_transformed(query) else nullcontext():
+            context, mean_probabilities = attention(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         return context.flatten(2), mean_probabilities
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -206,12 +211,12 @@ class SpikeLMResidual(nn.Module):
     def __init__(self, config: SpikeLMConfig, input_size: int):
         super().__init__()
         self.neurons = make_neurons(config)
-        self.dense = Linear(input_size, config.hidden_size)
+        self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(self.neurons(x))))
+        return self.LayerNorm(residual + quick(self.dropout, quick(self.dense, self.neurons(x))))
 
 
 class SpikeLMAttention(nn.Module):
@@ -236,11 +241,11 @@ class SpikeLMIntermediate(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
         self.neurons = make_neurons(config)
-        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.intermediate_act_fn(self.dense(self.neurons(x)))
+        return self.intermediate_act_fn(quick(self.dense, self.neurons(x)))
 
 
 class SpikeLMLayer(GradientCheckpointingLayer):
@@ -300,12 +305,12 @@ class SpikeLMPooler(nn.Module):
 class SpikeLMPredictionHeadTransform(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.transform_act_fn = ACT2FN[config.mlm_transform_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+        return self.LayerNorm(self.transform_act_fn(quick(self.dense, hidden_states)))
 
 
 class SpikeLMLMPredictionHead(nn.Module):
@@ -319,7 +324,7 @@ class SpikeLMLMPredictionHead(nn.Module):
         super().__init__()
         is_tied = config.tie_word_embeddings
         self.transform = SpikeLMPredictionHeadTransform(config)
-        # Not our linear layer: oneDNN copies the weight, which here is the largest one, at the peak of memory.
+        # Not called by `quick`: oneDNN copies the weight, which here is the largest, at the peak of memory.
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=not is_tied)
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(config.vocab_size)) if is_tied else None
         self.register_load_state_dict_pre_hook(_keep_one_bias)
@@ -630,11 +635,18 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            # Where nothing is padding no mask is needed, but a device would have to be waited for to know.
-            allow_is_bidirectional_skip=attention_mask is None or attention_mask.is_cpu,
+            # Where nothing is padding no mask is needed, but a device would have to be waited for to know, and
+            # torch.vmap asks several rows at a time.
+            allow_is_bidirectional_skip=attention_mask is None
+            or (attention_mask.is_cpu and not is_transformed(hidden_states)),
         )
         # torch.compile decides by itself what to keep and what to compute again from the codes.
-        packs = FAST_PATHS.packed_spikes and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        packs = (
+            FAST_PATHS.packed_spikes
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not is_transformed(hidden_states)
+        )
         with SpikePacking() if packs else nullcontext():
             last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None

@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
 from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
-from .fast_paths import FAST_PATHS, is_eager_on_cpu
+from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ def spike_reference(
     """
     spikes = []
     membrane, kept = None, None
-    for step_inputs, step_amplitude in zip(inputs.float(), amplitude, strict=True):
+    for step_inputs, step_amplitude in zip(inputs.float().unbind(), amplitude.unbind(), strict=True):
         membrane = integrate(step_inputs, membrane, kept)
         emitted = ternary(membrane.detach(), step_amplitude)
         if has_membrane:
@@ -337,7 +337,7 @@ def spike(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `spike_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons:
+    if not FAST_PATHS.fused_neurons or is_transformed(inputs):
         return spike_reference(inputs, amplitude, decay, reset, has_membrane)
     return _Spike.apply(inputs, amplitude, decay, reset, has_membrane)
 
@@ -424,6 +424,11 @@ class SpikingNeurons(nn.Module):
                 "torch.nn.DataParallel cannot calibrate a SpikeLM, because its replicas are thrown away. Call "
                 "model.calibrate(batches) first, or train with one process per device (accelerate launch, torchrun)."
             )
+        if is_transformed(steps):
+            raise RuntimeError(
+                "A SpikeLM cannot calibrate while torch.jit traces it or torch.func transforms it, because that would "
+                "become a part of what is traced. Call model.calibrate(batches) first."
+            )
         self.set_amplitude(self.batch_amplitude(steps, every_process=True))
         return self.amplitude
 
@@ -440,7 +445,7 @@ class SpikingNeurons(nn.Module):
         """
         amplitudes = []
         membrane, kept = None, None
-        for step_inputs in steps.float():
+        for step_inputs in steps.float().unbind():
             membrane = integrate(step_inputs, membrane, kept)
             amplitude = self.amplitude_scale * _mean(membrane.abs(), every_process)
             amplitude = amplitude.clamp(min=AMPLITUDE_FLOOR)

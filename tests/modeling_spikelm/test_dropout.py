@@ -8,13 +8,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from modeling_spikelm import SpikeLMConfig, spiking
-from modeling_spikelm.dropout import Dropout, attention_with_dropout
+from modeling_spikelm.dropout import attention_with_dropout, dropout
 from modeling_spikelm.spiking import SpikePacking, SpikingNeurons
 
 
 def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropped = Dropout(0.1)(torch.ones(1000, 1000))
+    dropped = dropout(torch.ones(1000, 1000), 0.1)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.002)
 
@@ -22,13 +22,13 @@ def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
 def test_the_share_is_as_exact_in_bfloat16():
     """Whose own precision would round the threshold, and drop 10.06 %."""
     torch.manual_seed(0)
-    dropped = Dropout(0.1)(torch.ones(1 << 24, dtype=torch.bfloat16))
+    dropped = dropout(torch.ones(1 << 24, dtype=torch.bfloat16), 0.1)
     assert (dropped == 0).float().mean(dtype=torch.float64).item() == pytest.approx(0.1, abs=3e-4)
 
 
 def test_dropout_passes_the_gradient_through_the_mask_of_its_forward():
     values = torch.ones(64, 8, requires_grad=True)
-    dropped = Dropout(0.5)(values)
+    dropped = dropout(values, 0.5)
     dropped.sum().backward()
     assert torch.equal(values.grad, dropped)
 
@@ -36,9 +36,19 @@ def test_dropout_passes_the_gradient_through_the_mask_of_its_forward():
 def test_dropout_repeats_with_the_seed():
     def draw():
         torch.manual_seed(3)
-        return Dropout(0.3)(torch.ones(100))
+        return dropout(torch.ones(100), 0.3)
 
     assert torch.equal(draw(), draw())
+
+
+def test_a_gradient_of_dropout_can_be_differentiated():
+    values = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def drop(values):
+        torch.manual_seed(0)
+        return dropout(values, 0.5).square()
+
+    assert torch.autograd.gradgradcheck(drop, values)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -64,6 +74,18 @@ def test_attention_equals_its_equation_under_the_same_mask(masked, length):
     found = torch.autograd.grad(context, (query, key, value), gradient)
     wanted = torch.autograd.grad(expected, (query, key, value), gradient)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_of_attention_can_be_differentiated():
+    operands = [torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=needed) for needed in (True, False, True)]
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    mask[1, :, :, 2:] = False
+
+    def attend(*operands):
+        torch.manual_seed(0)
+        return attention_with_dropout(*operands, mask, 0.3, 0.2)
+
+    assert torch.autograd.gradgradcheck(attend, operands)
 
 
 @pytest.mark.parametrize("form", [torch.bool, torch.float32])

@@ -1,4 +1,4 @@
-"""The linear layer that runs as a convolution is `nn.Linear` in all but time."""
+"""The linear function that runs as a convolution is torch's in all but time."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_spikelm import linear as linear_module
-from modeling_spikelm.linear import Linear
+from modeling_spikelm.linear import linear
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,9 +28,9 @@ class Operations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def runs_as_convolution(linear, inputs):
+def runs_as_convolution(inputs, weight):
     with Operations() as operations:
-        linear(inputs)
+        linear(inputs, weight)
     return "aten::convolution" in operations.names
 
 
@@ -39,50 +39,49 @@ def onednn_is_quicker(monkeypatch):
     monkeypatch.setattr(linear_module, "onednn_is_quicker", lambda: True)
 
 
-def twins(*sizes, bias=True):
-    linear, stock = Linear(*sizes, bias=bias), nn.Linear(*sizes, bias=bias)
-    stock.load_state_dict(linear.state_dict())
-    return linear, stock
+def parameters(in_features, out_features, bias=True):
+    return list(nn.Linear(in_features, out_features, bias=bias).parameters())
 
 
 @pytest.mark.usefixtures("onednn_is_quicker")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (3, 8), (2, 5, 8), (2, 3, 4, 8)])
 def test_values_and_gradients_are_those_of_a_linear_layer(shape, bias):
-    linear, stock = twins(8, 6, bias=bias)
+    weights = parameters(8, 6, bias=bias)
     inputs = torch.randn(shape, requires_grad=True)
-    assert runs_as_convolution(linear, inputs)
-    outputs, wanted = linear(inputs), stock(inputs)
+    assert runs_as_convolution(inputs, weights[0])
+    outputs, wanted = linear(inputs, *weights), nn.functional.linear(inputs, *weights)
     assert outputs.is_contiguous()
     torch.testing.assert_close(outputs, wanted)
     gradient = torch.randn_like(outputs)
-    found = torch.autograd.grad(outputs, (inputs, *linear.parameters()), gradient)
-    torch.testing.assert_close(found, torch.autograd.grad(wanted, (inputs, *stock.parameters()), gradient))
+    found = torch.autograd.grad(outputs, (inputs, *weights), gradient)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, (inputs, *weights), gradient))
 
 
 @pytest.mark.usefixtures("onednn_is_quicker")
 def test_inputs_that_are_not_contiguous():
-    linear, stock = twins(8, 6)
+    weights = parameters(8, 6)
     inputs = torch.randn(5, 8, 3).transpose(1, 2)
-    torch.testing.assert_close(linear(inputs), stock(inputs))
-    torch.testing.assert_close(linear(inputs[:, 0]), stock(inputs[:, 0]))
+    torch.testing.assert_close(linear(inputs, *weights), nn.functional.linear(inputs, *weights))
+    torch.testing.assert_close(linear(inputs[:, 0], *weights), nn.functional.linear(inputs[:, 0], *weights))
 
 
 @pytest.mark.usefixtures("onednn_is_quicker")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_run_as_they_are(dtype):
-    linear, inputs = Linear(8, 6).to(dtype), torch.randn(2, 8, dtype=dtype)
-    assert not runs_as_convolution(linear, inputs)
-    assert linear(inputs).dtype == dtype
+    weight, _ = nn.Linear(8, 6).to(dtype).parameters()
+    inputs = torch.randn(2, 8, dtype=dtype)
+    assert not runs_as_convolution(inputs, weight)
+    assert linear(inputs, weight).dtype == dtype
 
 
 @pytest.mark.usefixtures("onednn_is_quicker")
 def test_autocast_decides_as_for_a_linear_layer():
-    linear, stock = twins(8, 6)
+    weights = parameters(8, 6)
     inputs = torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not runs_as_convolution(linear, inputs)
-        assert torch.equal(linear(inputs), stock(inputs))
+        assert not runs_as_convolution(inputs, weights[0])
+        assert torch.equal(linear(inputs, *weights), nn.functional.linear(inputs, *weights))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -97,15 +96,15 @@ def test_a_cpu_without_avx512_multiplies_as_torch_does(capability):
 
 @pytest.mark.usefixtures("onednn_is_quicker")
 def test_no_rows_are_no_error():
-    assert Linear(8, 6)(torch.empty(0, 8)).shape == (0, 6)
+    assert linear(torch.empty(0, 8), *parameters(8, 6)).shape == (0, 6)
 
 
 @pytest.mark.usefixtures("onednn_is_quicker")
 def test_a_product_can_be_differentiated_twice():
-    linear = Linear(4, 3)
+    weights = parameters(4, 3)
     inputs = torch.randn(2, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(linear(inputs).pow(3).sum(), inputs, create_graph=True)
+    (gradient,) = torch.autograd.grad(linear(inputs, *weights).pow(3).sum(), inputs, create_graph=True)
     (found,) = torch.autograd.grad(gradient.sum(), inputs)
-    stock = nn.functional.linear(inputs, linear.weight, linear.bias)
+    stock = nn.functional.linear(inputs, *weights)
     (gradient,) = torch.autograd.grad(stock.pow(3).sum(), inputs, create_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad(gradient.sum(), inputs)[0])
