@@ -37,6 +37,7 @@ from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.best_model import set_direction
+from experiment.calibration import calibrate_before_training
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.durable_files import write_durably
 from experiment.model_card import RunCard
@@ -349,6 +350,8 @@ def run_task(
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
     trainer = make_trainer(data, tokenizer, teacher, teaching, model, run, [note, preemption, keeper, publisher])
+    if model_arguments.model_name_or_path:
+        calibrate_before_training(trainer, model_arguments.calibration_batches)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)

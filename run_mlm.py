@@ -37,6 +37,7 @@ from transformers import (
 
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.best_model import set_direction
+from experiment.calibration import calibrate_before_training
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.model_card import RunCard
 from experiment.models import (
@@ -178,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
     trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
+    if model_arguments.model_name_or_path:
+        calibrate_before_training(trainer, model_arguments.calibration_batches)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)

@@ -66,6 +66,14 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None, metadata={"help": "Fields of the configuration to change: hidden_size=256,num_time_steps=1"}
     )
+    calibration_batches: int = field(
+        default=16,
+        metadata={
+            "help": "Calibrate a SpikeLM from --model_name_or_path that is not calibrated on so many batches of 8 "
+            "training rows, padding left out, before the first step. 0 leaves it to the first training batch, padding "
+            "included, as the reference does (and as a model from scratch always does)."
+        },
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A tokenizer, on disk or on the Hub (default: the checkpoint's)."}
     )
@@ -90,6 +98,8 @@ class ModelArguments:
                 "--config_name describes a model from scratch, --model_name_or_path brings its own configuration; "
                 "give one of them (and --config_overrides for single fields)."
             )
+        if self.calibration_batches < 0:
+            raise ValueError(f"--calibration_batches has to be at least 0, got {self.calibration_batches}.")
 
 
 class _Parser(HfArgumentParser):

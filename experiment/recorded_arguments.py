@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 RECORDED = frozenset(
     """
     model_name_or_path model_type config_name config_overrides tokenizer_name model_revision trust_remote_code
-    attn_implementation
+    attn_implementation calibration_batches
 
     dataset_name dataset_config_name dataset_weights dataset_revision rows_per_document train_file validation_file
     text_column_name train_split_name validation_split_name validation_split_percentage max_seq_length objective

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import run_mlm
 from modeling_spikelm import SpikeLMForMaskedLM
 from tests.corpus import TINY, write_corpus
 
@@ -37,7 +39,7 @@ def train(corpus, tmp_path_factory):
     """Trains on a number of processes and returns the output folder; each place once."""
 
     @cache
-    def train(place: str, processes: int) -> Path:
+    def train(place: str, processes: int, *more: str) -> Path:
         output = tmp_path_factory.mktemp(place)
         launch = ["--config_file", f"accelerate_configs/{place}.yaml", "--num_processes", str(processes)]
         launch += ["--main_process_port", "0", "--mixed_precision", "no"]
@@ -47,7 +49,7 @@ def train(corpus, tmp_path_factory):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *launch, *script, *RUN, *files, *batch],
+            [sys.executable, "-m", "accelerate.commands.launch", *launch, *script, *RUN, *files, *batch, *more],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -80,3 +82,17 @@ def test_the_schedule_advances_once_per_step_whatever_the_number_of_processes(tr
     planned = [1e-3 * min(step / WARMUP, (STEPS - step) / (STEPS - WARMUP)) for step in range(STEPS)]
     for run in (train("single_cpu", 1), train("two_cpu_processes", 2)):
         assert logged(run, "learning_rate") == pytest.approx(planned, abs=1e-12)
+
+
+def test_a_warm_start_is_calibrated_as_by_a_single_process_on_sharded_weights_too(train, corpus, tmp_path):
+    base = train("single_cpu", 1)
+    more = ["--model_name_or_path", str(base), "--config_overrides", "amplitude_scale=6.0", "--max_steps", "1"]
+    more += ["--spike_batches", "0", "--do_train"]
+    sharded = train("fsdp2", 2, *more)
+    run_mlm.main([*RUN, "--use_cpu", "--train_file", str(corpus), *more, "--output_dir", str(tmp_path / "alone")])
+    one, two = (
+        {name: value for name, value in load_file(run / "model.safetensors").items() if name.endswith("amplitude")}
+        for run in (tmp_path / "alone", sharded)
+    )
+    assert all(value.all() for value in one.values())
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=0)

@@ -410,7 +410,7 @@ def test_dense_bert_trains_through_the_same_script(corpus, tmp_path):
     assert "eval_firing_rate" not in reported and "| firing rate |" not in card
 
 
-def test_bert_checkpoint_is_warm_start_or_baseline_as_model_type_says(trained, corpus, tmp_path):
+def test_bert_checkpoint_is_warm_start_or_baseline_as_model_type_says(trained, corpus, tmp_path, caplog):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     bert = BertForMaskedLM(
         BertConfig(
@@ -426,7 +426,9 @@ def test_bert_checkpoint_is_warm_start_or_baseline_as_model_type_says(trained, c
     tokenizer.save_pretrained(tmp_path / "bert")
     command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(tmp_path / "bert")]
     run_mlm.main([*command, "--output_dir", str(tmp_path / "dense")])
+    assert "Calibrated" not in caplog.text
     run_mlm.main([*command, "--output_dir", str(tmp_path / "spiking"), "--model_type", "spikelm"])
+    assert caplog.text.count("Calibrated the spike amplitudes on 128 training rows") == 1
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "dense")) is BertForMaskedLM
     spiking = AutoModelForMaskedLM.from_pretrained(tmp_path / "spiking")
     assert type(spiking) is SpikeLMForMaskedLM

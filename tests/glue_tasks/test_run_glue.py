@@ -106,6 +106,23 @@ def test_amplitudes_calibrated_in_pretraining_stay_as_they_are(write_glue, tiny_
     assert not torch.equal(before[changed], after[changed])
 
 
+def test_another_k_is_calibrated_before_the_first_step_whatever_the_batches_of_the_training(
+    write_glue, tiny_spikelm, tmp_path
+):
+    data, found = write_glue("RTE", test=0), {}
+    for batch_size, more in (("4", []), ("2", []), ("4", ["--calibration_batches", "0"])):
+        output = tmp_path / "-".join([batch_size, *more])
+        argv = command(tiny_spikelm, data, output, "--task_name", "rte", "--num_train_epochs", "1", *more)
+        argv += ["--per_device_train_batch_size", batch_size, "--config_overrides", "amplitude_scale=6.0"]
+        main(argv)
+        assert AutoConfig.from_pretrained(output / "rte").amplitude_scale == 6.0
+        saved = load_file(output / "rte" / "model.safetensors")
+        found[output.name] = torch.stack([value for name, value in saved.items() if name.endswith("amplitude")])
+    first, second, by_training = found.values()
+    assert torch.equal(first, second) and first.all()
+    assert by_training.all() and not torch.equal(first, by_training)
+
+
 def test_of_several_epochs_the_highest_score_is_kept(write_glue, tiny_bert, tmp_path):
     output, data = tmp_path / "out", write_glue("SST-2", test=0)
     rows = [f"row of {word}\t{label}" for label, word in enumerate(("train", "test"))]
