@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -123,6 +123,7 @@ def _no_trace(training: TrainingArguments) -> Iterator[None]:
     """What happens in here says nothing but errors and leaves nothing behind in the process."""
     devices = [training.device] if training.device.type == "cuda" else []
     states = random.getstate(), np.random.get_state()
+    distributed_type = PartialState().distributed_type
     with (
         errors_only(),
         warnings.catch_warnings(action="ignore"),
@@ -136,5 +137,7 @@ def _no_trace(training: TrainingArguments) -> Iterator[None]:
             np.random.set_state(states[1])
             # Plugins of accelerate take what is "auto" in them from the first trainer.
             AcceleratorState._reset_state()
+            # It has noted here that weights are sharded, and would take that for done by the second trainer.
+            PartialState().distributed_type = distributed_type
             # A warning that nobody saw has not been given.
             transformers.utils.logging.warning_once.cache_clear()
