@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from experiment.reporting import input_errors
+from experiment.written_files import WrittenFiles
 from spike_metrics.counting import SpikeCount, count, record_spikes
 from spike_metrics.energy import compute_energy
 from spike_metrics.inputs import InputArguments, load_inputs
@@ -47,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"{inputs.model_name_or_path} has no spiking neurons to draw; measure_spikes.py counts a dense model."
             )
         layers = chosen_layers(counted, pictures.raster_layers)
+        written = WrittenFiles(pictures.output_dir)
+        rasters = [f"raster_layer_{layer}" for layer in layers]
+        files = [f"{name}.png" for name in (*rasters, "firing_rates", "amplitudes", "energy")] + ["index.html"]
+        written.refuse_others(*files)
     first = next(iter(batches))
     length = int(first["attention_mask"][0].sum())
     spikes = record_spikes(model, {name: value[:1, :length] for name, value in first.items()})
@@ -55,17 +60,18 @@ def main(argv: list[str] | None = None) -> None:
     # A dollar would start a formula in a label.
     tokens = [token.replace("$", r"\$") for token in tokens]
     figures = {
-        f"raster_layer_{layer}": (
+        raster: (
             f"Spikes of the first sequence in layer {layer}.",
             draw_raster(spikes, tokens, layer, pictures.raster_neurons),
         )
-        for layer in layers
+        for layer, raster in zip(layers, rasters, strict=True)
     }
     figures["firing_rates"] = ("Firing rate of every group in each time step.", draw_firing_rates(counted))
     figures["amplitudes"] = ("Amplitude of the spikes of every group in each time step.", draw_amplitudes(counted))
     figures["energy"] = ("Energy per sequence by module.", draw_energy(counted))
     name = Path(inputs.model_name_or_path).name
-    page = write_pictures(figures, Path(pictures.output_dir), f"Spikes of {name}", facts(counted))
+    with written.writing(*files):
+        page = write_pictures(figures, Path(pictures.output_dir), f"Spikes of {name}", facts(counted))
     print(f"The pictures are in {pictures.output_dir}; open {page}")
 
 

@@ -10,7 +10,6 @@ stopped; with other tasks it adds them to the folder and to the table.
 import importlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +34,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from distillation.arguments import DistillationArguments
 from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
-from experiment.arguments import ModelArguments, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
@@ -57,9 +56,10 @@ from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import RECORD_NAME, ProgressNote, RunRecord, restore_state, save_metrics
+from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
 from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
+from experiment.written_files import RECORD_NAME, WrittenFiles
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.encoding import check_labels, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
@@ -141,7 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)}
         # Which tasks the folder has, and their data, is a matter of the runs' own records.
         common = common_arguments(model_arguments, arguments, teaching, spikes, training) | start
-        record = RunRecord(training.output_dir, common, "")
+        record = RunRecord(
+            training.output_dir,
+            common,
+            "",
+            inputs=local_inputs(argv, model_arguments, arguments, training)
+            + [Path(data.teacher) for data in ready if data.teacher],
+            runs=[Path(run.output_dir).relative_to(training.output_dir).as_posix() for run in runs],
+        )
         overwrite = model_arguments.overwrite_output_dir
         record.check(overwrite, training.resume_from_checkpoint)
         records = {}
@@ -154,25 +161,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         try_first_steps(ready, plans, records, tokenizer, model_arguments, teaching, given)
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(overwrite, training.resume_from_checkpoint)
-    if model_arguments.overwrite_output_dir and not training.resume_from_checkpoint:
-        delete_earlier_runs(training.output_dir)
 
     for data in ready:
         for run in plans[data.task.name]:
             if records[run.output_dir].is_finished:
                 logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
-                continue
-            submission_dir = Path(
-                training.output_dir, SUBMISSION_FOLDER, f"seed_{run.seed}" if arguments.num_seeds > 1 else ""
-            )
-            run_record, repository = records[run.output_dir], repositories[run.output_dir]
-            note = ProgressNote(record, run_record)
-            run_task(
-                data, run, tokenizer, model_arguments, teaching, spikes, run_record, note, repository, submission_dir
-            )
+            else:
+                submission = f"{SUBMISSION_FOLDER}/seed_{run.seed}" if arguments.num_seeds > 1 else SUBMISSION_FOLDER
+                run_record, repository = records[run.output_dir], repositories[run.output_dir]
+                run_task(
+                    data, run, tokenizer, model_arguments, teaching, spikes, run_record, record, repository, submission
+                )
+            record.release()
     results = finished_results(record)
     if results and training.process_index == 0:
-        print(write_table(build_table(results), training.output_dir))
+        with WrittenFiles(training.output_dir).writing("glue_results.json", "glue_results.md"):
+            print(write_table(build_table(results), training.output_dir))
     record.record_end()
 
 
@@ -332,13 +336,19 @@ def run_task(
     teaching: DistillationArguments,
     spikes: SpikeArguments,
     record: RunRecord,
-    note: ProgressNote,
+    whole: RunRecord,
     repository: HubRepository | None,
-    submission_dir: Path,
+    submission: str,
 ) -> None:
-    """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder."""
+    """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder.
+
+    Args:
+        record: the run's own.
+        whole: that of the command.
+        submission: the folder for test predictions in the command's folder.
+    """
     task, splits = data.task, data.splits
-    checkpoint = record.open(resume_from_checkpoint=run.resume_from_checkpoint)
+    checkpoint = record.open(model_arguments.overwrite_output_dir, run.resume_from_checkpoint)
     trained = record.trained_model(checkpoint, run)
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
@@ -349,7 +359,8 @@ def run_task(
     card = make_card(data, run, model, model_arguments)
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
-    trainer = make_trainer(data, tokenizer, teacher, teaching, model, run, [note, preemption, keeper, publisher])
+    callbacks = [ProgressNote(whole, record), preemption, keeper, publisher]
+    trainer = make_trainer(data, tokenizer, teacher, teaching, model, run, callbacks)
     if model_arguments.model_name_or_path:
         calibrate_before_training(trainer, model_arguments.calibration_batches)
     if spikes.spike_batches:
@@ -378,11 +389,12 @@ def run_task(
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:
-        predict(data, trainer, submission_dir)
+        predict(data, trainer, Path(whole.output_dir), submission)
     results = column_results(data, trainer, metrics, history, taught_by) if run.do_eval else []
     if trainer.is_world_process_zero():
         content = json.dumps([asdict(result) for result in results], indent=2) + "\n"
-        write_durably(Path(run.output_dir, RESULT_FILE), content)
+        with WrittenFiles(run.output_dir).writing(RESULT_FILE):
+            write_durably(Path(run.output_dir, RESULT_FILE), content)
     record.record_end()
     keeper.keep_best_only(trainer)
     if "wandb" in run.report_to:
@@ -433,8 +445,9 @@ def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:
     save_metrics(trainer, phase, metrics)
 
 
-def predict(data: TaskData, trainer: Trainer, folder: Path) -> None:
+def predict(data: TaskData, trainer: Trainer, output_dir: Path, submission: str) -> None:
     """Write a submission file for every test split there is, and say so where there is none."""
+    folder = output_dir / submission
     for split, column in zip(data.task.test_splits, data.task.columns, strict=True):
         if split not in data.splits:
             logger.warning("%s has no test split here: no submission file for it.", column)
@@ -443,7 +456,9 @@ def predict(data: TaskData, trainer: Trainer, folder: Path) -> None:
         if trainer.is_world_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             values = predicted_values(data.task, outputs).tolist()
-            logger.info("Wrote %s", write_submission(data.task, column, data.test_rows[split], values, folder))
+            with WrittenFiles(output_dir).writing(f"{submission}/{column}.tsv"):
+                path = write_submission(data.task, column, data.test_rows[split], values, folder)
+            logger.info("Wrote %s", path)
 
 
 def column_results(
@@ -522,20 +537,6 @@ def make_card(
         results_splits={key: split for key, (_, split) in shown.items()},
         started_from=model_arguments.model_name_or_path,
     )
-
-
-def delete_earlier_runs(output_dir: str) -> None:
-    """Delete what an earlier command left in the output folder. Every process has to call."""
-    state, folder = PartialState(), Path(output_dir)
-    if state.is_main_process:
-        # Only folders of tasks: beside them may lie other people's runs, with records of their own.
-        for task in TASKS:
-            for record in [*folder.glob(f"{task}/{RECORD_NAME}"), *folder.glob(f"{task}/seed_*/{RECORD_NAME}")]:
-                shutil.rmtree(record.parent)
-        shutil.rmtree(folder / SUBMISSION_FOLDER, ignore_errors=True)
-        for table in folder.glob("glue_results.*"):
-            table.unlink()
-    state.wait_for_everyone()
 
 
 if __name__ == "__main__":

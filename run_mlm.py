@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from experiment.arguments import ModelArguments, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
@@ -59,6 +59,7 @@ from experiment.reporting import full_disk_errors, input_errors, set_up_logging
 from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
 from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
+from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically
@@ -117,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             check_prepared_folder(training.output_dir)
         set_seed(training.seed)
         with training.main_process_first(desc="reading and packing the corpus"):
-            documents = load_documents(data_arguments, training.seed, training.do_train or script.prepare_only)
+            needs_training = training.do_train or script.prepare_only
+            documents = load_documents(data_arguments, training.seed, needs_training, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments))
         if tokenizer is None and "train" not in documents:
             raise ValueError(
@@ -146,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             recorded_arguments(model_arguments, data_arguments, spikes, training)
             | {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)},
             "+".join(content_fingerprint(split) for split in splits.values()),
+            inputs=local_inputs(argv, model_arguments, data_arguments, training),
         )
         checkpoint, pushed_to = None, push_target(training)
         # What is wrong with the model is said first; a folder of another run is refused after that.
@@ -154,8 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_pickled_weights(checkpoint)
         if record.has_nothing_left(pushed_to):
             if training.process_index == 0:
-                results_file = Path(training.output_dir, "all_results.json")
-                print(f"This run is finished; its results are in {results_file}. --overwrite_output_dir starts anew.")
+                print(f"This run is finished; its results are in {Path(training.output_dir, 'all_results.json')}.")
             return
         trained = record.trained_model(checkpoint, training)
         auto_class = AutoModelForPreTraining if data_arguments.objective == "mlm_nsp" else AutoModelForMaskedLM

@@ -74,11 +74,25 @@ def keep(
     }
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    store = folder / f"{benchmark}.json"
-    runs = json.loads(store.read_text()) if store.exists() else []
+    store, page = folder / f"{benchmark}.json", folder / f"{benchmark}.md"
+    runs = _kept_runs(store, page)
     runs = [other for other in runs if _identity(other) != _identity(run)] + [run]
     _replace(store, json.dumps(runs, indent=1) + "\n")
-    _replace(folder / f"{benchmark}.md", f"# {benchmark}\n\n" + "\n".join(map(_section, runs)))
+    _replace(page, f"# {benchmark}\n\n" + "\n".join(map(_section, runs)))
+
+
+def _kept_runs(store: Path, page: Path) -> list[dict[str, Any]]:
+    """The runs in a result file, which is there with its page or neither is."""
+    try:
+        runs = json.loads(store.read_text()) if store.exists() else []
+        are_own = store.exists() == page.exists() and all({"title", "command", "rows"} <= run.keys() for run in runs)
+    except (ValueError, AttributeError):
+        are_own = False
+    if not are_own:
+        sys.exit(
+            f"{store} or {page.name} beside it is no result of this command and is left as it is: --output another."
+        )
+    return runs
 
 
 def command(path_names: Mapping[str, str]) -> str:

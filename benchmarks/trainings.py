@@ -65,6 +65,13 @@ class TrainingsArguments:
             if path is not None and not Path(path).exists():
                 raise ValueError(f"--{name} {path} does not exist; name a file or a folder that does.")
 
+        for name in ("train_file", "validation_file"):
+            path = getattr(self, name)
+            if path is not None and Path(self.output_dir).resolve().is_relative_to(Path(path).resolve()):
+                raise ValueError(
+                    f"--output_dir {self.output_dir} lies in --{name}, and would become text; name another."
+                )
+
     @property
     def path_names(self) -> dict[str, str]:
         """`PATH_NAMES`, and likewise the recipes that lie outside of the project."""

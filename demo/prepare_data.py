@@ -21,6 +21,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from experiment.written_files import WrittenFiles
+
 # Folders whose docstrings are not about what the package does, or belong to somebody else.
 SKIPPED_FOLDERS = {
     "test",
@@ -327,7 +329,7 @@ def bigram_shift(
 def write_data(sources: dict[str, dict[str, list[str]]], args: DemoDataArguments) -> dict[str, int]:
     """Splits `sources`, writes text/ and glue/BigramShift/ under the output folder, returns how much of each there is.
 
-    Raises ValueError, before anything is written, when there are too few sentences.
+    Raises ValueError, before anything is written, when there are too few sentences or files of somebody else are there.
     """
     rng = random.Random(args.seed)
     # Somewhat more than the probe takes: of some sentences no swap is possible.
@@ -342,15 +344,20 @@ def write_data(sources: dict[str, dict[str, list[str]]], args: DemoDataArguments
         )
     train_examples = bigram_shift(train_text, args.max_train_examples, rng, originals, both=True)
 
-    text_folder, probe_folder = Path(args.output_dir, "text"), Path(args.output_dir, "glue", "BigramShift")
-    for folder in (text_folder, probe_folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    files = {}
     for name, documents in (("train", train), ("validation", validation)):
         text = "\n\n".join("\n".join(document) for document in documents.values())
-        (text_folder / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+        files[f"text/{name}.txt"] = text + "\n"
     for name, examples in (("train", train_examples), ("dev", dev_examples)):
         rows = "".join(f"{sentence}\t{label}\n" for sentence, label in examples)
-        (probe_folder / f"{name}.tsv").write_text("sentence\tlabel\n" + rows, encoding="utf-8")
+        files[f"glue/BigramShift/{name}.tsv"] = "sentence\tlabel\n" + rows
+    written = WrittenFiles(args.output_dir)
+    written.refuse_others(*files)
+    with written.writing(*files):
+        for name, content in files.items():
+            path = Path(args.output_dir, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
     return {
         "train documents": len(train),
         "train sentences": len(train_text),

@@ -34,7 +34,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
     folder = Path(arguments.output_dir).resolve()
     data, pretrained, finetuned = folder / "data", folder / "pretrained", folder / "finetuned"
-    run("demo/prepare_data.py", "--output_dir", data)
+    run("-m", "demo.prepare_data", "--output_dir", data)
     run(
         *("run_mlm.py", "recipes/demo_pretrain.yaml", "--model_name_or_path", warm_start()),
         *("--train_file", data / "text/train.txt", "--validation_file", data / "text/validation.txt"),

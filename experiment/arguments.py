@@ -17,6 +17,9 @@ from .recorded_arguments import refuse_inexact_resuming
 from .reporting import one_line
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+# Fields that name what a command reads; on this disk, or elsewhere.
+INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
+INPUTS += ("data_dir", "deepspeed", "fsdp_config", "accelerator_config")
 PHASES = ("do_train", "do_eval", "do_predict")
 # The Trainer's flags that would be without effect or defeat the scores, and why there is no need of them.
 NOT_TAKEN = {
@@ -89,7 +92,10 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where what comes from the Hub is kept."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Start anew in an output folder that holds another run; its checkpoints are deleted."},
+        metadata={
+            "help": "Start anew in an output folder that holds another run. What that run wrote (written_files.json "
+            "lists it) is deleted when the new one has its first checkpoint, or its model; other files stay."
+        },
     )
 
     def __post_init__(self):
@@ -127,7 +133,7 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
             on the command line, or a flag that is unknown, not taken here, has an impossible value or one of
             `recorded_arguments.REFUSED`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _given(argv)
     parser = _Parser(dataclasses, allow_abbrev=False)
     has_accelerator = torch.accelerator.is_available()
     # Without use_cpu the processes of a launch on CPUs would each train alone, and nobody would notice.
@@ -136,7 +142,7 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     # masks and example ids are columns that no forward signature names.
     parser.set_defaults(logging_nan_inf_filter=False, remove_unused_columns=False)
     not_taken = {name: parser.get_default(name) for name in NOT_TAKEN}
-    recipe = _read_recipe(argv.pop(0), parser) if argv and argv[0].endswith(RECIPE_SUFFIXES) else {}
+    recipe = _read_recipe(argv.pop(0), parser) if _names_recipe(argv) else {}
     # Under the name of its field: the parser takes --hub-token for --hub_token as well.
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     given = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names} | recipe.keys()
@@ -195,6 +201,27 @@ def _check_numbers(training: TrainingArguments) -> None:
         )
     if not 0 <= training.label_smoothing_factor < 1:
         raise ValueError(f"--label_smoothing_factor is {training.label_smoothing_factor}; it has to lie in [0, 1).")
+
+
+def local_inputs(argv: Sequence[str] | None, *parsed: Any) -> list[Path]:
+    """The files and folders on this disk that a command reads.
+
+    Args:
+        argv: as for `parse_arguments`.
+        parsed: what that returned.
+    """
+    values = [getattr(arguments, name, None) for arguments in parsed for name in INPUTS]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    names += _given(argv)[:1] if _names_recipe(_given(argv)) else []
+    return [Path(name) for name in names if isinstance(name, str) and Path(name).exists()]
+
+
+def _given(argv: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if argv is None else argv)
+
+
+def _names_recipe(argv: Sequence[str]) -> bool:
+    return bool(argv) and argv[0].endswith(RECIPE_SUFFIXES)
 
 
 def _read_recipe(name: str, parser: HfArgumentParser) -> dict[str, Any]:

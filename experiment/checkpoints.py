@@ -3,27 +3,30 @@
 The Trainer writes a checkpoint file by file into the folder it will be read from. `CheckpointKeeper` writes a manifest
 into that folder last, when all else is on the disk: the SHA-256 of every file, in the format that `sha256sum --check`
 reads, and how many there are, so that a manifest that was cut short says less than it promises. Only a folder that
-agrees with its manifest is resumed from, and older ones are deleted only when a new one does.
+agrees with its manifest is resumed from, and older ones are deleted only when a new one does. Checkpoints that no run
+of ours wrote (`written_files`) are not looked at, and files that somebody put into one of ours are not deleted with it.
 """
 
-import hashlib
 import logging
 import os
 import shutil
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from .durable_files import UNFINISHED_SUFFIX, sync, sync_tree, write_durably
+from .durable_files import UNFINISHED_SUFFIX, file_digest, sync, sync_tree, write_durably
 from .model_card import RunCard
+from .written_files import REPLACED_PREFIX, WrittenFiles
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "SHA256SUMS"
 DAMAGED_PREFIX = "damaged-"
+# The manifest of a checkpoint that is being deleted: it no longer counts, and what is its own is still known.
+_DELETED_SUFFIX = ".deleted"
 _STAGING_NAME = ".saving-model"
 
 
@@ -38,7 +41,7 @@ def seal(checkpoint: Path) -> None:
     """
     sync_tree(checkpoint)
     lines = [
-        f"{_digest(path)}  {path.relative_to(checkpoint).as_posix()}\n"
+        f"{file_digest(path)}  {path.relative_to(checkpoint).as_posix()}\n"
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name.removesuffix(UNFINISHED_SUFFIX) != MANIFEST_NAME
     ]
@@ -53,14 +56,13 @@ def is_sealed(checkpoint: Path) -> bool:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that has a manifest, in words; None if nothing is."""
-    *lines, last = (checkpoint / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    if last != _last_line(len(lines)):
+    digests = _digests(checkpoint / MANIFEST_NAME)
+    if digests is None:
         return f"{MANIFEST_NAME} is not complete"
-    for line in lines:
-        digest, _, name = line.partition("  ")
+    for name, digest in digests.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _digest(checkpoint / name) != digest:
+        if file_digest(checkpoint / name) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -85,7 +87,7 @@ def clear_incomplete_checkpoints(folder: str | Path) -> None:
     only lacks its manifest, as long as no checkpoint is complete: a Trainer without `CheckpointKeeper` may have written
     it.
     """
-    complete = latest_complete_checkpoint(folder)
+    complete, written = latest_complete_checkpoint(folder), WrittenFiles(folder)
     for path in _newest_first(folder):
         if path == complete:
             return
@@ -98,8 +100,11 @@ def clear_incomplete_checkpoints(folder: str | Path) -> None:
             where = "It was deleted"
         else:
             aside = path.with_name(DAMAGED_PREFIX + path.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.name in written:
+                _delete(aside)
+            written.claim(aside.name)
             os.replace(path, aside)
+            written.forget(path.name)
             first = f"delete its {MANIFEST_NAME} and " if is_sealed(aside) else ""
             where = f"It is now {aside} (to go on from it anyway, {first}name it with --resume_from_checkpoint)"
         start = f"goes on from {complete}" if complete else "starts at the beginning"
@@ -112,8 +117,9 @@ def save_finished_model(trainer: Trainer) -> None:
     All of it is on the disk when this returns. Every process has to call.
     """
     state, folder = PartialState(), Path(trainer.args.output_dir)
-    staging = folder / _STAGING_NAME
+    staging, written = folder / _STAGING_NAME, WrittenFiles(folder)
     if trainer.args.should_save:
+        written.claim(_STAGING_NAME)
         shutil.rmtree(staging, ignore_errors=True)
     state.wait_for_everyone()
     trainer.save_model(str(staging))
@@ -121,13 +127,16 @@ def save_finished_model(trainer: Trainer) -> None:
     if trainer.args.should_save:
         trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         sync_tree(staging)
-        for path in staging.iterdir():
-            target = folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+        paths = list(staging.iterdir())
+        with written.writing(*(path.name for path in paths)):
+            for path in paths:
+                target = folder / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+            sync(folder)
         staging.rmdir()
-        sync(folder)
+        written.forget(_STAGING_NAME)
     state.wait_for_everyone()
 
 
@@ -145,6 +154,13 @@ class CheckpointKeeper(TrainerCallback):
         self.card = card
         self.latest_results: dict[str, float] = {}
         self.limit, training.save_total_limit = training.save_total_limit, None
+        self.resumed_from = Path(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self._claim(args, state)
+
+    on_epoch_end = on_step_end
 
     def on_train_begin(self, args, state, control, **kwargs):
         # The Trainer goes on with the intervals of the command that wrote the checkpoint, whatever this one says.
@@ -153,15 +169,24 @@ class CheckpointKeeper(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # A task with several validation sets is evaluated once per set.
         self.latest_results |= metrics or {}
+        # Whether these are the best, and are saved, is decided without asking again.
+        if args.save_strategy == SaveStrategy.BEST:
+            self._claim(args, state)
+
+    def _claim(self, args, state) -> None:
+        """Makes the folder that the Trainer writes next the run's own; one that a user put there is renamed."""
+        if args.should_save:
+            WrittenFiles(args.output_dir).claim(_name(state))
 
     def on_save(self, args, state, control, **kwargs):
         # Every process writes the state of its random numbers.
         PartialState().wait_for_everyone()
         if not args.should_save:
             return
-        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        checkpoint = Path(args.output_dir, _name(state))
         self.card.write(checkpoint, self.latest_results, state)
         seal(checkpoint)
+        delete_replaced(args.output_dir)
         best = state.best_model_checkpoint
         self._rotate(checkpoint, *([Path(best)] if best else []))
 
@@ -170,10 +195,12 @@ class CheckpointKeeper(TrainerCallback):
         if not self.limit or self.limit < 1:
             return
         folder = kept[0].parent
-        for path in folder.glob(f"{DAMAGED_PREFIX}{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(path)
+        for name in WrittenFiles(folder).with_prefix(DAMAGED_PREFIX):
+            _delete(folder / name)
         names = {path.name for path in kept}
         others = [path for path in _newest_first(folder) if path.name not in names]
+        if self.resumed_from:  # the command names it, and reads it again after a kill
+            others = [path for path in others if path.resolve() != self.resumed_from.resolve()]
         # What a kill has left of a checkpoint that was being deleted does not count.
         whole = [path for path in others if is_sealed(path)][: max(self.limit - len(names), 0)]
         for path in others:
@@ -187,24 +214,76 @@ class CheckpointKeeper(TrainerCallback):
             self._rotate(Path(best))
 
 
+def steps_of(checkpoint: Path) -> int:
+    """The optimizer steps in a checkpoint's name; -1 of another name."""
+    prefix, _, steps = checkpoint.name.rpartition("-")
+    return int(steps) if prefix == PREFIX_CHECKPOINT_DIR and steps.isdecimal() else -1
+
+
+def clear_staging(folder: str | Path) -> None:
+    """Deletes what a run that was killed was writing into, which all have names with a dot in front."""
+    for name in WrittenFiles(folder).with_prefix("."):
+        _delete(Path(folder, name))
+
+
+def delete_replaced(folder: str | Path) -> None:
+    """Deletes what a new run has moved aside in its output folder, now that it has something to resume from."""
+    for name in WrittenFiles(folder).with_prefix(REPLACED_PREFIX):
+        _delete(Path(folder, name))
+
+
 def _last_line(files: int) -> str:
     """The end of a manifest; a comment to sha256sum."""
     return f"# {files} files"
 
 
 def _newest_first(folder: str | Path) -> list[Path]:
-    """The checkpoints in an output folder, complete or not, that with the most steps first."""
-    paths = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    steps = {path: path.name.rpartition("-")[2] for path in paths if path.is_dir()}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: -int(steps[path]))
+    """The checkpoints that runs wrote in their output folder, complete or not, that with the most steps first."""
+    paths = [Path(folder, name) for name in WrittenFiles(folder).with_prefix(f"{PREFIX_CHECKPOINT_DIR}-")]
+    return sorted((path for path in paths if path.is_dir() and steps_of(path) >= 0), key=steps_of, reverse=True)
 
 
-def _delete(checkpoint: Path) -> None:
-    # Without its manifest first, so that it never counts with half of its files.
-    (checkpoint / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+def _name(state: TrainerState) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _delete(path: Path) -> None:
+    """Deletes what a run wrote; of a complete checkpoint what its manifest names, for the rest is somebody's."""
+    _delete_own(path)
+    if path.exists():
+        logger.warning("%s holds files that no run wrote; they stay there.", path)
+    WrittenFiles(path.parent).forget(path.name)
+
+
+def _delete_own(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    manifest = path / (MANIFEST_NAME + _DELETED_SUFFIX)
+    # It is put aside first, so that the checkpoint never counts with half of its files.
+    if is_sealed(path):
+        os.replace(path / MANIFEST_NAME, manifest)
+    names = _digests(manifest) if manifest.is_file() else None
+    if names is None:
+        for inner in path.iterdir():
+            _delete_own(inner)
+    else:
+        for name in names:
+            (path / name).unlink(missing_ok=True)
+        for folder in sorted((entry for entry in path.rglob("*") if entry.is_dir()), reverse=True):
+            _remove_if_empty(folder)
+        manifest.unlink()
+    _remove_if_empty(path)
+
+
+def _digests(manifest: Path) -> dict[str, str] | None:
+    """The files of a manifest with their digests; None if it is not whole."""
+    *lines, last = manifest.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    if last != _last_line(len(lines)):
+        return None
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,5 +1,6 @@
 """Files that are whole or not there, whenever the process or the machine stops."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -34,3 +35,9 @@ def sync_tree(folder: Path) -> None:
     """Waits until a folder with all that is in it is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

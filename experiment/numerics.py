@@ -30,6 +30,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from modeling_spikelm.spiking import AMPLITUDE_FLOOR
 
+from .written_files import WrittenFiles
+
 FOLDER_PREFIX = "not-finite-step-"
 # With an amplitude so many times what the batch would set, at most 1 % of the neurons can spike (Markov's inequality);
 # with one so many times smaller nearly all do.
@@ -238,6 +240,7 @@ class _NumbersCallback(TrainerCallback):
         staging = folder.with_name(f".{folder.name}")
         accelerator = self.trainer.accelerator
         if args.process_index == 0:
+            WrittenFiles(args.output_dir).claim(folder.name, staging.name)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         accelerator.wait_for_everyone()
@@ -253,6 +256,7 @@ class _NumbersCallback(TrainerCallback):
             (staging / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(staging, folder)
+            WrittenFiles(args.output_dir).forget(staging.name)
         accelerator.wait_for_everyone()
         return folder
 

@@ -7,7 +7,6 @@ arguments; so the scripts take --push_to_hub away from the Trainer (`take_over_p
 import logging
 import os
 import shutil
-import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,14 +16,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .model_card import RunCard
+from .written_files import LIST_NAME, RECORD_NAME, WrittenFiles
 
 logger = logging.getLogger(__name__)
 
 # What a repository is made of: weights, configuration, tokenizer, code, card and tables. All else stays at home: the
 # Trainer's pickles (training_args.bin can hold a token), logs and checkpoints.
 PUBLISHED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.py", "*.md"]
-NOT_PUBLISHED_FILES = ["run.json", "trainer_state.json", f"{PREFIX_CHECKPOINT_DIR}-*", "*/*"]
-_STAGING_PREFIX = ".publishing-"
+NOT_PUBLISHED_FILES = [RECORD_NAME, LIST_NAME, "trainer_state.json", f"{PREFIX_CHECKPOINT_DIR}-*", "*/*"]
+_STAGING_NAME = ".publishing"
 
 
 class HubRepository:
@@ -39,7 +39,8 @@ class HubRepository:
         self.always_push = training.hub_always_push
         self.every_save = training.hub_strategy == HubStrategy.EVERY_SAVE
         self.revision = training.hub_revision
-        self._running: tuple[Future[CommitInfo], Path] | None = None
+        self._staging = Path(training.output_dir, _STAGING_NAME)
+        self._running: Future[CommitInfo] | None = None
         try:
             name = training.hub_model_id or Path(training.output_dir).resolve().name
             self.repo_id = self.api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
@@ -53,13 +54,14 @@ class HubRepository:
 
     def push_while_training(self, folder: Path, message: str) -> None:
         """Starts an upload of a checkpoint in the background; leaves it out while the one before is on its way."""
-        if self._running is not None and not self._running[0].done() and not self.always_push:
+        if self._running is not None and not self._running.done() and not self.always_push:
             return
         self.finish()
         # The Trainer may delete the checkpoint while it is being read, so the upload reads links of its own.
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder.parent))
-        shutil.copytree(folder, staging, copy_function=_link, dirs_exist_ok=True)
-        self._running = self._upload(staging, message, in_background=True), staging
+        WrittenFiles(self._staging.parent).claim(_STAGING_NAME)
+        shutil.rmtree(self._staging, ignore_errors=True)
+        shutil.copytree(folder, self._staging, copy_function=_link)
+        self._running = self._upload(self._staging, message, in_background=True)
 
     def push(self, folder: Path, message: str) -> str:
         """Uploads a finished model and returns its address."""
@@ -69,12 +71,12 @@ class HubRepository:
     def finish(self) -> None:
         """Waits for the upload in the background; one that failed is reported, for the next brings what it missed."""
         if self._running is not None:
-            upload, staging = self._running
-            error = upload.exception()
+            error = self._running.exception()
             if error is not None:
                 logger.warning("A push to %s failed: %s", self.repo_id, error)
             # Here and not in a callback of the upload: it would still be deleting while the next push lists the folder.
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(self._staging, ignore_errors=True)
+            WrittenFiles(self._staging.parent).forget(_STAGING_NAME)
             self._running = None
 
     def _upload(self, folder: Path, message: str, in_background: bool = False):
@@ -114,7 +116,8 @@ class Publisher(TrainerCallback):
         if not trainer.is_world_process_zero():
             return
         folder = Path(trainer.args.output_dir)
-        self.card.write(folder, results, trainer.state)
+        with WrittenFiles(folder).writing("README.md"):
+            self.card.write(folder, results, trainer.state)
         if self.repository is not None:
             address = self.repository.push(folder, "End of training")
             logger.info("Pushed to %s", address)
@@ -133,8 +136,6 @@ def take_over_pushing(training: TrainingArguments) -> HubRepository | None:
     Raises:
         ValueError: a `--hub_strategy` that would push the Trainer's resume files, or the Hub refuses.
     """
-    for leftover in Path(training.output_dir).glob(f"{_STAGING_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     if not training.push_to_hub:
         training.hub_model_id = None  # the card then names the folder, not a repository that does not exist
         return None

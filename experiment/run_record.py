@@ -1,7 +1,8 @@
 """What an output folder belongs to and how far it has come: the same command resumes, another one is refused."""
 
 import json
-import shutil
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,28 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import (
-    DAMAGED_PREFIX,
     clear_incomplete_checkpoints,
+    clear_staging,
     damage,
+    delete_replaced,
     holds_optimizer,
     is_sealed,
     latest_complete_checkpoint,
+    steps_of,
 )
-from .durable_files import UNFINISHED_SUFFIX, write_durably
+from .durable_files import write_durably
 from .recorded_arguments import EXPLANATIONS
+from .written_files import RECORD_NAME, REPLACED_PREFIX, WrittenFiles, described, is_new
 
-RECORD_NAME = "run.json"
+logger = logging.getLogger(__name__)
+
+# What another run has left where --resume_from_checkpoint begins; it is kept.
+EARLIER_PREFIX = "earlier-"
+
+# Fields of a record that are not in its file: where it lies, and what lies around it.
+_NOT_IN_RECORD = {"output_dir", "inputs", "runs"}
 
 
 @dataclass
@@ -33,6 +42,8 @@ class RunRecord:
         output_dir: the folder.
         arguments: from `recorded_arguments.recorded_arguments`.
         data_fingerprint: a hash of the data that the run trains and evaluates on.
+        inputs: files and folders that the run reads; it does not begin where it would delete one.
+        runs: folders in this one that runs with records of their own are going to have, as paths from here.
 
     Attributes (known after `check` or `open`):
         has_begun: whether a step was taken or an evaluation made; until then any other run may have the folder.
@@ -44,6 +55,8 @@ class RunRecord:
     output_dir: str | Path
     arguments: dict[str, Any]
     data_fingerprint: str
+    inputs: Sequence[Path] = ()
+    runs: Sequence[str] = ()
     has_begun: bool = field(default=False, init=False)
     is_trained: bool = field(default=False, init=False)
     is_finished: bool = field(default=False, init=False)
@@ -52,30 +65,53 @@ class RunRecord:
     def open(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
         """Claims the folder for this run. Every process has to call; nothing is written if any of them refuses.
 
+        What has to give way is moved into a folder beside it. With `overwrite` that one is deleted as soon as the new
+        run has something to resume from (`delete_replaced`).
+
         Args:
-            overwrite: start anew, whatever the folder holds; checkpoints and record of the earlier run are deleted.
-            resume_from_checkpoint: go on from this checkpoint, whatever the folder's record says.
+            overwrite: start anew in a folder that holds a run; what it has written gives way.
+            resume_from_checkpoint: go on from this checkpoint, whatever the folder's record says; of another run, all
+                but the checkpoints up to this one gives way.
 
         Returns:
             The checkpoint to go on from, or None to start at the beginning.
 
         Raises:
-            ValueError: the folder holds another run (the message names the difference) or other files, or the
-                checkpoint to resume from does not exist.
+            ValueError: the folder holds another run (the message names the difference) or files that no run wrote,
+                the checkpoint to resume from does not exist, or an input would be deleted.
         """
         folder, state = Path(self.output_dir), PartialState()
         checkpoint = self.check(overwrite, resume_from_checkpoint)
         state.wait_for_everyone()
         if state.is_main_process:
-            if overwrite and not resume_from_checkpoint:
-                _delete_run(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            self._clear(overwrite, resume_from_checkpoint)
             if not resume_from_checkpoint:
                 clear_incomplete_checkpoints(folder)
+            if self.is_trained or checkpoint and not resume_from_checkpoint:
+                delete_replaced(folder)
         # From here on something is left to do, until `record_end`.
         self.is_finished = False
         self._write()
         return checkpoint
+
+    def _clear(self, overwrite: bool, resume_from_checkpoint: str | None) -> None:
+        written = WrittenFiles(self.output_dir)
+        clear_staging(written.folder)
+        in_the_way = self._in_the_way(overwrite, resume_from_checkpoint)
+        if in_the_way:
+            what = described(written.folder, in_the_way)
+            aside = written.move_aside(in_the_way, REPLACED_PREFIX if overwrite else EARLIER_PREFIX)
+            until = (
+                "until this run has a complete checkpoint or its model" if overwrite else "for you to keep or delete"
+            )
+            logger.warning("What an earlier run wrote is now in %s, %s: %s.", aside, until, what)
+        written.claim(RECORD_NAME, *(f"{run}/" for run in self.runs))
+
+    def release(self) -> None:
+        """Deletes what `open` moved aside: there is something to resume from now. Every process calls."""
+        if PartialState().is_main_process:
+            delete_replaced(self.output_dir)
+        PartialState().wait_for_everyone()
 
     def has_nothing_left(self, push_target: str | None) -> bool:
         """Whether the same run, with this place to push to (`publishing.push_target`), has ended before."""
@@ -108,6 +144,7 @@ class RunRecord:
         """Notes that the trained model is in the folder, for a run that is cut off after that. Every process calls."""
         self.is_trained = True
         self._write()
+        self.release()
 
     def record_end(self, pushed_to: str | None = None) -> None:
         """Notes that the run has done all it had to do, and where the model was pushed to. Every process calls."""
@@ -117,53 +154,95 @@ class RunRecord:
     def _write(self) -> None:
         state, path = PartialState(), Path(self.output_dir, RECORD_NAME)
         if state.is_main_process:
-            content = {name: value for name, value in vars(self).items() if name != "output_dir"}
+            content = {name: value for name, value in vars(self).items() if name not in _NOT_IN_RECORD}
             write_durably(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
         state.wait_for_everyone()
 
     def check(self, overwrite: bool = False, resume_from_checkpoint: str | None = None) -> str | None:
         """What `open` does, arguments, return value and errors, without writing anything."""
-        folder = Path(self.output_dir)
+        folder, written = Path(self.output_dir), WrittenFiles(self.output_dir)
         self.has_begun, self.is_trained, self.is_finished, self.pushed_to = False, False, False, None
         if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            if not (checkpoint / TRAINER_STATE_NAME).is_file():
-                raise ValueError(f"--resume_from_checkpoint {checkpoint} is no checkpoint of the Trainer.")
-            # One without a manifest may be another program's.
-            reason = damage(checkpoint) if is_sealed(checkpoint) else None
-            if reason:
-                raise ValueError(f"--resume_from_checkpoint {checkpoint} is damaged: {reason}.")
-            if not holds_optimizer(checkpoint):
-                raise ValueError(
-                    f"--resume_from_checkpoint {checkpoint} holds no optimizer and schedule (was it saved with "
-                    "--save_only_model?), so training would begin anew with its weights. For that, leave the flag out "
-                    f"and give --model_name_or_path {checkpoint}."
-                )
-            return resume_from_checkpoint
-        # A run that was killed as it claimed the folder has left no more than this.
-        leftover = folder / (RECORD_NAME + UNFINISHED_SUFFIX)
-        if overwrite or not folder.exists() or not (folder.is_file() or set(folder.iterdir()) - {leftover}):
-            return None
-        if not folder.is_dir() or not (folder / RECORD_NAME).is_file():
+            _check_checkpoint(Path(resume_from_checkpoint))
+        if not is_new(folder) and not written.is_there:
+            found = "is a file" if folder.is_file() else f"is not empty: it holds {_some_names(folder)}"
             raise ValueError(
-                f"The output folder {folder} is not empty and holds no run of this script. Choose another "
-                "--output_dir, or give --overwrite_output_dir."
+                f"The output folder {folder} {found}, and it holds no run of this script. Choose another --output_dir."
             )
-        earlier = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        endangered = self._endangered(overwrite, resume_from_checkpoint)
+        if endangered:
+            raise ValueError(
+                f"This command reads {endangered}, but would delete or move it or files in it, as an earlier run wrote "
+                f"them in the output folder {folder}. Choose another --output_dir."
+            )
+        if overwrite or resume_from_checkpoint:
+            return resume_from_checkpoint
+        earlier = self._earlier()
+        if earlier is None:
+            left = written.paths()
+            if left:
+                raise ValueError(
+                    f"The output folder {folder} holds what is left of a run that was being replaced: "
+                    f"{described(folder, left)}. Repeat the command that replaced it, or choose another --output_dir."
+                )
+            return None
         differences = self._differences(earlier)
-        if differences and not earlier.get("has_begun", True):
+        # What an overwritten run has left waits for the command that was told to overwrite it.
+        if differences and not earlier["has_begun"] and not written.with_prefix(REPLACED_PREFIX):
             return None
         if differences:
             raise ValueError(
                 f"The output folder {folder} holds another run: {'; '.join(differences)}. Repeat its command to resume "
-                "it, choose another --output_dir, or give --overwrite_output_dir to start anew."
+                f"it, or choose another --output_dir{self._how_to_overwrite()}."
             )
-        self.has_begun = earlier.get("has_begun", True)
-        self.is_trained = earlier.get("is_trained", False)
-        self.is_finished = earlier.get("is_finished", False)
-        self.pushed_to = earlier.get("pushed_to")
+        self.has_begun = earlier["has_begun"]
+        self.is_trained = earlier["is_trained"]
+        self.is_finished = earlier["is_finished"]
+        self.pushed_to = earlier["pushed_to"]
         checkpoint = latest_complete_checkpoint(folder)
         return str(checkpoint) if checkpoint else None
+
+    def _how_to_overwrite(self) -> str:
+        endangered = self._endangered(overwrite=True)
+        if endangered:
+            return f" (this command reads {endangered}, so it cannot start anew here)"
+        what = described(self.output_dir, self._in_the_way(overwrite=True))
+        return f"; --overwrite_output_dir starts anew and deletes {what}"
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """The record of the run in the folder."""
+        path = Path(self.output_dir, RECORD_NAME)
+        is_there = RECORD_NAME in WrittenFiles(self.output_dir) and path.is_file()
+        return json.loads(path.read_text(encoding="utf-8")) if is_there else None
+
+    def _in_the_way(self, overwrite: bool, resume_from_checkpoint: str | None = None) -> list[str]:
+        """What an earlier run wrote and this one cannot begin beside, as paths from the folder."""
+        written = WrittenFiles(self.output_dir)
+        named = Path(resume_from_checkpoint).resolve() if resume_from_checkpoint else None
+        if overwrite:
+            return [path for path in written.paths() if (written.folder / path).resolve() != named]
+        earlier = self._earlier()
+        if named is None or earlier and not (earlier["has_begun"] and self._differences(earlier)):
+            return []
+        # The checkpoints on the way to the one named are this run's past as well.
+        last = steps_of(named) if named.parent == written.folder.resolve() else -1
+        return [path for path in written.paths(with_runs=False) if not 0 <= steps_of(Path(path)) <= last]
+
+    def _endangered(self, overwrite: bool, resume_from_checkpoint: str | None = None) -> Path | None:
+        """An input that this run would move or delete."""
+        folder = Path(self.output_dir)
+        going = [
+            *self._in_the_way(overwrite, resume_from_checkpoint),
+            *WrittenFiles(folder).with_prefix(REPLACED_PREFIX),
+        ]
+        gone = [(folder / path).resolve() for path in going]
+        inputs = [*self.inputs, *([Path(resume_from_checkpoint)] if resume_from_checkpoint else [])]
+        for path in inputs:
+            # Of a folder the files in it are read; a folder of texts may well have this one in it.
+            files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else []
+            if any(entry.resolve().is_relative_to(other) for entry in (path, *files) for other in gone):
+                return path
+        return None
 
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
         before = earlier["arguments"]
@@ -175,6 +254,28 @@ class RunRecord:
         if earlier["data_fingerprint"] != self.data_fingerprint:
             differences.append("the data has changed")
         return differences
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    """Refuses a --resume_from_checkpoint that is none."""
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} is no checkpoint of the Trainer.")
+    # One without a manifest may be another program's.
+    reason = damage(checkpoint) if is_sealed(checkpoint) else None
+    if reason:
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} is damaged: {reason}.")
+    if not holds_optimizer(checkpoint):
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} holds no optimizer and schedule (was it saved with "
+            "--save_only_model?), so training would begin anew with its weights. For that, leave the flag out and give "
+            f"--model_name_or_path {checkpoint} and another --output_dir."
+        )
+
+
+def _some_names(folder: Path, limit: int = 5) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _said(name: str, change: str) -> str:
@@ -219,18 +320,9 @@ def save_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> Non
     """
     if not trainer.is_world_process_zero():
         return
-    folder = Path(trainer.args.output_dir)
-    combined = folder / "all_results.json"
-    earlier = json.loads(combined.read_text(encoding="utf-8")) if combined.exists() else {}
-    for path, content in ((folder / f"{split}_results.json", metrics), (combined, earlier | metrics)):
-        write_durably(path, json.dumps(content, indent=4, sort_keys=True))
-
-
-def _delete_run(folder: Path) -> None:
-    """Deletes checkpoints, model and results, so that nothing of the earlier run is taken for the new one's."""
-    for prefix in (PREFIX_CHECKPOINT_DIR, DAMAGED_PREFIX + PREFIX_CHECKPOINT_DIR):
-        for checkpoint in folder.glob(f"{prefix}-*"):
-            shutil.rmtree(checkpoint)
-    for pattern in (RECORD_NAME, TRAINER_STATE_NAME, "*_results.json", "model*.safetensors*", "README.md"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    folder, name, combined = Path(trainer.args.output_dir), f"{split}_results.json", "all_results.json"
+    with WrittenFiles(folder).writing(name, combined):
+        path = folder / combined
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for path, content in {folder / name: metrics, folder / combined: earlier | metrics}.items():
+            write_durably(path, json.dumps(content, indent=4, sort_keys=True))

@@ -4,7 +4,8 @@ import csv
 import glob
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -67,7 +68,10 @@ ROWS_PER_BATCH = 1000
 
 
 def load_documents(
-    arguments: DataArguments, seed: int, needs_training: bool = True
+    arguments: DataArguments,
+    seed: int,
+    needs_training: bool = True,
+    is_passed_over: Callable[[Path], bool] = lambda folder: False,
 ) -> DatasetDict | IterableDatasetDict:
     """Load the documents that the arguments name.
 
@@ -84,6 +88,7 @@ def load_documents(
         arguments: what to load.
         seed: decides which documents are held out and how weighted datasets are interleaved.
         needs_training: whether there has to be a training split; without one there has to be a validation split.
+        is_passed_over: which folders within a named one hold no data, such as what a run writes.
 
     Returns:
         Splits "train" (only if the data has one) and "validation", streamed if `arguments.streaming`. The validation
@@ -100,9 +105,11 @@ def load_documents(
         )
     sources = []
     if arguments.train_file:
-        sources = _local_sources(arguments.train_file, arguments.train_split_name, arguments, needs_training)
+        sources = _local_sources(
+            arguments.train_file, arguments.train_split_name, arguments, is_passed_over, needs_training
+        )
     for number, name in enumerate(arguments.dataset_name or []):
-        sources += _named_source(number, name, arguments, needs_training)
+        sources += _named_source(number, name, arguments, is_passed_over, needs_training)
     trains, validations = [], []
     for name, train, validation in sources:
         if train is not None and validation is None and not arguments.validation_file:
@@ -112,7 +119,7 @@ def load_documents(
         if validation is not None:
             validations.append((name, validation))
     if arguments.validation_file:
-        local = _local_sources(arguments.validation_file, arguments.validation_split_name, arguments)
+        local = _local_sources(arguments.validation_file, arguments.validation_split_name, arguments, is_passed_over)
         validations = [(name, dataset) for name, dataset, _ in local if dataset is not None]
     kinds = {name: "text" if "text" in dataset.column_names else "token ids" for name, dataset in trains + validations}
     if len(set(kinds.values())) > 1:
@@ -129,6 +136,7 @@ def _local_sources(
     entries: list[str],
     split_name: str,
     arguments: DataArguments,
+    is_passed_over: Callable[[Path], bool],
     needs_split: bool = True,
     rows_per_document: int = 1,
 ) -> list[Source]:
@@ -147,7 +155,7 @@ def _local_sources(
             _require_splits(entry, splits, split_name, arguments, needs_split)
             sources.append(_pick_splits(entry, splits, split_name, arguments, rows_per_document))
         else:
-            files += _usable_files(path, arguments.text_column_name)
+            files += _usable_files(path, arguments.text_column_name, is_passed_over)
     if files:
         parts = []
         for suffix in dict.fromkeys(path.suffix.lower() for path in files):
@@ -159,7 +167,9 @@ def _local_sources(
     return sources
 
 
-def _named_source(number: int, name: str, arguments: DataArguments, needs_training: bool) -> list[Source]:
+def _named_source(
+    number: int, name: str, arguments: DataArguments, is_passed_over: Callable[[Path], bool], needs_training: bool
+) -> list[Source]:
     """The dataset `name`, which is the one at `number` in the flags that have a value for each."""
     config = arguments.dataset_config_name[number] if arguments.dataset_config_name else "default"
     revision = arguments.dataset_revision[number] if arguments.dataset_revision else "main"
@@ -170,7 +180,9 @@ def _named_source(number: int, name: str, arguments: DataArguments, needs_traini
                 f"{name} is a local path and has no configuration {config!r} or revision {revision!r}; write 'default' "
                 "and 'main' for it."
             )
-        return _local_sources([name], arguments.train_split_name, arguments, needs_training, rows_per_document)
+        return _local_sources(
+            [name], arguments.train_split_name, arguments, is_passed_over, needs_training, rows_per_document
+        )
     if name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS:
         raise FileNotFoundError(f"{name} does not exist.")
     where = {"path": name, "revision": revision}
@@ -228,15 +240,19 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
-def _usable_files(path: Path, text_column: str) -> list[Path]:
+def _usable_files(path: Path, text_column: str, is_passed_over: Callable[[Path], bool]) -> list[Path]:
     """The files of a path in order, each looked into. In a folder, other and empty files are passed over and said."""
     if path.is_file():
         _check_file(path, text_column)
         return [path]
-    entries = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
     files: list[Path] = []
     passed_over: list[Path] = []
-    for entry in entries:
+    entries: list[Path] = []
+    for folder, inner, names in os.walk(path):
+        passed_over += [Path(folder, name) for name in inner if is_passed_over(Path(folder, name))]
+        inner[:] = [name for name in inner if Path(folder, name) not in passed_over]
+        entries += [Path(folder, name) for name in names if not name.startswith(".")]
+    for entry in sorted(filter(Path.is_file, entries)):
         is_usable = entry.suffix.lower() in READERS and _check_file(entry, text_column, may_be_empty=True)
         (files if is_usable else passed_over).append(entry)
     if not files:

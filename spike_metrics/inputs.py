@@ -22,6 +22,7 @@ from transformers import (
 
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model, load_tokenizer
+from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 
@@ -137,7 +138,7 @@ def _documents(arguments: InputArguments) -> Dataset:
         validation_split_name=arguments.split,
         text_column_name=arguments.text_column_name,
     )
-    documents = load_documents(data, seed=0)["validation"]
+    documents = load_documents(data, seed=0, is_passed_over=is_output_folder)["validation"]
     return documents.select(range(min(arguments.max_samples, len(documents))))
 
 

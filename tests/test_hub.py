@@ -84,7 +84,7 @@ def test_the_token_is_in_nothing_written_printed_or_pushed(hub, pushed):
     assert [name for commit in commits for name, content in commit.files.items() if secret in content] == []
     assert not [commit for commit in commits if hub.token in commit.message]
     assert not [address for _, address in hub.requests if hub.token in address]
-    assert not list(pushed.glob(".publishing-*"))
+    assert not list(pushed.glob(".publishing*"))
 
 
 def test_pulled_on_a_clean_machine_it_fills_masks_and_becomes_a_classifier(hub, pushed, tmp_path):

@@ -252,7 +252,7 @@ def test_fifty_kills_at_any_moment_cost_at_most_save_steps_each_and_no_bit_of_th
 def moment(command: Command, chance: random.Random, steps: int) -> dict:
     """When to kill next: mostly at random, else where something is being written, at the end of the run included."""
     near_the_end = step_of(latest_complete_checkpoint(command.folder)) > steps - 2 * SAVE_STEPS
-    patterns = ["checkpoint-*", "checkpoint-*/optimizer.pt", "checkpoint-*/trainer_state.json", ".publishing-*"]
+    patterns = ["checkpoint-*", "checkpoint-*/optimizer.pt", "checkpoint-*/trainer_state.json", ".publishing*"]
     patterns += [f"checkpoint-*/{MANIFEST_NAME}", f"checkpoint-*/{MANIFEST_NAME}.unfinished", "checkpoint-*/README.md"]
     if near_the_end:
         patterns += [".saving-model", "model.safetensors", "all_results.json", "README.md", "run.json"]

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line_and_is_not_resumed
     with pytest.raises(SystemExit, match=r"^error: The training stopped in step 2, .* Training rows: \d+, \d+, \d+"):
         run_mlm.main(command)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"run.json", "checkpoint-1", "not-finite-step-2"}
+    assert names == {"run.json", "written_files.json", "checkpoint-1", "not-finite-step-2"}
     with pytest.raises(SystemExit, match="The training stopped in step 2"):
         run_mlm.main(command)
 
@@ -345,6 +346,70 @@ def test_overwrite_starts_anew_and_resume_from_checkpoint_goes_on_anyway(corpus,
     run_mlm.main([*changed, "--overwrite_output_dir", "--max_steps", "2"])
     assert rates == [] or max(rates) <= 2e-3
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir"]], ids=["plain", "overwrite"])
+@pytest.mark.parametrize("start", ["", "checkpoint-4"], ids=["model", "checkpoint"])
+def test_training_in_the_folder_of_its_own_model_is_refused_and_no_flag_recommended(trained, corpus, start, flags):
+    """A run's folder, and the folder of a model that no run wrote."""
+    before = snapshot(trained)
+    command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(trained / start), *flags]
+    with pytest.raises(SystemExit, match=f"his command reads {trained / start}[, ]") as refused:
+        run_mlm.main([*command, "--output_dir", str(trained)])
+    assert "--overwrite_output_dir" not in str(refused.value)
+    assert snapshot(trained) == before
+
+
+def test_a_folder_that_is_no_run_is_refused_even_if_it_may_be_overwritten(trained, corpus, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(trained, project)
+    (project / "written_files.json").unlink()  # a model that was downloaded, say
+    before = snapshot(project)
+    command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(project), "--overwrite_output_dir"]
+    with pytest.raises(SystemExit, match="is not empty: it holds .* Choose another --output_dir"):
+        run_mlm.main([*command, "--output_dir", str(project)])
+    assert snapshot(project) == before
+
+
+def test_overwriting_keeps_the_old_model_until_the_new_run_has_a_checkpoint(trained, corpus, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    users = {"notes.txt": "mine", "checkpoint-4/scores.json": "mine", "model_v1.safetensors": "mine"}
+    for name, text in users.items():
+        (folder / name).write_text(text)
+    command = from_scratch(corpus, "--seed", "7", "--overwrite_output_dir", "--output_dir", str(folder))
+    step = Trainer.training_step
+
+    def killed(trainer, *args, **named):
+        if trainer.args.output_dir == str(folder):  # and not while a step is tried
+            raise KeyboardInterrupt
+        return step(trainer, *args, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "training_step", killed)
+        run_mlm.main(command)
+    assert_same_weights(folder / "replaced-1", trained)
+    assert AutoModelForMaskedLM.from_pretrained(folder / "replaced-1").config.model_type == "spikelm"
+    run_mlm.main(command[:-3] + command[-2:])
+    assert (folder / "model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
+    left = snapshot(folder)
+    assert all(left.pop(str(folder / name)) == b"mine" for name in ("notes.txt", "model_v1.safetensors"))
+    replaced = {name: text for name, text in left.items() if "replaced-" in name}
+    assert replaced == {str(folder / "replaced-1" / "checkpoint-4" / "scores.json"): b"mine"}
+
+
+def test_an_output_folder_within_the_folder_of_texts_is_not_read_as_text(corpus, tmp_path):
+    shutil.copy(corpus, tmp_path / "topics.txt")
+    command = from_scratch(tmp_path, "--output_dir", str(tmp_path / "run"))
+    interrupted(command, Trainer, "evaluate")
+    run_mlm.main(command)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["is_finished"]
+    # Nor are the results of one run texts for the next.
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "another")])
+    fingerprints = [
+        json.loads((tmp_path / name / "run.json").read_text())["data_fingerprint"] for name in ("run", "another")
+    ]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def history(folder: Path) -> list[dict]:
@@ -595,7 +660,12 @@ def test_a_loss_that_is_not_finite_ends_every_process_and_is_said_once(corpus, t
     done = launch("two_cpu_processes", *command, may_fail=True)
     assert done.returncode != 0
     assert done.stderr.count("error: The training stopped in step 2") == 1, done.stderr[-3000:]
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "checkpoint-1", "not-finite-step-2"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run.json",
+        "written_files.json",
+        "checkpoint-1",
+        "not-finite-step-2",
+    }
 
 
 @pytest.mark.parametrize("more", [[], ["--streaming"]], ids=["map", "stream"])

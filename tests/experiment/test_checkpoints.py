@@ -1,4 +1,6 @@
 import subprocess
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -12,12 +14,15 @@ from experiment.checkpoints import (
     latest_complete_checkpoint,
     seal,
 )
+from experiment.written_files import LIST_NAME, WrittenFiles
 
 FILES = {"model.safetensors": b"weights" * 100, "rng_state_0.pth": b"0", "global_step/shard.pt": b"shard"}
 
 
 def write(folder, step, sealed=True):
     path = folder / f"checkpoint-{step}"
+    if not path.exists():
+        WrittenFiles(folder).claim(path.name)
     for name, content in FILES.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
@@ -28,7 +33,7 @@ def write(folder, step, sealed=True):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != LIST_NAME)
 
 
 def test_the_manifest_is_what_sha256sum_reads(tmp_path):
@@ -148,6 +153,7 @@ def test_the_newest_and_the_best_are_kept_within_the_limit(tmp_path, limit, best
 def test_incomplete_checkpoints_take_no_complete_ones_place(tmp_path):
     write(tmp_path, 5)
     write(tmp_path, 10, sealed=False)  # half deleted, when a kill came
+    WrittenFiles(tmp_path).claim("damaged-checkpoint-15")
     write(tmp_path, 15).rename(tmp_path / "damaged-checkpoint-15")
     save(keeper(tmp_path, 2), tmp_path, 20)
     assert names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
@@ -155,7 +161,62 @@ def test_incomplete_checkpoints_take_no_complete_ones_place(tmp_path):
 
 def test_older_checkpoints_stay_when_the_new_one_cannot_be_sealed(tmp_path):
     before = write(tmp_path, 5)
+    WrittenFiles(tmp_path).claim("checkpoint-10")
     (tmp_path / "checkpoint-10" / f"{MANIFEST_NAME}.unfinished").mkdir(parents=True)
     with pytest.raises(OSError):
         save(keeper(tmp_path, 1), tmp_path, 10)
     assert latest_complete_checkpoint(tmp_path) == before
+
+
+def test_what_a_user_has_put_among_the_checkpoints_is_neither_rotated_nor_cleared(tmp_path):
+    kept = keeper(tmp_path, 1)
+    save(kept, tmp_path, 5)
+    (tmp_path / "checkpoint-5" / "my_scores.json").write_text("mine")
+    for name in ("checkpoint-mine", "checkpoint-3", "damaged-checkpoint-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("mine")
+    save(kept, tmp_path, 10)
+    clear_incomplete_checkpoints(tmp_path)
+    assert names(tmp_path) == [
+        "checkpoint-10",
+        "checkpoint-3",
+        "checkpoint-5",
+        "checkpoint-mine",
+        "damaged-checkpoint-3",
+    ]
+    assert names(tmp_path / "checkpoint-5") == ["my_scores.json"]
+
+
+def test_a_deletion_that_was_killed_spares_a_users_file_when_it_goes_on(tmp_path, monkeypatch):
+    kept = keeper(tmp_path, 1)
+    save(kept, tmp_path, 5)
+    (tmp_path / "checkpoint-5" / "my_scores.json").write_text("mine")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", mock.Mock(side_effect=KeyboardInterrupt))
+        save(kept, tmp_path, 10)
+    assert latest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    save(kept, tmp_path, 15)
+    assert names(tmp_path / "checkpoint-5") == ["my_scores.json"]
+
+
+def test_the_checkpoint_that_the_command_names_is_not_rotated_away(tmp_path):
+    named = write(tmp_path, 5)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, save_total_limit=1, resume_from_checkpoint=str(named)
+    )
+    kept = CheckpointKeeper(Card(), arguments)
+    for step in (10, 15):
+        save(kept, tmp_path, step)
+    assert names(tmp_path) == ["checkpoint-15", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+def test_a_folder_where_the_trainer_is_about_to_write_is_renamed_if_a_user_put_it_there(tmp_path, strategy):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "model.safetensors").write_text("mine")
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy=strategy, eval_strategy="steps")
+    kept, state, control = keeper(tmp_path, None), TrainerState(global_step=5), TrainerControl(should_save=True)
+    event = {"steps": kept.on_step_end, "epoch": kept.on_epoch_end, "best": kept.on_evaluate}[strategy]
+    event(training, state, control)
+    assert names(tmp_path) == ["kept-checkpoint-5"]
+    assert (tmp_path / "kept-checkpoint-5" / "model.safetensors").read_text() == "mine"

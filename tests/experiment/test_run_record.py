@@ -1,19 +1,27 @@
 import json
+import os
+import shutil
 
 import pytest
 from transformers import TrainingArguments
 
 from experiment.checkpoints import MANIFEST_NAME, seal
 from experiment.recorded_arguments import recorded_arguments
-from experiment.run_record import RECORD_NAME, RunRecord
+from experiment.run_record import RunRecord
+from experiment.written_files import LIST_NAME, RECORD_NAME, WrittenFiles
 
 
 def record(folder, fingerprint="f", **arguments):
     return RunRecord(folder, {"learning_rate": 1e-3, **arguments}, fingerprint)
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != LIST_NAME)
+
+
 def checkpoint(folder, step):
     path = folder / f"checkpoint-{step}"
+    WrittenFiles(folder).claim(path.name)
     path.mkdir()
     for name in ("optimizer.pt", "scheduler.pt"):
         (path / name).touch()
@@ -74,18 +82,22 @@ def test_other_files_are_refused(tmp_path):
         record(tmp_path).open()
 
 
-def test_overwrite_deletes_checkpoints_and_nothing_else(tmp_path):
+def test_overwrite_moves_what_the_run_wrote_and_nothing_else_until_the_new_model_is_there(tmp_path):
     record(tmp_path).open()
     checkpoint(tmp_path, 5)
     (tmp_path / "notes.txt").write_text("mine")
-    assert record(tmp_path, seed=1).open(overwrite=True) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", RECORD_NAME]
+    new = record(tmp_path, seed=1)
+    assert new.open(overwrite=True) is None
+    assert names(tmp_path) == ["notes.txt", "replaced-1", RECORD_NAME]
+    assert names(tmp_path / "replaced-1") == ["checkpoint-5", RECORD_NAME]
+    new.record_training()
+    assert names(tmp_path) == ["notes.txt", RECORD_NAME]
 
 
 def test_a_folder_that_a_kill_left_without_its_record_is_a_new_one(tmp_path):
     (tmp_path / f"{RECORD_NAME}.unfinished").write_text('{"arg')
     assert record(tmp_path).open() is None
-    assert [path.name for path in tmp_path.iterdir()] == [RECORD_NAME]
+    assert names(tmp_path) == [RECORD_NAME]
 
 
 def test_named_checkpoint_overrides_the_record(tmp_path):
@@ -165,3 +177,148 @@ def test_nothing_is_left_to_train_once_the_model_is_there_or_a_checkpoint_has_al
     assert again.trained_model(again.open(), arguments) == str(folder)
     again.open(resume_from_checkpoint=str(folder / "checkpoint-5"))
     assert again.trained_model(str(folder / "checkpoint-5"), arguments) is None
+
+
+def write(folder, **files):
+    """Files as a run writes them."""
+    with WrittenFiles(folder).writing(*files):
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def a_finished_run(folder):
+    earlier = record(folder)
+    earlier.open()
+    earlier.record_beginning()
+    checkpoint(folder, 5)
+    write(folder, **{"model.safetensors": "weights", "README.md": "card"})
+    earlier.record_training()
+    earlier.record_end()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_no_run_wrote_into_is_refused_whatever_is_asked_for(tmp_path, overwrite, resume):
+    a_finished_run(tmp_path / "other")
+    project = tmp_path / "project"
+    for name in (
+        "README.md",
+        "survey_results.json",
+        "model_v1.safetensors",
+        "checkpoint-7/weights",
+        "submission/a.pdf",
+    ):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("mine")
+    before = snapshot(project)
+    named = str(tmp_path / "other" / "checkpoint-5") if resume else None
+    with pytest.raises(ValueError) as refused:
+        record(project).open(overwrite, named)
+    assert "README.md, checkpoint-7, model_v1.safetensors, submission, survey_results.json" in str(refused.value)
+    assert "--overwrite" not in str(refused.value)
+    assert snapshot(project) == before
+
+
+def test_a_message_that_names_the_overwriting_flag_says_what_it_deletes(tmp_path):
+    a_finished_run(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError) as refused:
+        record(tmp_path, seed=1).check()
+    said = str(refused.value).partition("--overwrite_output_dir starts anew and deletes ")[2]
+    assert "checkpoint-5 (" in said and "model.safetensors (7 bytes)" in said and "README.md (4 bytes)" in said
+    assert "notes.txt" not in said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint-5", "checkpoint-5/trainer_state.json"])
+def test_a_run_does_not_begin_where_it_would_delete_what_it_reads(tmp_path, name):
+    a_finished_run(tmp_path)
+    before = snapshot(tmp_path)
+    new = RunRecord(tmp_path, {"seed": 1}, "f", inputs=[tmp_path / "absent", tmp_path / name])
+    with pytest.raises(ValueError, match=f"reads .*{name}, but would delete or move it"):
+        new.open(overwrite=True)
+    with pytest.raises(ValueError, match=f"this command reads .*{name}, so it cannot start anew here"):
+        new.open()
+    assert snapshot(tmp_path) == before
+
+
+def test_an_input_that_waits_to_be_deleted_is_refused_as_well(tmp_path):
+    a_finished_run(tmp_path)
+    new = record(tmp_path, seed=1)
+    new.open(overwrite=True)
+    new.inputs = [tmp_path / "replaced-1" / "model.safetensors"]
+    with pytest.raises(ValueError, match="reads .*replaced-1"):
+        new.open()
+
+
+def test_a_killed_overwriting_loses_nothing_and_resumes_nothing_of_the_earlier_run(tmp_path, monkeypatch):
+    """Killed at each of its renames; the same command then starts at the beginning, and ends."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of no use against a kill, and slow
+    replace = os.replace
+    for killed_at in range(1, 100):
+        folder = tmp_path / str(killed_at)
+        a_finished_run(folder)
+        before, calls = snapshot(folder / "checkpoint-5"), iter(range(1, 100))
+
+        def until_killed(source, target, killed_at=killed_at, calls=calls):
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", until_killed)
+            try:
+                assert record(folder, seed=1).open(overwrite=True) is None
+                break
+            except KeyboardInterrupt:
+                pass
+        kept = [path for path in (folder, folder / "replaced-1") if (path / "model.safetensors").exists()]
+        assert [(path / "model.safetensors").read_text() for path in kept] == ["weights"]
+        # The plain command takes nothing that is left for its own.
+        try:
+            assert record(folder, seed=1).check() is None
+        except ValueError as error:
+            assert "another run" in str(error) or "what is left of a run that was being replaced" in str(error)
+        again = record(folder, seed=1)
+        assert again.open(overwrite=True) is None
+        moved = next(folder.glob("replaced-*/checkpoint-5"))
+        assert snapshot(moved) == before
+        checkpoint(folder, 3)
+        assert record(folder, seed=1).open() == str(folder / "checkpoint-3")
+        assert names(folder) == ["checkpoint-3", RECORD_NAME]
+    assert killed_at > 5
+
+
+def test_going_on_from_a_checkpoint_of_another_run_keeps_what_came_after_it_aside(tmp_path):
+    a_finished_run(tmp_path)
+    for step in (10, 15):
+        checkpoint(tmp_path, step)
+    named = str(tmp_path / "checkpoint-10")
+    other = record(tmp_path, learning_rate=2.0)
+    assert other.open(resume_from_checkpoint=named) == named
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-5", "earlier-1", RECORD_NAME]
+    assert names(tmp_path / "earlier-1") == ["README.md", "checkpoint-15", "model.safetensors", RECORD_NAME]
+    # The plain command goes on there too, and not from the other run's last checkpoint.
+    assert record(tmp_path, learning_rate=2.0).open() == named
+    other.record_training()
+    assert (tmp_path / "earlier-1" / "model.safetensors").read_text() == "weights"
+
+
+def test_a_run_without_a_step_gives_its_folder_to_another_unless_it_has_moved_something_aside(tmp_path):
+    record(tmp_path).open()
+    record(tmp_path, seed=1).open()
+    a_finished_run(tmp_path / "run")
+    record(tmp_path / "run", seed=1).open(overwrite=True)
+    with pytest.raises(ValueError, match="holds another run: seed was 1 and is 2"):
+        record(tmp_path / "run", seed=2).open()
+
+
+def test_a_checkpoint_that_a_user_put_there_is_not_gone_on_from(tmp_path):
+    record(tmp_path).open()
+    ours = checkpoint(tmp_path, 5)
+    shutil.copytree(ours, tmp_path / "checkpoint-90")
+    assert record(tmp_path).open() == str(ours)
+    assert (tmp_path / "checkpoint-90").is_dir()

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from experiment import precision
 from experiment.publishing import Publisher
+from experiment.run_record import RunRecord
+from experiment.written_files import LIST_NAME, WrittenFiles
 from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
 from run_glue import TaskData, column_results, main
 from spike_metrics.counting import count
@@ -534,6 +536,61 @@ def test_every_task_is_pushed_complete_to_a_repository_of_its_own(write_glue, ti
         )
     assert loaded.returncode == 0, loaded.stderr
     assert "{0: 'entailment', 1: 'not_entailment'}" in loaded.stdout
+
+
+def test_the_folder_of_the_model_to_start_from_is_not_the_one_to_write_into(write_glue, tiny_spikelm, tmp_path):
+    """The model of a pre-training in place, and the result of one task for the next: whatever flag is given."""
+    data, out = write_glue("RTE"), tmp_path / "out"
+    main(command(tiny_spikelm, data, out, "--task_name", "rte", "--num_train_epochs", "1"))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_spikelm, base)
+    pretraining = RunRecord(tmp_path / "run", {}, "")
+    pretraining.open()
+    pretraining.record_beginning()
+    with WrittenFiles(tmp_path / "run").writing(*(path.name for path in base.iterdir())):
+        for path in base.iterdir():
+            shutil.copy(path, tmp_path / "run")
+    before = snapshot(tmp_path)
+    cases = {(out / "rte", out): "reads", (tmp_path / "run",) * 2: "reads", (base, base): "is not empty"}
+    for (model, output), said in cases.items():
+        for flags in ([], ["--overwrite_output_dir"]):
+            with pytest.raises(SystemExit, match=said) as refused:
+                main(command(model, data, output, "--task_name", "rte", *flags))
+            assert "--overwrite_output_dir" not in str(refused.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_overwriting_keeps_the_old_results_until_a_task_is_trained_and_a_users_files_for_ever(
+    write_glue, tiny_bert, tmp_path, monkeypatch
+):
+    out, data = tmp_path / "out", write_glue("RTE", "WNLI")
+    main(command(tiny_bert, data, out, "--task_name", "rte", "wnli", "--num_train_epochs", "1"))
+    before = snapshot(out)
+    users = ["submission/to_conference.pdf", "rte/notes.txt", "checkpoint-mine/weights", "README.md"]
+    for name in users:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    new = command(tiny_bert, data, out, "--task_name", "rte", "--num_train_epochs", "1", "--seed", "7")
+    train = Trainer.train
+
+    def killed(trainer, **named):
+        if trainer.args.output_dir == str(out / "rte"):  # and not while a step is tried
+            raise KeyboardInterrupt
+        return train(trainer, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train", killed)
+        main([*new, "--overwrite_output_dir"])
+    kept = snapshot(out / "replaced-1")
+    assert {name: kept[name] for name in before if Path(name).name != LIST_NAME} == {
+        name: content for name, content in before.items() if Path(name).name != LIST_NAME
+    }
+    for task in ("rte", "wnli"):
+        AutoModelForSequenceClassification.from_pretrained(out / "replaced-1" / task)
+    main(new)
+    assert not (out / "replaced-1").exists() and not (out / "wnli").exists()
+    assert set(results(out)["columns"]) == {"RTE"}
+    assert [(out / name).read_text() for name in users] == ["mine"] * len(users)
 
 
 def test_overwriting_leaves_other_runs_in_the_folder_alone(write_glue, tiny_bert, tmp_path):

@@ -116,7 +116,7 @@ def test_pictures_and_a_page_that_holds_them(checkpoint, tmp_path):
         ["--model_name_or_path", str(awkward), *SHORT, "--text", text, SENTENCES[1], "--output_dir", str(folder)]
     )
     names = {"raster_layer_0.png", "raster_layer_1.png", "firing_rates.png", "amplitudes.png", "energy.png"}
-    assert {path.name for path in folder.iterdir()} == names | {"index.html"}
+    assert {path.name for path in folder.iterdir()} == names | {"index.html", "written_files.json"}
     page = (folder / "index.html").read_text()
     embedded = {base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
     assert embedded == {(folder / name).read_bytes() for name in names}
