@@ -205,10 +205,11 @@ def check_strategies(arguments: GlueArguments, training: GlueTrainingArguments, 
         return
     keeps_best = arguments.report_epoch == "best"
     for name, value in KEEPING_BEST.items():
-        if keeps_best and given.get(name, value) != value:
+        asked = given.get(name, value)
+        if keeps_best and asked != value:
             raise ValueError(
-                f"--{name} {given[name]}, but with --report_epoch best every epoch is evaluated and saved, and the "
-                f"best one kept. Leave --{name} out, or choose --report_epoch last."
+                f"--{name} {getattr(asked, 'value', asked)}, but with --report_epoch best every epoch is evaluated and "
+                f"saved, and the best one kept. Leave --{name} out, or choose --report_epoch last."
             )
     if not keeps_best and training.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end, but --report_epoch last; --report_epoch best keeps the best epoch.")
@@ -294,8 +295,11 @@ def try_first_steps(
         with nullcontext() if is_first else errors_only():
             model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
         is_first = False
+        teacher = load_task_teacher(data, model_arguments, teaching)
+        if teacher is not None:
+            take_real_valued_parts(model, teacher)
         trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
-        make = partial(make_trainer, data, tokenizer, load_task_teacher(data, model_arguments, teaching), teaching)
+        make = partial(make_trainer, data, tokenizer, teacher, teaching)
         try_first_step(make, model, unfinished[0], given, trains)
 
 

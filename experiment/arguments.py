@@ -159,7 +159,9 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
         parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     # What a dataclass does with a wrong value is up to it: a TypeError, an ImportError, ...
     except Exception as error:
-        raise ValueError(one_line(error)) from error
+        text = one_line(error)
+        is_named = any(name in text for name in given)
+        raise ValueError(text if is_named else f"{text} (The flags were: --{', --'.join(sorted(given))}.)") from error
     if "output_dir" not in given:
         raise ValueError("--output_dir is missing: the folder for checkpoints and results.")
     values = {entry.name: getattr(group, entry.name) for group in parsed for entry in fields(group)}
@@ -176,7 +178,7 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
 def trainer_flags(given: Mapping[str, Any]) -> str:
     """Those of the given flags that are the Trainer's, as on a command line, without the phases and the folder."""
     names = {entry.name for entry in fields(TrainingArguments)} - {"output_dir", *PHASES}
-    return " ".join(f"--{name} {value}" for name, value in given.items() if name in names)
+    return " ".join(f"--{name} {getattr(value, 'value', value)}" for name, value in given.items() if name in names)
 
 
 def _check_numbers(training: TrainingArguments) -> None:
@@ -197,7 +199,7 @@ def _check_numbers(training: TrainingArguments) -> None:
     epochs = training.num_train_epochs
     if epochs is not None and training.max_steps == -1 and not 0 < epochs < math.inf:
         raise ValueError(
-            f"--num_train_epochs is {epochs}; it has to be more than 0. To score a model only, give --do_eval."
+            f"--num_train_epochs is {epochs}; it has to be more than 0. --do_eval alone scores a model as it is."
         )
     if not 0 <= training.label_smoothing_factor < 1:
         raise ValueError(f"--label_smoothing_factor is {training.label_smoothing_factor}; it has to lie in [0, 1).")

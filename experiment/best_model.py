@@ -26,10 +26,12 @@ def set_direction(
         task: what the metrics are of, for the messages.
 
     Raises:
-        ValueError: there is no such metric, or `--greater_is_better` says the opposite.
+        ValueError: there is no such metric, or `--greater_is_better` is given for none or says the opposite.
     """
     name = training.metric_for_best_model
     if name is None:
+        if "greater_is_better" in given:
+            raise ValueError("--greater_is_better says nothing without --metric_for_best_model; leave it out.")
         return
     direction = greater_is_better.get(name.removeprefix(_PREFIX))
     if direction is None:

@@ -26,7 +26,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .arguments import trainer_flags
-from .reporting import errors_only, one_line
+from .reporting import one_line
 from .whole_steps import rows_of_an_epoch
 
 logger = logging.getLogger(__name__)
@@ -61,15 +61,15 @@ def try_first_step(
     Raises:
         ValueError: something fails; the message says what, and with which flags.
     """
-    with _no_trace(training), tempfile.TemporaryDirectory() as folder:
-        try:
+    try:
+        with _no_trace(training), tempfile.TemporaryDirectory() as folder:
             _try(make_trainer(model, _for_trial(training, folder)), training, trains)
-        except Exception as error:
-            logger.debug("The first step, tried on a few rows, fails.", exc_info=True)
-            raise ValueError(
-                f"{one_line(error)} (The first step was tried on a few rows and fails; nothing was written. The "
-                f"Trainer's flags were: {trainer_flags(given) or 'none'}. --log_level debug shows where it fails.)"
-            ) from error
+    except Exception as error:
+        logger.debug("The first step, tried on a few rows, fails.", exc_info=True)
+        raise ValueError(
+            f"{one_line(error)} (The first step was tried on a few rows and fails; nothing was written. The "
+            f"Trainer's flags were: {trainer_flags(given) or 'none'}. --log_level debug shows where it fails.)"
+        ) from error
     del model
     clear_device_cache(garbage_collection=True)  # trainers are circles
 
@@ -80,7 +80,7 @@ def _for_trial(training: TrainingArguments, folder: str) -> TrainingArguments:
     trial = replace(training, **copies)
     trial.output_dir = folder
     trial.push_to_hub = False
-    trial.log_level = trial.log_level_replica = "error"
+    trial.log_level = trial.log_level_replica = "passive"
     trial.per_device_train_batch_size = min(training.per_device_train_batch_size, ROWS)
     trial.per_device_eval_batch_size = min(training.per_device_eval_batch_size, ROWS)
     trial.gradient_accumulation_steps = min(training.gradient_accumulation_steps, ACCUMULATION_STEPS)
@@ -124,8 +124,9 @@ def _no_trace(training: TrainingArguments) -> Iterator[None]:
     devices = [training.device] if training.device.type == "cuda" else []
     states = random.getstate(), np.random.get_state()
     distributed_type = PartialState().distributed_type
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     with (
-        errors_only(),
         warnings.catch_warnings(action="ignore"),
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
@@ -133,6 +134,7 @@ def _no_trace(training: TrainingArguments) -> Iterator[None]:
         try:
             yield
         finally:
+            logging.disable(disabled)
             random.setstate(states[0])
             np.random.set_state(states[1])
             # Plugins of accelerate take what is "auto" in them from the first trainer.
