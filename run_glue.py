@@ -46,6 +46,7 @@ from experiment.models import (
     load_tokenizer,
     longest_input,
     refuse_int8_training,
+    refuse_other_amplitudes,
     refuse_pickled_weights,
     saved_by_run,
     weights_digest,
@@ -157,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_arguments = common_arguments(model_arguments, arguments, teaching, spikes, run) | start
                 run_arguments |= {"teacher_digest": weights_digest(data.teacher)}
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
-                refuse_pickled_weights(records[run.output_dir].check(overwrite, run.resume_from_checkpoint))
+                checkpoint = records[run.output_dir].check(overwrite, run.resume_from_checkpoint)
+                refuse_pickled_weights(checkpoint)
+                refuse_other_amplitudes(checkpoint, data.config)
         try_first_steps(ready, plans, records, tokenizer, model_arguments, teaching, given)
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(overwrite, training.resume_from_checkpoint)

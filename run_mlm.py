@@ -46,6 +46,7 @@ from experiment.models import (
     load_tokenizer,
     longest_input,
     refuse_int8_training,
+    refuse_other_amplitudes,
     refuse_pickled_weights,
     saved_by_run,
     weights_digest,
@@ -155,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         with suppress(ValueError):
             checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         refuse_pickled_weights(checkpoint)
+        refuse_other_amplitudes(checkpoint, config)
         if record.has_nothing_left(pushed_to):
             if training.process_index == 0:
                 print(f"This run is finished; its results are in {Path(training.output_dir, 'all_results.json')}.")

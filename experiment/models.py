@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
+from modeling_spikelm.calibration import in_words
 
 from .arguments import ModelArguments
 from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
@@ -227,6 +228,30 @@ def refuse_pickled_weights(folder: str | None) -> str | None:
                 "save it again with save_pretrained, which writes safetensors."
             )
     return folder
+
+
+def refuse_other_amplitudes(checkpoint: str | None, config: PreTrainedConfig) -> None:
+    """Refuses to go on from a checkpoint, if there is one, whose spike amplitudes were made for other values.
+
+    The Trainer loads its weights and looks at nothing else.
+
+    Raises:
+        ValueError: names the values.
+    """
+    if (
+        checkpoint is None
+        or config.model_type != SpikeLMConfig.model_type
+        or not Path(checkpoint, CONFIG_NAME).is_file()
+    ):
+        return
+    fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    differences = calibration_differences(fields, config.to_dict())
+    if differences:
+        raise ValueError(
+            f"{checkpoint} was trained with {in_words(differences, 0)}, so this command, which says "
+            f"{in_words(differences, 1)}, cannot go on from it: its spike amplitudes belong to those values. Give the "
+            "same ones, or start another run from it with --model_name_or_path."
+        )
 
 
 def saved_by_run(arguments: ModelArguments, folder: str | None) -> ModelArguments:

@@ -774,6 +774,13 @@ BAD_INPUT = {
         ],
         "do not fit its configuration",
     ),
+    "a checkpoint with amplitudes for another k": (
+        lambda t, c, p: [
+            *from_scratch(c, "--resume_from_checkpoint", str(t / "checkpoint-2")),
+            *("--config_overrides", f"{TINY},amplitude_scale=6.0"),
+        ],
+        "was trained with amplitude_scale=2.0, so this command, which says amplitude_scale=6.0, cannot go on",
+    ),
     "vocabulary too small": (
         lambda t, c, p: [*from_scratch(c), "--config_overrides", f"{TINY},vocab_size=100"],
         "vocab_size=100",
