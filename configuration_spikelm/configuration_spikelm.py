@@ -29,13 +29,15 @@ MEMBRANE_RESETS = ("reference", "symmetric")
 # SpikingNeurons that gives this name, is in modeling_spikelm/neurons.py.
 NEURONS = {
     "elastic": ("amplitude_scale", "membrane_reset", "int8_weights"),
+    "learned": ("membrane_reset",),
+    "thrifty": ("spike_cost", "membrane_reset"),
     "bi-spiking": ("membrane_reset", "int8_weights"),
     "lif": (),
 }
 
 # What spike amplitudes are made for, beside the weights: where one of these differs, as far as the neuron uses it,
 # amplitudes of one model are none of another.
-CALIBRATION_FIELDS = ("neuron", "num_time_steps", "membrane_decay", "amplitude_scale", "membrane_reset")
+CALIBRATION_FIELDS = ("neuron", "num_time_steps", "membrane_decay", "amplitude_scale", "membrane_reset", "spike_cost")
 
 # A subset of transformers.activations.ACT2FN, spelled out because importing that table imports torch.
 ACTIVATIONS = (
@@ -111,9 +113,10 @@ class SpikeLMConfig(PreTrainedConfig):
     Args:
         neuron (`str`, *optional*, defaults to `"elastic"`):
             Which neuron fires the spikes: `"elastic"`, -a, 0 or +a with a calibrated amplitude a (the paper's);
-            `"bi-spiking"`, -1, 0 or +1; `"lif"`, leaky integrate-and-fire, 0 or 1. The last two are there to be
-            compared with. They have no `amplitude_scale`, and `"lif"` has a single reset and no int8 weights: such
-            fields have to stay at their defaults.
+            `"bi-spiking"`, -1, 0 or +1; `"lif"`, leaky integrate-and-fire, 0 or 1, both to be compared with;
+            `"learned"`, an amplitude and a shift for each channel, learned by LSQ's gradient from a calibrated start;
+            `"thrifty"`, the same with a threshold of its own, so that a spike is fired where it lowers the error by
+            more than `spike_cost`. Fields that a neuron does not use (`NEURONS`) have to stay at their defaults.
         num_time_steps (`int`, *optional*, defaults to 4):
             Number of time steps T that the encoder runs for; at least 1.
         membrane_decay (`float`, *optional*, defaults to 0.25):
@@ -125,6 +128,9 @@ class SpikeLMConfig(PreTrainedConfig):
             (the rule behind the published figures), `"symmetric"` keeps `decay * (1 - |s| / a)`.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the encoder's feed-forward layers.
+        spike_cost (`float`, *optional*, defaults to 0.0):
+            What a spike of a thrifty neuron has to save of the squared error, as a share of the variance of what the
+            group receives, the mean over its channels. A larger cost means fewer spikes.
         mlm_transform_act (`str`, *optional*, defaults to `"relu"`):
             Activation in the masked-LM head's transform (the reference uses ReLU there, BERT its `hidden_act`).
         sparse_prediction (`bool`, *optional*, defaults to `False`):
@@ -174,6 +180,7 @@ class SpikeLMConfig(PreTrainedConfig):
     membrane_decay: float | int = 0.25
     amplitude_scale: float | int = 2.0
     membrane_reset: str = "reference"
+    spike_cost: float | int = 0.0
     mlm_transform_act: str = "relu"
     sparse_prediction: bool = False
     int8_weights: bool = False
@@ -218,7 +225,8 @@ class SpikeLMConfig(PreTrainedConfig):
         self._require("membrane_decay", 0 <= self.membrane_decay <= 1, "a number in [0, 1]")
         self._require("amplitude_scale", 0 < self.amplitude_scale < float("inf"), "a finite number above 0")
         self._require("membrane_reset", self.membrane_reset in MEMBRANE_RESETS, f"one of {', '.join(MEMBRANE_RESETS)}")
-        for field in NEURONS["elastic"]:
+        self._require("spike_cost", 0 <= self.spike_cost < float("inf"), "a finite number of at least 0")
+        for field in dict.fromkeys(field for fields in NEURONS.values() for field in fields):
             default = getattr(type(self), field)
             is_used = field in NEURONS[self.neuron]
             allowed = f"{default!r}, its default, because neuron={self.neuron!r} does not use it"

@@ -1,6 +1,7 @@
 """From ModelArguments to a tokenizer, a configuration and a model, with every mistake reported before training."""
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from modeling_spikelm.calibration import in_words
 
 from .arguments import ModelArguments
 from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
+
+# What calibration sets.
+_OF_NEURONS = re.compile(r"neurons\.\w+$")
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
@@ -172,7 +176,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"
         ) from error
     # Heads and poolers may be new; an encoder that is new means that the weights were those of something else.
-    encoder = [key for key in loaded["missing_keys"] if ".encoder." in key and not key.endswith(".amplitude")]
+    encoder = [key for key in loaded["missing_keys"] if ".encoder." in key and not _OF_NEURONS.search(key)]
     if encoder:
         raise ValueError(
             f"The weights of {name} are not those of a model of type {config.model_type!r}, as its config.json says: "

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -371,9 +371,8 @@ def _neurons_at_fault(groups: dict[str, dict[str, Any]]) -> str | None:
 
 def _amplitudes(model: nn.Module) -> dict[str, torch.Tensor]:
     """The amplitudes of every group of neurons by the group's name; a checkpoint's own code has classes of its own."""
-    return {
-        name.removesuffix(".amplitude"): value for name, value in model.named_buffers() if name.endswith(".amplitude")
-    }
+    tensors = chain(model.named_buffers(), model.named_parameters())  # learned ones are parameters
+    return {name.removesuffix(".amplitude"): value.detach() for name, value in tensors if name.endswith(".amplitude")}
 
 
 def _is_amplitude(amplitude: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ def calibrated_groups(model: nn.Module) -> list[SpikingNeurons]:
 
 
 class Calibration:
-    """Amplitudes from data, gathered batch by batch: the mean over all that counts.
+    """Amplitudes (and levels, where neurons have them) from data, batch by batch: the mean over all that counts.
 
     Each batch is treated as if it were the first of a training: every group sets its amplitude by the batch at hand
     before it emits, so that what comes after it sees the spikes of a calibrated model.
@@ -65,28 +65,27 @@ class Calibration:
             steps = steps[:, self._is_counted]
         if not steps.numel():
             return
-        amplitude = neurons.batch_amplitude(steps)
-        self._sums[neurons] = self._sums[neurons] + amplitude.cpu().double() * steps[0].numel()
+        calibration = neurons.batch_calibration(steps)
+        self._sums[neurons] = self._sums[neurons] + calibration.cpu().double() * steps[0].numel()
         self._weights[neurons] += steps[0].numel()
-        neurons.set_amplitude(amplitude)
+        neurons.set_calibration(calibration)
 
-    def amplitudes(self, device: torch.device) -> list[torch.Tensor] | None:
-        """The mean `(T,)` of every group, over all processes (which all have to call); None if nothing was counted.
+    def means(self, device: torch.device) -> list[torch.Tensor] | None:
+        """The mean calibration of every group, over all processes (which all have to call); None if nothing counted.
 
         Args:
             device: one that the processes can exchange tensors on.
         """
-        rows = [
-            torch.cat((self._sums[group].expand(group.num_time_steps), torch.tensor([self._weights[group]]).double()))
-            for group in self.groups
-        ]
-        sums = torch.stack(rows)
+        sizes = [len(group.calibration()) for group in self.groups]
+        sums = torch.cat([self._sums[group].expand(size) for group, size in zip(self.groups, sizes, strict=True)])
+        weights = torch.tensor([self._weights[group] for group in self.groups], dtype=torch.float64)
         if dist.is_available() and dist.is_initialized():
-            sums = sums.to(device)
+            sums, weights = sums.to(device), weights.to(device)
             dist.all_reduce(sums)
-        if not (sums[:, -1] > 0).all():
+            dist.all_reduce(weights)
+        if not (weights > 0).all():
             return None
-        return [amplitude.float() for amplitude in sums[:, :-1] / sums[:, -1:]]
+        return [(total / weight).float() for total, weight in zip(sums.split(sizes), weights, strict=True)]
 
 
 def text_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:

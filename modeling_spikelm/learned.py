@@ -31,9 +31,26 @@ and autograd: the oracle. `level_spikes` gives the same numbers with the gradien
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from transformers import initialization as init
 
+from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import FAST_PATHS, is_transformed
-from .spiking import BELOW_ONE, SpikePacking, integrate, kept_share, passed_on, spikes_dtype
+from .spiking import (
+    AMPLITUDE_FLOOR,
+    BELOW_ONE,
+    SpikePacking,
+    SpikingNeurons,
+    integrate,
+    kept_share,
+    mean_over,
+    passed_on,
+    spikes_dtype,
+)
+
+LLOYD_ITERATIONS = 20
+# A share of neurons that fire, or a variance of signs, below which levels are not fitted.
+LEAST_SPREAD = 2e-3
 
 
 class Levels(NamedTuple):
@@ -209,3 +226,149 @@ def _channel_sums(values: torch.Tensor) -> torch.Tensor:
 
 def _next_above(values: torch.Tensor) -> torch.Tensor:
     return torch.nextafter(values, torch.full_like(values, torch.inf))
+
+
+class LearnedNeurons(SpikingNeurons, neuron="learned"):
+    """Ternary neurons that learn their levels, from the calibrated start, by LSQ's gradient; see the head of the file.
+
+    Parameters: `amplitude` `(T,)`, where 0 means "not calibrated"; `log_scale` `(F,)`, of the scale, which stays above
+    0 by it and moves by shares; `shift` `(F,)`. Calibration sets the scale and the shift of a channel to those of the
+    quantiser with the least squared error on the inputs of all steps (Lloyd's iteration), then the amplitude of a step
+    likewise on its membranes, 1 in the first.
+    """
+
+    log_scale: nn.Parameter
+    shift: nn.Parameter
+    price: torch.Tensor
+
+    def __init__(self, config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True):
+        super().__init__(config, num_neurons, has_membrane)
+        amplitude = self.amplitude
+        del self.amplitude
+        self.amplitude = nn.Parameter(amplitude)
+        self.log_scale = nn.Parameter(torch.zeros(num_neurons))
+        self.shift = nn.Parameter(torch.zeros(num_neurons))
+        # What a spike has to save of the squared error, in units of the squared inputs; calibrated, then frozen.
+        self.register_buffer("price", torch.zeros(1))
+        self.spike_cost = config.spike_cost
+
+    def init_calibration(self) -> None:
+        super().init_calibration()
+        for values in (self.log_scale, self.shift, self.price):
+            init.zeros_(values)
+
+    def calibration(self) -> torch.Tensor:
+        """Amplitudes `(T,)`, logarithms of the scales `(F,)`, shifts `(F,)` and the price `(1,)`, side by side."""
+        return torch.cat((self.amplitude, self.log_scale, self.shift, self.price))
+
+    def levels(self, calibration: torch.Tensor) -> Levels:
+        """The levels that a vector of `calibration()` says."""
+        amplitude, log_scale, shift, price = calibration.split([self.num_time_steps, *[self.num_neurons] * 2, 1])
+        return Levels(amplitude.clamp(min=AMPLITUDE_FLOOR), log_scale.exp(), shift, self.cost(log_scale, price))
+
+    def cost(self, log_scale: torch.Tensor, price: torch.Tensor) -> torch.Tensor | None:
+        """What a spike costs, for `Levels`: nothing here."""
+        return None
+
+    def emit(self, steps: torch.Tensor, calibration: torch.Tensor) -> torch.Tensor:
+        """Spikes about the shift, `(T, B, L, F)`, of inputs of that shape."""
+        return level_spikes(steps, self.levels(calibration), self.decay, self.reset, self.has_membrane)
+
+    def signs(self, spikes: torch.Tensor) -> torch.Tensor:
+        """Which spikes `(T * B, L, F)` that these neurons have emitted are: -1, 0 or +1."""
+        levels = self.levels(self.calibration())
+        steps = spikes.unflatten(0, (self.num_time_steps, -1)).float()
+        sizes = levels.sizes().view(self.num_time_steps, *(1 for _ in steps.shape[1:-1]), -1)
+        return ((steps - levels.shift) / sizes).round().flatten(0, 1)
+
+    @torch.no_grad()
+    def batch_amplitude(self, steps: torch.Tensor, every_process: bool = False) -> torch.Tensor:
+        """The amplitudes `(T,)` of `batch_calibration`."""
+        return self.batch_calibration(steps, every_process)[: self.num_time_steps]
+
+    @torch.no_grad()
+    def batch_calibration(self, steps: torch.Tensor, every_process: bool = False) -> torch.Tensor:
+        """What one batch `(T, ..., F)` sets `calibration()` to, arguments as for `SpikingNeurons.batch_amplitude`."""
+        inputs = steps.float().flatten(1, -2)
+        scale, shift, price = fit_channels(inputs.flatten(0, 1), self.spike_cost, every_process)
+        cost = self.cost(scale.log(), price)
+        amplitudes: list[torch.Tensor] = []
+        membrane, kept = None, None
+        for step_inputs in inputs:
+            membrane = integrate((step_inputs - shift) / scale, membrane, kept)
+            # The scale is the amplitude of the first step.
+            is_first = not amplitudes
+            amplitude = torch.ones_like(price[0]) if is_first else fit_amplitude(membrane, cost, every_process)
+            if self.has_membrane:
+                kept = kept_share(_nearest(membrane, amplitude, cost), amplitude, self.decay, self.reset)
+            amplitudes.append(amplitude)
+        return torch.cat((torch.stack(amplitudes), scale.log(), shift, price))
+
+    @torch.no_grad()
+    def set_calibration(self, values: torch.Tensor) -> None:
+        """Calibrates the group to what `batch_calibration` has returned."""
+        amplitude, log_scale, shift, price = values.split([self.num_time_steps, *[self.num_neurons] * 2, 1])
+        for own, given in ((self.log_scale, log_scale), (self.shift, shift), (self.price, price)):
+            own.copy_(given)
+        self.set_amplitude(amplitude)
+
+
+class ThriftyNeurons(LearnedNeurons, neuron="thrifty"):
+    """Learned neurons that fire only where a spike lowers the squared error by more than `config.spike_cost`.
+
+    The cost is a share of the variance of the group's inputs, the mean over channels, so channels that vary little fire
+    seldom: that is where spikes buy least.
+    """
+
+    def cost(self, log_scale: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
+        """The price in units of the squared scale, `(F,)`."""
+        return price / (2 * log_scale.detach()).exp()
+
+
+def fit_channels(
+    inputs: torch.Tensor, spike_cost: float, every_process: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and shift of every channel, for the least squared error plus what the spikes cost, by Lloyd's iteration.
+
+    Args:
+        inputs: `(N, F)` float32.
+        spike_cost: as in the configuration.
+        every_process: the means are over the inputs of all processes, which all have to call.
+
+    Returns:
+        Scale `(F,)`, shift `(F,)`, and what a spike costs in units of the squared inputs, `(1,)`.
+    """
+    mean = mean_over(inputs, every_process, 0)
+    variance = mean_over((inputs - mean).square(), every_process, 0)
+    price = spike_cost * variance.mean().view(1)
+    # For a Gaussian the best amplitude is 1.53 times the mean deviation.
+    scale = (1.5 * mean_over((inputs - mean).abs(), every_process, 0)).clamp(min=AMPLITUDE_FLOOR)
+    shift = mean
+    for _ in range(LLOYD_ITERATIONS):
+        signs = _nearest((inputs - shift) / scale, torch.ones_like(scale), price / scale.square())
+        # The line through the inputs over their signs: its slope is the scale, its value at 0 the shift.
+        mean_sign = mean_over(signs, every_process, 0)
+        spread = mean_over(signs.square(), every_process, 0) - mean_sign.square()
+        slope = (mean_over(inputs * signs, every_process, 0) - mean * mean_sign) / spread.clamp(min=LEAST_SPREAD)
+        # A channel that hardly fires says nothing of its levels.
+        says = (spread > LEAST_SPREAD) & (slope > AMPLITUDE_FLOOR)
+        scale = torch.where(says, slope, scale)
+        shift = torch.where(says, mean - slope * mean_sign, shift)
+    return scale, shift, price
+
+
+def fit_amplitude(membrane: torch.Tensor, cost: torch.Tensor | None, every_process: bool) -> torch.Tensor:
+    """The one amplitude, a scalar, that serves membranes `(N, F)` best, by Lloyd's iteration."""
+    amplitude = 1.5 * mean_over(membrane.abs(), every_process)
+    for _ in range(LLOYD_ITERATIONS):
+        signs = _nearest(membrane, amplitude, cost)
+        fired = mean_over(signs.abs(), every_process)
+        found = mean_over(membrane * signs, every_process) / fired.clamp(min=LEAST_SPREAD)
+        amplitude = torch.where(fired > LEAST_SPREAD, found, amplitude).clamp(min=AMPLITUDE_FLOOR)
+    return amplitude
+
+
+def _nearest(membrane: torch.Tensor, amplitude: torch.Tensor, cost: torch.Tensor | None) -> torch.Tensor:
+    """Signs of the spikes that membranes in units of the scale emit."""
+    threshold = amplitude / 2 if cost is None else amplitude / 2 + cost / (2 * amplitude)
+    return torch.where(membrane.abs() > threshold, membrane.sign(), 0.0)

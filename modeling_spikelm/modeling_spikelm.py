@@ -157,12 +157,12 @@ class SpikeLMSelfAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         # Queries, keys and values see the same input, so one group of neurons serves all three.
-        self.neurons = make_neurons(config)
+        self.neurons = make_neurons(config, config.hidden_size)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key_neurons = make_neurons(config, has_membrane=False)
-        self.value_neurons = make_neurons(config, has_membrane=False)
+        self.key_neurons = make_neurons(config, config.hidden_size, has_membrane=False)
+        self.value_neurons = make_neurons(config, config.hidden_size, has_membrane=False)
         self.step_mean = SpikeLMStepMean(config)
 
     def forward(
@@ -210,7 +210,7 @@ class SpikeLMResidual(nn.Module):
 
     def __init__(self, config: SpikeLMConfig, input_size: int):
         super().__init__()
-        self.neurons = make_neurons(config)
+        self.neurons = make_neurons(config, input_size)
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -240,7 +240,7 @@ class SpikeLMIntermediate(nn.Module):
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.neurons = make_neurons(config)
+        self.neurons = make_neurons(config, config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
 
@@ -387,7 +387,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["amplitude"]
+    _keep_in_fp32_modules_strict = ["neurons"]
     _can_record_outputs = {
         # The embeddings are the state before the first layer; both recorders see `(B, L, H)`, never the T copies.
         "hidden_states": [
@@ -403,7 +403,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SpikingNeurons):
-            init.constant_(module.amplitude, module.initial_amplitude)
+            module.init_calibration()
             # If it can be calibrated, the next forward looks at the buffer, whatever is in it by then.
             module.is_calibrated = module.fixed_amplitude is not None
         elif isinstance(module, SpikeLMLMPredictionHead) and module.bias is not None:
@@ -503,7 +503,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         if not groups:
             return
         calibration = Calibration(groups)
-        before = [neurons.amplitude.clone() for neurons in groups]
+        before = [neurons.calibration().clone() for neurons in groups]
         was_training = self.training
         self.eval()
         try:
@@ -513,15 +513,15 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
                 calibration.use(self, inputs, None if include_padding else text_positions(inputs))
         finally:
             self.train(was_training)
-            for neurons, amplitude in zip(groups, before, strict=True):
-                neurons.set_amplitude(amplitude)
-        amplitudes = calibration.amplitudes(self.device)
-        if amplitudes is None:
+            for neurons, values in zip(groups, before, strict=True):
+                neurons.set_calibration(values)
+        means = calibration.means(self.device)
+        if means is None:
             raise ValueError(
                 "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."
             )
-        for neurons, amplitude in zip(groups, amplitudes, strict=True):
-            neurons.set_amplitude(amplitude)
+        for neurons, values in zip(groups, means, strict=True):
+            neurons.set_calibration(values)
 
     def reset_calibration(self) -> None:
         """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew.

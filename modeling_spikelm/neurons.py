@@ -6,6 +6,9 @@ Each row of this table adds one thing to the row before, so that a comparison me
     lif          0, 1                1 / 2
     bi-spiking   -1, 0, +1           1 / 2       the negative spike
     elastic      -a[t], 0, +a[t]     a[t] / 2    an amplitude, and with it a firing rate, that fits the membranes
+    learned      the same about a    a[t] / 2    amplitudes of each channel, and a shift, that are learned (learned.py)
+                 shift
+    thrifty      the same            a[t] / 2 +  a threshold apart from the amplitude, by what a spike may cost
 
 Keys and values pass the same spike function without a membrane, each step alone: ternary where the neuron is ternary,
 binary for LIF. So every product of an encoder layer keeps an operand of spikes, whatever the neuron, and an encoder of
@@ -18,12 +21,13 @@ import torch
 
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import FAST_PATHS, is_transformed
+from .learned import LearnedNeurons, ThriftyNeurons  # noqa: F401  (they enter the table of kinds)
 from .spiking import SpikingNeurons, integrate, spikes_dtype
 
 
-def make_neurons(config: SpikeLMConfig, has_membrane: bool = True) -> SpikingNeurons:
+def make_neurons(config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True) -> SpikingNeurons:
     """A new group of the neurons that `config.neuron` names; without a membrane for keys and values."""
-    return SpikingNeurons.kinds[config.neuron](config, has_membrane)
+    return SpikingNeurons.kinds[config.neuron](config, num_neurons, has_membrane)
 
 
 class BiSpikingNeurons(SpikingNeurons, neuron="bi-spiking"):

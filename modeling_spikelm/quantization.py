@@ -235,10 +235,10 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
         super().__init__(config)
         del self.query, self.key, self.value
         self.step_mean.num_time_steps = 1  # attention runs on one step at a time here
-        self.neurons = QuantizedNeurons(config)
+        self.neurons = QuantizedNeurons(config, config.hidden_size)
         self.query_key_value = QuantizedLinear(config.hidden_size, 3 * config.hidden_size)
-        self.key_neurons = QuantizedNeurons(config, has_membrane=False)
-        self.value_neurons = QuantizedNeurons(config, has_membrane=False)
+        self.key_neurons = QuantizedNeurons(config, config.hidden_size, has_membrane=False)
+        self.value_neurons = QuantizedNeurons(config, config.hidden_size, has_membrane=False)
 
     def quantize(self, attention: SpikeLMSelfAttention) -> None:
         self.query_key_value.quantize(attention.query, attention.key, attention.value)
@@ -265,7 +265,7 @@ class QuantizedIntermediate(nn.Module):
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.neurons = QuantizedNeurons(config)
+        self.neurons = QuantizedNeurons(config, config.hidden_size)
         self.dense = QuantizedLinear(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, steps: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -278,7 +278,7 @@ class QuantizedResidual(nn.Module):
 
     def __init__(self, config: SpikeLMConfig, input_size: int):
         super().__init__()
-        self.neurons = QuantizedNeurons(config)
+        self.neurons = QuantizedNeurons(config, input_size)
         self.dense = QuantizedLinear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
@@ -355,6 +356,7 @@ class SpikingNeurons(nn.Module):
 
     Args:
         config: gives T, the decay, the amplitude's scale and the reset. Changing it later changes nothing here.
+        num_neurons: F.
         has_membrane: without one every step stands alone, `m[t] = x[t]` (keys and values).
 
     Attributes:
@@ -371,8 +373,9 @@ class SpikingNeurons(nn.Module):
         if neuron is not None:
             SpikingNeurons.kinds[neuron] = cls
 
-    def __init__(self, config: SpikeLMConfig, has_membrane: bool = True):
+    def __init__(self, config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True):
         super().__init__()
+        self.num_neurons = num_neurons
         self.built_for = {field: getattr(config, field) for field in CALIBRATION_FIELDS}
         self.num_time_steps = config.num_time_steps
         self.decay = config.membrane_decay
@@ -388,7 +391,7 @@ class SpikingNeurons(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"num_time_steps={self.num_time_steps}, decay={self.decay}, reset={self.reset!r}, "
+            f"{self.num_neurons}, num_time_steps={self.num_time_steps}, decay={self.decay}, reset={self.reset!r}, "
             f"has_membrane={self.has_membrane}"
         )
 
@@ -399,26 +402,34 @@ class SpikingNeurons(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         steps = inputs.unflatten(0, (self.num_time_steps, -1))
-        amplitude = self.amplitude if self.is_calibrated else self._first_amplitude(steps)
-        return self.emit(steps, amplitude).flatten(0, 1)
+        calibration = self.calibration() if self.is_calibrated else self._first_calibration(steps)
+        return self.emit(steps, calibration).flatten(0, 1)
 
-    def emit(self, steps: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
-        """Spikes `(T, B, L, F)` of inputs `(T, B, L, F)` at amplitudes `(T,)`, differentiable."""
-        return spike(steps, amplitude, self.decay, self.reset, self.has_membrane)
+    def emit(self, steps: torch.Tensor, calibration: torch.Tensor) -> torch.Tensor:
+        """Spikes `(T, B, L, F)` of inputs `(T, B, L, F)`, differentiable.
+
+        Args:
+            calibration: as `calibration()` has it; of these neurons, amplitudes `(T,)`.
+        """
+        return spike(steps, calibration, self.decay, self.reset, self.has_membrane)
+
+    def calibration(self) -> torch.Tensor:
+        """All that calibration sets, as one vector whose mean over batches makes sense."""
+        return self.amplitude
 
     @torch.compiler.disable
-    def _first_amplitude(self, steps: torch.Tensor) -> torch.Tensor:
-        """Amplitude of a group not known to be calibrated: found set after all, or set by a training batch, or lent."""
+    def _first_calibration(self, steps: torch.Tensor) -> torch.Tensor:
+        """Of a group not known to be calibrated: found set after all, or set by a training batch, or lent."""
         if not torch.compiler.is_compiling():  # an exporter traces through here, and a traced buffer has no values
             self.read_calibration()
         if self.is_calibrated:
-            return self.amplitude
+            return self.calibration()
         if not self.training:
             logger.warning_once(
                 "This SpikeLM is not calibrated: its spike amplitudes are taken from each batch, so outputs depend on "
                 f"what else is in the batch. {HOW_TO_CALIBRATE}"
             )
-            return self.batch_amplitude(steps)
+            return self.batch_calibration(steps)
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel cannot calibrate a SpikeLM, because its replicas are thrown away. Call "
@@ -429,8 +440,20 @@ class SpikingNeurons(nn.Module):
                 "A SpikeLM cannot calibrate while torch.jit traces it or torch.func transforms it, because that would "
                 "become a part of what is traced. Call model.calibrate(batches) first."
             )
-        self.set_amplitude(self.batch_amplitude(steps, every_process=True))
-        return self.amplitude
+        self.set_calibration(self.batch_calibration(steps, every_process=True))
+        return self.calibration()
+
+    def batch_calibration(self, steps: torch.Tensor, every_process: bool = False) -> torch.Tensor:
+        """What one batch sets `calibration()` to; arguments as for `batch_amplitude`."""
+        return self.batch_amplitude(steps, every_process)
+
+    def init_calibration(self) -> None:
+        """Makes a new group of it, "not calibrated" if it can be; what transformers has loaded it leaves alone."""
+        init.constant_(self.amplitude, self.initial_amplitude)
+
+    def set_calibration(self, values: torch.Tensor) -> None:
+        """Calibrates the group to what `batch_calibration` has returned; see `set_amplitude`."""
+        self.set_amplitude(values)
 
     @torch.no_grad()
     def batch_amplitude(self, steps: torch.Tensor, every_process: bool = False) -> torch.Tensor:
@@ -447,7 +470,7 @@ class SpikingNeurons(nn.Module):
         membrane, kept = None, None
         for step_inputs in steps.float().unbind():
             membrane = integrate(step_inputs, membrane, kept)
-            amplitude = self.amplitude_scale * _mean(membrane.abs(), every_process)
+            amplitude = self.amplitude_scale * mean_over(membrane.abs(), every_process)
             amplitude = amplitude.clamp(min=AMPLITUDE_FLOOR)
             if self.has_membrane:
                 kept = kept_share(ternary(membrane, amplitude), amplitude, self.decay, self.reset)
@@ -491,25 +514,33 @@ class SpikingNeurons(nn.Module):
     @staticmethod
     def _read_after_load(module: "SpikingNeurons", incompatible_keys: Any) -> None:
         # load_state_dict(assign=True) brings the file's dtype.
-        module.amplitude = module.amplitude.float()
+        for _, values in module._calibrated_tensors():
+            values.data = values.data.float()
         module.read_calibration()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SpikingNeurons":
-        # .to(torch.bfloat16), .half() and the like cast every floating buffer; the amplitudes stay float32.
-        before = self.amplitude
+        # .to(torch.bfloat16), .half() and the like cast whatever is floating; what calibration sets stays float32.
+        before = {name: values.data for name, values in self._calibrated_tensors()}
         super()._apply(fn, recurse)
-        if self.amplitude.dtype != torch.float32:
-            self.amplitude = before.to(self.amplitude.device)
+        for name, values in self._calibrated_tensors():
+            if values.dtype != torch.float32:
+                values.data = before[name].to(values.device)
         return self
+
+    def _calibrated_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
 
 
 SpikingNeurons.kinds["elastic"] = SpikingNeurons
 
 
-def _mean(values: torch.Tensor, every_process: bool) -> torch.Tensor:
-    """Mean of a float32 tensor, summed in float64 where the device has it, so that the order hardly matters."""
-    total = values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
-    count = torch.full_like(total, values.numel())
+def mean_over(values: torch.Tensor, every_process: bool, dim: int | None = None) -> torch.Tensor:
+    """Mean of a float32 tensor, or along one dimension, of this process or of all.
+
+    Sums are float64 where the device has it, so that the order hardly matters.
+    """
+    total = values.sum(dim, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+    count = torch.full_like(total, values.numel() / total.numel())
     if every_process and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         sums = torch.stack((total, count))
         dist.all_reduce(sums)

@@ -283,7 +283,7 @@ class OneGroup(nn.Module):
 
     def __init__(self, **fields):
         super().__init__()
-        self.neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2, **fields))
+        self.neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2, **fields), 1)
 
     def forward(self, inputs):
         return self.neurons(inputs)

@@ -120,7 +120,7 @@ def test_attention_of_two_dtypes_has_the_querys(dtypes):
 
 
 def neurons_and_linear():
-    neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2))
+    neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=2), 8)
     neurons.set_amplitude(torch.tensor([0.7, 1.3]))
     return neurons, nn.Linear(8, 4)
 

@@ -1,13 +1,17 @@
 """Spikes with learned levels: by hand, the fast pass against the oracle, and what the two gradients are."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from configuration_spikelm import SpikeLMConfig
+from modeling_spikelm import SpikeLMForMaskedLM
 from modeling_spikelm.learned import Levels, level_spikes, level_spikes_reference
-from modeling_spikelm.spiking import SpikePacking, _unpack, spike
+from modeling_spikelm.spiking import SpikePacking, SpikingNeurons, _unpack, spike
 
 BOTH = pytest.mark.parametrize("function", [level_spikes, level_spikes_reference])
 
@@ -150,3 +154,121 @@ def test_what_a_product_keeps_of_them_is_a_byte_per_spike_and_comes_back_the_sam
         assert kept.codes.dtype == torch.int8
         assert torch.equal(_unpack(kept), spikes)
         assert torch.equal(gradient(), expected)
+
+
+LEARNING = pytest.mark.parametrize("neuron", ["learned", "thrifty"])
+
+
+def neurons(neuron, num_neurons=2, **fields):
+    fields = {"num_time_steps": 1, **({"spike_cost": 0.2} if neuron == "thrifty" else {})} | fields
+    return SpikingNeurons.kinds[neuron](SpikeLMConfig(neuron=neuron, **fields), num_neurons)
+
+
+@LEARNING
+def test_calibration_finds_the_levels_that_inputs_have(neuron):
+    # Two channels that take three values each: -1, 1, 3 and 0, 0.5, 1.
+    inputs = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [3.0, 1.0], [1.0, 0.0], [3.0, 0.5], [-1.0, 1.0]]).repeat(4, 1)[None]
+    group = neurons(neuron, spike_cost=0.0).train()
+    spikes = group(inputs)
+    torch.testing.assert_close(spikes, inputs)
+    levels = group.levels(group.calibration())
+    assert levels.scale.tolist() == pytest.approx([2.0, 0.5])
+    assert levels.shift.tolist() == pytest.approx([1.0, 0.5])
+    assert group.amplitude.tolist() == [1.0]
+    assert torch.equal(group.signs(spikes), ((inputs - levels.shift) / levels.scale).round())
+
+
+def test_calibration_has_the_least_error_that_scale_and_shift_can_have():
+    torch.manual_seed(0)
+    inputs = torch.nn.functional.gelu(torch.randn(1, 4000, 1))  # one-sided
+    group = neurons("learned", 1).train()
+    error = (group(inputs) - inputs).square().mean().item()
+    for attribute, change in (("log_scale", 0.05), ("log_scale", -0.05), ("shift", 0.02), ("shift", -0.02)):
+        other = copy.deepcopy(group)
+        with torch.no_grad():
+            getattr(other, attribute).add_(change)
+        assert (other(inputs) - inputs).square().mean().item() > error
+    # Without a shift a third of the alphabet idles: -a is farther from all inputs than 0 is.
+    elastic = neurons("elastic", 1, amplitude_scale=1.5).train()
+    assert error < 0.6 * (elastic(inputs) - inputs).square().mean().item()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.05, 0.5), st.integers(1, 3))
+def test_dearer_spikes_are_fewer_and_channels_that_vary_little_fall_silent_first(seed, cost, steps):
+    torch.manual_seed(seed)
+    inputs = torch.randn(steps, 300, 4) * torch.tensor([0.2, 0.5, 1.0, 2.0]) + 1
+    rates, errors = [], []
+    for spike_cost in (0.0, cost, 4 * cost):
+        group = neurons("thrifty", 4, num_time_steps=steps, spike_cost=spike_cost).train()
+        spikes = group(inputs)
+        rates.append(group.signs(spikes).abs().mean().item())
+        errors.append((spikes - inputs)[:1].square().mean().item())
+    assert rates[0] >= rates[1] >= rates[2]
+    # Of the channels, those that vary little fall silent first.
+    fired = group.signs(spikes).abs().mean((0, 1))
+    assert fired[0] <= fired[3]
+    # Free spikes leave the least error in the first step (to Lloyd's iteration, which ends near it).
+    assert errors[0] <= 1.05 * min(errors)
+    variance = inputs.flatten(0, 1).var(0, unbiased=False).mean().item()
+    assert group.price.item() == pytest.approx(4 * cost * variance, rel=1e-4)
+
+
+@LEARNING
+def test_levels_are_learned_and_nothing_else_of_the_group_is(neuron):
+    torch.manual_seed(0)
+    group = neurons(neuron, 3, num_time_steps=2).train()
+    inputs = torch.randn(2, 40, 3)
+    group(inputs)
+    before = group.price.clone()
+    wished = 0.7 * inputs + 0.3
+    optimizer = torch.optim.AdamW(group.parameters(), lr=1e-2, weight_decay=0.0)
+    errors = []
+    for _ in range(60):
+        error = (group(inputs) - wished).square().mean()
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        errors.append(error.item())
+    assert errors[-1] < 0.8 * errors[0]
+    assert torch.equal(group.price, before)
+    assert {name for name, _ in group.named_parameters()} == {"amplitude", "log_scale", "shift"}
+
+
+@LEARNING
+def test_what_is_calibrated_is_saved_and_stays_float32(neuron, tmp_path, config, batch):
+    config = SpikeLMConfig.from_dict(config.to_dict() | {"neuron": neuron})
+    torch.manual_seed(0)
+    model = SpikeLMForMaskedLM(config).eval()
+    model.calibrate([batch])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.rand_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded, info = SpikeLMForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, values in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], values), name
+    half = SpikeLMForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for cast in (half, model.bfloat16()):
+        kept = [values.dtype for name, values in cast.state_dict().items() if "neurons." in name]
+        assert set(kept) == {torch.float32}
+        assert cast.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+
+
+@LEARNING
+def test_a_model_compiles_as_one_graph_with_the_gradients_it_has_without(neuron, config, batch):
+    config = SpikeLMConfig.from_dict(
+        config.to_dict() | {"neuron": neuron, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    )
+    torch.manual_seed(0)
+    model = SpikeLMForMaskedLM(config).train()
+    model.calibrate([batch])
+    inputs = {**batch, "labels": batch["input_ids"]}
+    model(**inputs).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -99,7 +99,7 @@ def test_bi_spiking_neurons_follow_their_thresholds(values, decay, reset):
     # Multiples of 1/64, so that float32 and Python's float64 are both exact.
     inputs = torch.round(torch.from_numpy(values[0]) * 64) / 64
     config = SpikeLMConfig(neuron="bi-spiking", num_time_steps=len(inputs), membrane_decay=decay, membrane_reset=reset)
-    spikes = BiSpikingNeurons(config)(inputs).flatten(1).tolist()
+    spikes = BiSpikingNeurons(config, inputs.shape[-1])(inputs).flatten(1).tolist()
     for number, series in enumerate(inputs.flatten(1).T.tolist()):
         membrane, spike = None, 0
         for step, x in enumerate(series):
@@ -111,7 +111,7 @@ def test_bi_spiking_gradient_by_hand():
     # Membranes 0.6, -0.5, -1.6 and then 0.5 + kept * m[0], kept 0, 0.25, 0.5: 0.5, 0.375, -0.3.
     config = SpikeLMConfig(neuron="bi-spiking", num_time_steps=2)
     inputs = torch.tensor([[[0.6, -0.5, -1.6]], [[0.5, 0.5, 0.5]]])
-    spikes, gradient = run(BiSpikingNeurons(config), inputs, torch.ones(2, 1, 3))
+    spikes, gradient = run(BiSpikingNeurons(config, 3), inputs, torch.ones(2, 1, 3))
     assert spikes[:, 0].tolist() == [[1, 0, -1], [0, 0, 0]]
     assert gradient[:, 0].tolist() == [[1.0, 1.25, 0.5], [1.0, 1.0, 1.0]]
 
@@ -139,7 +139,7 @@ def test_lif_gradient_can_be_differentiated_again():
 def test_every_neuron_of_the_configuration_has_its_class():
     assert SpikingNeurons.kinds.keys() == NEURONS.keys()
     for neuron, kind in SpikingNeurons.kinds.items():
-        assert type(make_neurons(SpikeLMConfig(neuron=neuron))) is kind
+        assert type(make_neurons(SpikeLMConfig(neuron=neuron), 8)) is kind
 
 
 def test_the_neuron_that_contributing_adds_is_one_class_and_one_entry(config, batch, monkeypatch, tmp_path):
@@ -161,7 +161,7 @@ def test_the_neuron_that_contributing_adds_is_one_class_and_one_entry(config, ba
 
 @every_fixed_neuron
 def test_fixed_neurons_are_calibrated_from_the_start_and_in_no_checkpoint(neuron):
-    group = make_neurons(SpikeLMConfig(neuron=neuron))
+    group = make_neurons(SpikeLMConfig(neuron=neuron), 8)
     assert group.is_calibrated
     assert group.amplitude.tolist() == [1.0] * 4
     assert not group.state_dict()
@@ -221,7 +221,7 @@ def test_a_warm_start_from_bert_takes_any_neuron(neuron, batch, tmp_path):
     model = SpikeLMForMaskedLM.from_pretrained(tmp_path, neuron=neuron)
     groups = [module for module in model.modules() if isinstance(module, SpikingNeurons)]
     assert {type(group) for group in groups} == {SpikingNeurons.kinds[neuron]}
-    assert all(group.is_calibrated == (neuron != "elastic") for group in groups)
+    assert all(group.is_calibrated == (group.fixed_amplitude is not None) for group in groups)
     assert model(**batch, labels=batch["input_ids"]).loss.isfinite()
 
 

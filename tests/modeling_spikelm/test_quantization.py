@@ -90,7 +90,7 @@ def test_codes_are_the_rounded_quotient_up_to_the_last_bit(amplitude, multiple, 
 @pytest.mark.parametrize("has_membrane", [True, False])
 def test_neurons_emit_the_spikes_of_the_oracle(config, reset, has_membrane):
     config.membrane_reset = reset
-    neurons = QuantizedNeurons(config, has_membrane)
+    neurons = QuantizedNeurons(config, config.hidden_size, has_membrane)
     neurons.set_amplitude(torch.tensor([1.5, 2.2, 4.8]))
     inputs = 2 * torch.randn(3, 5, 7, 50, generator=torch.Generator().manual_seed(0))
     before = inputs.clone()

@@ -134,7 +134,7 @@ def test_the_threshold_is_float32_whatever_has_cast_the_amplitude(dtype, has_mem
 
 def neurons(**fields) -> SpikingNeurons:
     torch.manual_seed(0)
-    return SpikingNeurons(SpikeLMConfig(**fields))
+    return SpikingNeurons(SpikeLMConfig(**fields), 4)
 
 
 def test_first_training_batch_sets_the_amplitudes_and_later_ones_do_not():

@@ -20,7 +20,7 @@ class OneLayer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=STEPS), has_membrane=False)
+        self.neurons = SpikingNeurons(SpikeLMConfig(num_time_steps=STEPS), 2, has_membrane=False)
         self.neurons.set_amplitude(torch.tensor([1.0, 2.0]))
         self.dense = nn.Linear(2, 3)
         self.head = nn.Linear(3, 5, bias=False)
