@@ -303,7 +303,7 @@ def test_amplitudes_by_hand_of_what_is_no_padding(reset, expected):
     one = torch.tensor([[[100.0, 5.0]], [[0.0, 1.0]]])
     calibration.use(model.eval(), {"inputs": steps.flatten(0, 1).unsqueeze(-1)}, torch.tensor([[True, True, False]]))
     calibration.use(model.eval(), {"inputs": one.flatten(0, 1).unsqueeze(-1)}, torch.tensor([[False, True]]))
-    (amplitude,) = calibration.amplitudes(torch.device("cpu"))
+    (amplitude,) = calibration.means(torch.device("cpu"))
     torch.testing.assert_close(amplitude, torch.tensor(expected, dtype=torch.float32))
 
 
