@@ -98,11 +98,15 @@ classifier = AutoModelForSequenceClassification.from_pretrained("tester/tiny", t
 classifier.push_to_hub("tester/classifier")
 again = AutoModelForSequenceClassification.from_pretrained("tester/classifier", trust_remote_code=True)
 print(type(again).__name__, again.config.num_labels)
+for values in ({}, {"amplitude_scale": 6.0}, {"num_time_steps": 1}):
+    model = AutoModelForMaskedLM.from_pretrained("tester/tiny", trust_remote_code=True, **values)
+    print(any(buffer.any().item() for name, buffer in model.named_buffers() if name.endswith(".amplitude")))
 """,
         env=hub.environment(tmp_path),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["5", "SpikeLMForSequenceClassification", "3"]
+    # With other values than they were made for, amplitudes do not count.
+    assert done.stdout.split() == ["5", "SpikeLMForSequenceClassification", "3", "True", "False", "False"]
     assert set(hub.commits("tester/classifier")[-1].files) >= CODE.keys()
 
 
