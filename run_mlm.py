@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -63,19 +62,16 @@ from experiment.whole_steps import WholeStepsTrainer
 from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
-from pretraining_data.masking import EpochCallback, MaskingCollator, mask_statically
+from pretraining_data.masking import EpochCallback, MaskingCollator
 from pretraining_data.packing import (
-    check_token_ids,
     content_fingerprint,
     content_numbers,
     numbered,
-    pack_documents,
-    take_rows,
 )
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
+from pretraining_data.preparation import check_fit, check_rows, in_order, mask, pack, train_tokenizer
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
-from pretraining_data.streams import OrderedStream, StreamPasses, lanes_of, shuffled, take_over_workers
-from pretraining_data.tokenizers import train_wordpiece
+from pretraining_data.streams import OrderedStream, StreamPasses
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 
@@ -231,136 +227,8 @@ def check_objective(arguments: DataArguments, training: TrainingArguments, given
     set_direction(training, given, metrics)
 
 
-def train_tokenizer(
-    documents: DatasetDict | IterableDatasetDict, arguments: DataArguments, training: TrainingArguments
-) -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer of the training documents, trained by the main process and sent to the others."""
-    tokenizer = None
-    if training.process_index == 0:
-        tokenizer = train_wordpiece(
-            documents["train"], arguments.vocab_size, arguments.lowercase, model_max_length=arguments.max_seq_length
-        )
-    return broadcast_object_list([tokenizer])[0]
-
-
-def pack(
-    documents: DatasetDict | IterableDatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: DataArguments,
-    training: TrainingArguments,
-) -> DatasetDict | IterableDatasetDict:
-    """Rows of token ids, the training rows of a stream shuffled (the Trainer shuffles the others)."""
-    packed = {
-        name: pack_documents(
-            split,
-            tokenizer,
-            arguments.max_seq_length,
-            arguments.objective,
-            training.seed,
-            arguments.preprocessing_num_workers,
-            arguments.overwrite_cache,
-        )
-        for name, split in documents.items()
-    }
-    packed["validation"] = take_rows(packed["validation"], arguments.max_eval_samples)
-    if "train" in packed:
-        packed["train"] = take_rows(packed["train"], arguments.max_train_samples)
-        if arguments.streaming:
-            lanes = lanes_of(packed["train"], arguments.max_train_samples)
-            packed["train"] = shuffled(packed["train"], training.seed, arguments.shuffle_buffer_size, lanes)
-    return type(documents)(packed)
-
-
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-
-
-def longest_row(arguments: DataArguments) -> int:
-    """Most tokens in a row, padding included."""
-    multiple = arguments.pad_to_multiple_of or 1
-    return math.ceil(arguments.max_seq_length / multiple) * multiple
-
-
-def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> None:
-    """Refuses a tokenizer with more ids than the model has embeddings, and rows longer than it has positions."""
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "
-            "tokenizer that belongs to the model with --tokenizer_name, or leave vocab_size to the script."
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    length = longest_row(arguments)
-    if longest is not None and length > longest:
-        raise ValueError(
-            f"Rows of up to {length} tokens (--max_seq_length, padded to --pad_to_multiple_of) are more than the "
-            f"model's max_position_embeddings={longest}; lower it, or raise max_position_embeddings with "
-            "--config_overrides for a model from scratch."
-        )
-
-
-def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
-    """Refuses token ids that the model has no embedding for, drops rows with nothing to predict (of a stream, as it is
-    read)."""
-    check = partial(
-        check_token_ids,
-        vocab_size=config.vocab_size,
-        max_seq_length=arguments.max_seq_length,
-        type_vocab_size=getattr(config, "type_vocab_size", 2),
-        special_ids=tokenizer.all_special_ids,
-    )
-    return type(splits)({name: check(split, name=f"{name} rows") for name, split in splits.items()})
-
-
-def mask(
-    rows: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Container[str],
-    arguments: DataArguments,
-    training: TrainingArguments,
-) -> tuple[Dataset | IterableDataset, MaskingCollator]:
-    """The validation rows, masked once, and a collator that masks the training rows as it goes.
-
-    Args:
-        inputs: names of what the model's forward takes.
-    """
-    seed = training.data_seed if training.data_seed is not None else training.seed
-    is_bounded = not (arguments.streaming and "labels" in rows.column_names)
-    collator = MaskingCollator(
-        tokenizer,
-        arguments.mlm_probability,
-        seed,
-        # Of a stream, accelerate puts the batches of all processes into one tensor.
-        longest_row(arguments) if arguments.streaming else arguments.pad_to_multiple_of,
-        with_positions="masked_lm_positions" in inputs and is_bounded,
-    )
-    collator.has_token_types &= "token_type_ids" in inputs
-    with training.main_process_first(desc="masking the validation rows"):
-        validation = mask_statically(
-            rows,
-            tokenizer,
-            arguments.mlm_probability,
-            seed,
-            num_proc=arguments.preprocessing_num_workers,
-            overwrite_cache=arguments.overwrite_cache,
-        )
-    return validation, collator
-
-
-def in_order(
-    rows: IterableDataset | None,
-    validation: IterableDataset,
-    collator: MaskingCollator,
-    arguments: DataArguments,
-    training: TrainingArguments,
-) -> tuple[StreamPasses | None, OrderedStream]:
-    """Streams whose rows come in the same order for any number of workers, which read and mask them; those of training
-    begin again whenever they end."""
-    workers = take_over_workers(training)
-    validation = OrderedStream(validation, lanes_of(validation, arguments.max_eval_samples), workers)
-    if rows is None:
-        return None, validation
-    ordered = OrderedStream(rows, lanes_of(rows, arguments.max_train_samples), workers)
-    return StreamPasses(ordered, prepare=collator.masked), validation
 
 
 def make_trainer(
