@@ -50,6 +50,7 @@ from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
 from .dropout import attention_with_dropout
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
 from .neurons import make_neurons
+from .new_modules import watch_new_modules
 from .quick_layers import quick
 from .spiking import SpikePacking, SpikingNeurons
 
@@ -387,7 +388,6 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["neurons"]
     _can_record_outputs = {
         # The embeddings are the state before the first layer; both recorders see `(B, L, H)`, never the T copies.
         "hidden_states": [
@@ -398,6 +398,12 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         ],
         "attentions": OutputRecorder(SpikeLMSelfAttention, index=1),
     }
+
+    def __init__(self, config: SpikeLMConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # A fixed amplitude is in no checkpoint, and transformers wants no name that matches nothing.
+        has_state = SpikingNeurons.kinds[config.neuron].fixed_amplitude is None
+        self._keep_in_fp32_modules_strict = {"neurons"} if has_state else set()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -455,6 +461,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             # An adapter's folder has no configuration, but names the model it belongs to.
             saved = _fields_of_checkpoint(config_class, model.config.name_or_path, location)
         keep_own_amplitudes(model, saved, bool(missing))
+        watch_new_modules(model, info["missing_keys"])
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 import copy
 import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 from transformers.utils.generic import find_labels
 
 import modeling_spikelm
+from configuration_spikelm.configuration_spikelm import NEURONS
 from modeling_spikelm import (
     SpikeLMForMaskedLM,
     SpikeLMForMultipleChoice,
@@ -24,6 +26,7 @@ from modeling_spikelm import (
     SpikeLMForTokenClassification,
     SpikeLMModel,
     SpikingNeurons,
+    new_modules,
 )
 
 LABELS = {
@@ -295,6 +298,61 @@ def test_lora_on_query_and_value_trains_and_reloads(config, batch, tmp_path):
     model.save_pretrained(tmp_path)
     base = calibrated(SpikeLMForSequenceClassification, config, batch)
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(**batch).logits, expected)
+
+
+def warnings_of(function):
+    """What the model's code warns of in a call, and what the call returns."""
+    with mock.patch.object(new_modules.logger, "warning_once") as warn:
+        result = function()
+    return [call.args[0] for call in warn.call_args_list], result
+
+
+@pytest.mark.parametrize("saves_pooler", [False, True])
+def test_an_adapter_without_the_new_pooler_it_was_trained_on_is_warned_of(saves_pooler, config, batch, tmp_path):
+    calibrated(SpikeLMForMaskedLM, config, batch).save_pretrained(tmp_path / "base")
+
+    def load():
+        return SpikeLMForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    torch.manual_seed(1)
+    to_save = {"modules_to_save": ["pooler"]} if saves_pooler else {}
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False, **to_save)
+    model = get_peft_model(load(), lora)
+    warned, output = warnings_of(lambda: model.train()(**batch, labels=torch.tensor([0, 1, 1])))
+    output.loss.backward()
+    assert [warning.split(" of this")[0] for warning in warned] == ([] if saves_pooler else ["The pooler"])
+    assert saves_pooler or "modules_to_save=['pooler']" in warned[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 if parameter.requires_grad else 0)
+    wanted = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    warned, output = warnings_of(lambda: reloaded(**batch))
+    assert bool(warned) != saves_pooler
+    assert torch.allclose(output.logits, wanted) == saves_pooler
+
+
+def test_new_modules_that_train_are_not_warned_of(config, batch, tmp_path):
+    calibrated(SpikeLMForMaskedLM, config, batch).save_pretrained(tmp_path)
+    model = SpikeLMForSequenceClassification.from_pretrained(tmp_path)
+    assert warnings_of(lambda: model(**batch))[0] == []
+    torch.save(model, tmp_path / "whole.pt")  # hooks included
+    model.requires_grad_(False)
+    assert len(warnings_of(lambda: model(**batch))[0]) == 2
+    torch._dynamo.reset()
+    torch.compile(model.eval(), fullgraph=True, backend="eager")(**batch)
+    whole = SpikeLMForMaskedLM.from_pretrained(tmp_path).requires_grad_(False)
+    assert warnings_of(lambda: whole(**batch))[0] == []
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("model_class", [SpikeLMModel, SpikeLMForMaskedLM])
+def test_what_stays_in_float32_is_named_as_far_as_it_exists(model_class, neuron, config):
+    config.neuron = neuron
+    model = model_class(config)
+    has_state = any("neurons." in name for name in model.state_dict())
+    assert model._keep_in_fp32_modules_strict == ({"neurons"} if has_state else set())
 
 
 def test_every_entry_of_the_state_survives_saving_and_loading(config, batch, tmp_path):
