@@ -41,6 +41,10 @@ class DistillationArguments:
     label_weight: float = field(
         default=0.1, metadata={"help": "Weight of the loss that the student has on labels without a teacher."}
     )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Train the embeddings as well; otherwise they stay as they are, the teacher's."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of teacher and student."})
     loss_diagnostics: bool = field(
         default=False,
@@ -68,6 +72,7 @@ class DistillationArguments:
             "teacher": teacher,
             "weights": self.weights,
             "temperature": self.temperature,
+            "trains_embeddings": self.train_embeddings,
             "diagnoses": self.loss_diagnostics,
         }
 

@@ -1,5 +1,6 @@
 """The Trainer of the scripts with another loss: what a student is told by a teacher, term by term."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -49,6 +50,7 @@ class DistillationTrainer(WholeStepsTrainer):
         weights: of the terms. Logits are compared at every token if the teacher has a masked-LM head, else (or in
             fine-tuning) as class logits or scores; where there is neither, the term is left out.
         temperature: of the logits.
+        trains_embeddings: otherwise the student's embeddings are frozen.
         diagnoses: log of every term its value, its gradient's norm and its cosines with the others.
     """
 
@@ -58,10 +60,14 @@ class DistillationTrainer(WholeStepsTrainer):
         teacher: Teacher,
         weights: LossWeights,
         temperature: float = 1.0,
+        trains_embeddings: bool = False,
         diagnoses: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.model.base_model.embeddings.requires_grad_(trains_embeddings)
+        # What the collator makes and the student does not take, such as labels where there is no head.
+        self._inputs = inspect.signature(type(self.model).forward).parameters
         self.teacher = teacher.to(self.args.device)
         self.weights = weights
         self.temperature = temperature
@@ -96,6 +102,7 @@ class DistillationTrainer(WholeStepsTrainer):
 
     def loss_terms(self, model: nn.Module, inputs: Batch) -> tuple[dict[str, torch.Tensor], Any]:
         """Every term of a weight above 0, a scalar each, by its name in `LossWeights`; and the student's outputs."""
+        inputs = {name: value for name, value in inputs.items() if name in self._inputs}
         is_token = _is_token(inputs)
         wanted = {entry.name for entry in fields(self.weights) if getattr(self.weights, entry.name)}
         with _last_values(model, "value_relation" in wanted) as student_values:
@@ -162,14 +169,15 @@ class DistillationTrainer(WholeStepsTrainer):
 
 def hidden_state_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """`hidden_error_1`, ...: of every layer the squared error over all tokens, in units of its teacher's variance; and
-    `hidden_error`, their mean. Exact, whatever the batches and processes were."""
+    `hidden_error`, their mean, which is the "loss" as well. Exact, whatever the batches and processes were."""
     tokens, squared_error, target_sum, target_square = (
         np.asarray(sums, dtype=np.float64).sum(0) for sums in prediction.predictions
     )
     variance = target_square / tokens - ((target_sum / tokens) ** 2).mean(-1)
     errors = squared_error / tokens / np.maximum(variance, VARIANCE_FLOOR)
     by_layer = {f"hidden_error_{number}": float(error) for number, error in enumerate(errors, 1)}
-    return {"hidden_error": float(errors.mean())} | by_layer
+    mean = float(errors.mean())
+    return {"loss": mean, "hidden_error": mean} | by_layer
 
 
 def _is_token(inputs: Batch) -> torch.Tensor:

@@ -26,7 +26,7 @@ RECORDED = frozenset(
     lowercase
 
     teacher_name_or_path teacher_revision hidden_weight sentence_weight logits_weight value_relation_weight label_weight
-    temperature
+    temperature train_embeddings
 
     task_name data_dir pad_to_max_length task_epochs report_epoch num_seeds max_predict_samples spike_batches
 

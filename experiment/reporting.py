@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 # What these say of the data and the run is worth a line each; what libraries say at this level is not.
-OWN_LOGGERS = ("__main__", "run_mlm", "run_glue", "experiment", "glue_tasks", "pretraining_data")
+OWN_LOGGERS = ("__main__", "run_mlm", "run_glue", "run_distill", "experiment", "glue_tasks", "pretraining_data")
 
 # What is raised for what a user gave, in our own words or a library's.
 INPUT_ERRORS = (ValueError, OSError, HfHubHTTPError, StrictDataclassError)

@@ -101,13 +101,14 @@ def mask(
     """The validation rows, masked once, and a collator that masks the training rows as it goes.
 
     Args:
-        inputs: names of what the model's forward takes.
+        inputs: names of what the model's forward takes; one that takes no labels sees every row as it is.
     """
+    probability = arguments.mlm_probability if "labels" in inputs else 0.0
     seed = training.data_seed if training.data_seed is not None else training.seed
     is_bounded = not (arguments.streaming and "labels" in rows.column_names)
     collator = MaskingCollator(
         tokenizer,
-        arguments.mlm_probability,
+        probability,
         seed,
         # Of a stream, accelerate puts the batches of all processes into one tensor.
         longest_row(arguments) if arguments.streaming else arguments.pad_to_multiple_of,
@@ -118,7 +119,7 @@ def mask(
         validation = mask_statically(
             rows,
             tokenizer,
-            arguments.mlm_probability,
+            probability,
             seed,
             num_proc=arguments.preprocessing_num_workers,
             overwrite_cache=arguments.overwrite_cache,

@@ -212,8 +212,8 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert torch.equal(weights[name], value), name
 
 
-def interrupted(command: list[str], owner: type, method: str, when=lambda *args: True) -> None:
-    """Runs the command until it calls the method for the first time `when` that is so, and does what it says."""
+def interrupted(command: list[str], owner: type, method: str, when=lambda *args: True, script=run_mlm) -> None:
+    """Runs a script until it calls the method for the first time `when` that is so, and does what it says."""
     original = getattr(owner, method)
 
     def interrupt(*args, **kwargs):
@@ -222,9 +222,9 @@ def interrupted(command: list[str], owner: type, method: str, when=lambda *args:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("run_mlm.try_first_step", lambda *args, **kwargs: None)  # it evaluates as well
+        patch.setattr(script, "try_first_step", lambda *args, **kwargs: None)  # it evaluates as well
         patch.setattr(owner, method, interrupt)
-        run_mlm.main(command)
+        script.main(command)
 
 
 @pytest.mark.parametrize("step", [2, 4])

@@ -1,0 +1,253 @@
+"""Makes a SpikeLM out of a BERT: the student learns, from plain text, to have its teacher's hidden states and logits.
+
+    python run_distill.py --teacher_name_or_path google-bert/bert-base-uncased --train_file corpus.txt --output_dir out
+
+Without --model_name_or_path the student is a SpikeLM of the teacher's shape that starts with the teacher's weights.
+`python run_distill.py --help` lists every flag.
+"""
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from configuration_spikelm import SpikeLMConfig
+from distillation.arguments import DistillationArguments
+from distillation.teacher import Teacher, load_teacher
+from distillation.trainer import DistillationTrainer, hidden_state_metrics
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.best_model import set_direction
+from experiment.calibration import calibrate_before_training
+from experiment.checkpoints import CheckpointKeeper, save_finished_model
+from experiment.model_card import RunCard
+from experiment.models import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    refuse_int8_training,
+    refuse_other_amplitudes,
+    refuse_pickled_weights,
+    saved_by_run,
+    weights_digest,
+)
+from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.precision import check_evaluation
+from experiment.preemption import StopOnSigterm
+from experiment.publishing import Publisher, push_target, take_over_pushing
+from experiment.recorded_arguments import recorded_arguments
+from experiment.reporting import full_disk_errors, input_errors, set_up_logging
+from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
+from experiment.trial_step import try_first_step
+from experiment.written_files import is_output_folder
+from pretraining_data.arguments import DataArguments
+from pretraining_data.documents import load_documents
+from pretraining_data.masking import EpochCallback, MaskingCollator
+from pretraining_data.packing import content_fingerprint, content_numbers, numbered
+from pretraining_data.preparation import check_fit, check_rows, in_order, mask, pack
+from pretraining_data.prepared import prepared_tokenizer
+from pretraining_data.streams import OrderedStream, StreamPasses
+from spike_metrics.callback import log_firing_rate
+from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
+
+METRICS = {"hidden_error": "mse"}
+
+
+@full_disk_errors()
+def main(argv: list[str] | None = None) -> None:
+    # Whatever can be wrong with the command is found in here, before anything is written.
+    with input_errors():
+        model_arguments, data_arguments, teaching, spikes, training, given = parse_arguments(
+            (ModelArguments, DataArguments, DistillationArguments, SpikeArguments, TrainingArguments), argv
+        )
+        set_up_logging(training)
+        check_flags(data_arguments, teaching, training, given)
+        student_arguments = student_of(model_arguments, teaching)
+        set_seed(training.seed)
+        with training.main_process_first(desc="reading and packing the corpus"):
+            documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
+        tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(student_arguments))
+        config = load_config(student_arguments)
+        teacher = load_teacher(
+            teaching.teacher_name_or_path,
+            config,
+            is_classifier=False,
+            revision=teaching.teacher_revision,
+            cache_dir=model_arguments.cache_dir,
+            attn_implementation=model_arguments.attn_implementation,
+        )
+        with training.main_process_first(desc="reading and packing the corpus"):
+            splits = pack(documents, tokenizer, data_arguments, training)
+        check_fit(config, tokenizer, data_arguments)
+        if training.do_train:
+            refuse_int8_training(student_arguments, config)
+        check_evaluation(training, config)
+        tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
+        splits = check_rows(splits, config, tokenizer, data_arguments)
+        record = RunRecord(
+            training.output_dir,
+            recorded_arguments(student_arguments, data_arguments, teaching, spikes, training)
+            | {"checkpoint_digest": weights_digest(student_arguments.model_name_or_path)}
+            | {"teacher_digest": weights_digest(teaching.teacher_name_or_path)},
+            "+".join(content_fingerprint(split) for split in splits.values()),
+            inputs=local_inputs(argv, student_arguments, data_arguments, teaching, training),
+        )
+        checkpoint, pushed_to = None, push_target(training)
+        # What is wrong with the model is said first; a folder of another run is refused after that.
+        with suppress(ValueError):
+            checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        refuse_pickled_weights(checkpoint)
+        refuse_other_amplitudes(checkpoint, config)
+        if record.has_nothing_left(pushed_to):
+            if training.process_index == 0:
+                print(f"This run is finished; its results are in {Path(training.output_dir, 'all_results.json')}.")
+            return
+        trained = record.trained_model(checkpoint, training)
+        auto_class = AutoModelForMaskedLM if teacher.kind == "tokens" else AutoModel
+        model = load_model(auto_class, saved_by_run(student_arguments, trained), config)
+        inputs = inspect.signature(model.forward).parameters
+        validation, collator = mask(splits["validation"], tokenizer, inputs, data_arguments, training)
+        rows = numbered(splits["train"]) if training.do_train else None
+        if data_arguments.streaming:
+            rows, validation = in_order(rows, validation, collator, data_arguments, training)
+        make = partial(make_trainer, collator, rows, validation, tokenizer, teacher, teaching)
+        try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
+        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        repository = take_over_pushing(training)
+        record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+
+    card = make_card(model, auto_class, training, data_arguments, student_arguments, teaching)
+    keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
+    # A checkpoint is pushed when it is complete.
+    trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
+    calibrate_before_training(trainer, model_arguments.calibration_batches)
+    if spikes.spike_batches:
+        log_firing_rate(trainer)
+    stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
+    if trained:
+        restore_state(trainer, trained)
+    elif training.do_train:
+        with preemption, number_errors():
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        save_metrics(trainer, "train", metrics)
+    if training.do_train and not record.is_trained:
+        save_finished_model(trainer)
+        record.record_training()
+        keeper.keep_best_only(trainer)
+    results = {}
+    if training.do_eval:
+        results = trainer.evaluate() | evaluate_spikes(trainer, validation, spikes)
+        save_metrics(trainer, "eval", results)
+        if training.process_index == 0:
+            print(json.dumps({name: float(f"{value:.6g}") for name, value in results.items()}, indent=2))
+    if training.do_train:
+        publisher.publish(trainer, results)
+    record.record_end(pushed_to)
+
+
+def check_flags(
+    data: DataArguments, teaching: DistillationArguments, training: TrainingArguments, given: Mapping[str, Any]
+) -> None:
+    """Refuses flags that say nothing here, and a command without a teacher."""
+    if teaching.teacher_name_or_path is None:
+        raise ValueError("--teacher_name_or_path is missing: the BERT to learn from, a folder or a name on the Hub.")
+    if data.objective != "mlm":
+        raise ValueError(
+            f"--objective {data.objective}: a teacher says nothing of pairs of sentences here; leave the flag out."
+        )
+    if data.streaming and training.do_train and training.max_steps <= 0:
+        raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+    if training.label_smoothing_factor:
+        raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
+    set_direction(training, given, {"loss": False, "hidden_error": False})
+
+
+def student_of(arguments: ModelArguments, teaching: DistillationArguments) -> ModelArguments:
+    """The arguments of the student: the model named, or else the teacher, in either case as a SpikeLM."""
+    if arguments.config_name or arguments.model_type not in (None, SpikeLMConfig.model_type):
+        flag = "config_name" if arguments.config_name else "model_type"
+        raise ValueError(
+            f"--{flag} {getattr(arguments, flag)}: the student is a SpikeLM that starts with the weights of "
+            "--model_name_or_path, or of its teacher; leave the flag out (--config_overrides sets single fields)."
+        )
+    if arguments.model_name_or_path is None:
+        name, revision = teaching.teacher_name_or_path, teaching.teacher_revision
+        arguments = replace(arguments, model_name_or_path=name, model_revision=revision)
+    return replace(arguments, model_type=SpikeLMConfig.model_type)
+
+
+def make_trainer(
+    collator: MaskingCollator,
+    rows: Dataset | StreamPasses | None,
+    validation: Dataset | OrderedStream,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher,
+    teaching: DistillationArguments,
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    return DistillationTrainer(
+        model=model,
+        args=training,
+        **teaching.options(teacher),
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=hidden_state_metrics,
+        callbacks=list(callbacks),
+    )
+
+
+def make_card(
+    model: PreTrainedModel,
+    auto_class: type,
+    training: TrainingArguments,
+    data_arguments: DataArguments,
+    student_arguments: ModelArguments,
+    teaching: DistillationArguments,
+) -> RunCard:
+    names = data_arguments.dataset_name or data_arguments.train_file or []
+    # Local data by its file names only, for paths say nothing to a stranger.
+    sources = ", ".join(f"`{Path(name).resolve().name}`" if Path(name).exists() else name for name in names)
+    teacher = teaching.teacher_name_or_path
+    teacher = Path(teacher).resolve().name if Path(teacher).exists() else teacher
+    return RunCard(
+        model=model,
+        training=training,
+        pipeline_tag="fill-mask" if auto_class is AutoModelForMaskedLM else "feature-extraction",
+        auto_class=auto_class.__name__,
+        training_data=(
+            f"Learned the hidden states{' and logits' if auto_class is AutoModelForMaskedLM else ''} of {teacher} from "
+            f"the text of {sources}, in rows of {data_arguments.max_seq_length} tokens."
+        ),
+        datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
+        metrics=METRICS,
+        figures=FIGURES,
+        dataset_for_results="the validation split",
+        started_from=student_arguments.model_name_or_path,
+    )
+
+
+if __name__ == "__main__":
+    main()
+    PartialState().destroy_process_group()

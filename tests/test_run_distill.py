@@ -1,0 +1,139 @@
+"""run_distill.py from text to a student that loads, in one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+
+import run_distill
+from experiment.publishing import Publisher
+from pretraining_data.tokenizers import train_wordpiece
+from tests.corpus import write_corpus
+from tests.test_run_mlm import assert_same_weights, interrupted
+
+SHORT = """--per_device_train_batch_size 8 --learning_rate 2e-3 --max_steps 12 --max_seq_length 32 --max_eval_samples 16
+--save_steps 6 --logging_steps 1 --report_to none --use_cpu --seed 1 --config_overrides
+num_time_steps=2,hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0""".split()
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.txt")
+
+
+@pytest.fixture(scope="module")
+def teachers(corpus, tmp_path_factory) -> dict[str, Path]:
+    """A BERT with a masked-LM head and one without any, random but far from doing nothing."""
+    folder = tmp_path_factory.mktemp("teachers")
+    texts = load_dataset("text", data_files=str(corpus), split="train", cache_dir=str(folder / "cache"))
+    tokenizer = train_wordpiece(texts, 400, True, model_max_length=64)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.2}
+    for name, kind in (("with_head", BertForMaskedLM), ("bare", BertModel)):
+        torch.manual_seed(0)
+        kind(BertConfig(**sizes)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in ("with_head", "bare")}
+
+
+def command(teacher, corpus, output, *more) -> list[str]:
+    return [
+        "--teacher_name_or_path",
+        str(teacher),
+        "--train_file",
+        str(corpus),
+        "--output_dir",
+        str(output),
+        *SHORT,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def distilled(teachers, corpus, tmp_path_factory) -> dict[str, Path]:
+    """What a run of each teacher has left behind."""
+    outputs = {name: tmp_path_factory.mktemp("students") / name for name in teachers}
+    for name, output in outputs.items():
+        run_distill.main(command(teachers[name], corpus, output))
+    return outputs
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.mark.parametrize("name, auto_class", [("with_head", AutoModelForMaskedLM), ("bare", AutoModel)])
+def test_the_student_comes_nearer_to_its_teacher_and_loads(distilled, teachers, name, auto_class):
+    losses = [entry["loss"] for entry in history(distilled[name]) if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    results = json.loads((distilled[name] / "all_results.json").read_text())
+    model = auto_class.from_pretrained(distilled[name]).eval()
+    assert model.config.model_type == "spikelm" and model.config.num_time_steps == 2
+    # The error is that of the model that was saved, on text that it was not trained on.
+    assert 0 < results["eval_hidden_error_1"] < results["eval_hidden_error_2"] < 2
+    assert results["eval_hidden_error"] == results["eval_loss"]
+    assert 0 < results["eval_firing_rate"] < 1
+    teacher = load_file(teachers[name] / "model.safetensors")
+    weights = load_file(distilled[name] / "model.safetensors")
+    frozen = [key for key in weights if ".embeddings." in key or key.startswith("embeddings.")]
+    assert len(frozen) == 5
+    for key in frozen:
+        assert torch.equal(weights[key], teacher[key])
+
+
+def test_the_card_names_the_teacher_and_the_error(distilled):
+    card = (distilled["bare"] / "README.md").read_text()
+    assert "hidden states of bare from the text of `topics.txt`" in card
+    assert "feature-extraction" in card and "hidden_error" in card
+    assert "hidden states and logits of with_head" in (distilled["with_head"] / "README.md").read_text()
+
+
+def test_the_same_command_resumes_to_the_same_weights(distilled, teachers, corpus, tmp_path):
+    again = command(teachers["bare"], corpus, tmp_path / "out")
+    interrupted(again, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == 6, run_distill)
+    run_distill.main(again)
+    assert_same_weights(tmp_path / "out", distilled["bare"])
+
+
+def test_a_student_goes_on_from_a_student(distilled, teachers, corpus, tmp_path):
+    more = (
+        "--model_name_or_path",
+        str(distilled["bare"]),
+        "--config_overrides",
+        "num_time_steps=4",
+        "--max_steps",
+        "2",
+    )
+    run_distill.main(command(teachers["bare"], corpus, tmp_path / "out", *more))
+    assert AutoModel.from_pretrained(tmp_path / "out").config.num_time_steps == 4
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--objective", "mlm_nsp"), "--objective mlm_nsp: a teacher says nothing of pairs"),
+        (("--model_type", "bert"), "--model_type bert: the student is a SpikeLM"),
+        (("--streaming", "--max_steps", "-1"), "--streaming needs --max_steps"),
+        (("--hidden_weight", "-1"), "--hidden_weight is -1.0"),
+    ],
+)
+def test_bad_flags_end_in_one_line_and_nothing_is_written(teachers, corpus, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        run_distill.main(command(teachers["bare"], corpus, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_shape_is_refused(distilled, teachers, corpus, tmp_path):
+    config = BertConfig.from_pretrained(teachers["bare"], num_hidden_layers=1)
+    BertModel(config).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(teachers["bare"]).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="has num_hidden_layers=1, but the student has num_hidden_layers=2"):
+        more = ("--model_name_or_path", str(distilled["bare"]))
+        run_distill.main(command(tmp_path / "other", corpus, tmp_path / "out", *more))
+    without = command("x", corpus, tmp_path / "out")[2:]
+    with pytest.raises(SystemExit, match="--teacher_name_or_path is missing"):
+        run_distill.main(without)
