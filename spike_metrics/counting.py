@@ -1,14 +1,16 @@
 """Counts spikes, multiply-accumulates and accumulates of a model that runs, with forward hooks and exact integers.
 
 What a module costs is decided by what it is seen to receive, not by its name: a product whose operand holds at most the
-values -a[t], 0 and +a[t] in every time step t needs one accumulate for each non-zero entry and each output that this
-entry feeds; any other product is a multiply-accumulate for each entry. A dense BERT is counted by the same hooks.
+values -a[t], 0 and +a[t] in every time step t (or levels that its own weights take in) needs one accumulate for each
+non-zero entry and each output that this entry feeds; any other product is a multiply-accumulate for each entry. A dense
+BERT is counted by the same hooks.
 
 Shapes: B sequences of L tokens, T time steps, F features. Spiking modules see `(T * B, L, F)`, time step major.
 """
 
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -318,6 +320,8 @@ class SpikeCounter:
         self._is_counted = torch.zeros(0, 0, dtype=torch.bool)
         # Of each attention layer in its forward: the tensors that went in as query, key and value.
         self._operands: dict[str, dict[str, torch.Tensor]] = {}
+        # What the last groups have emitted, and the spikes in it.
+        self._emitted: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=4)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "SpikeCounter":
@@ -333,6 +337,7 @@ class SpikeCounter:
             hook.remove()
         self._hooks.clear()
         self._operands.clear()
+        self._emitted.clear()
 
     def result(self) -> SpikeCount:
         """What was counted so far.
@@ -420,7 +425,8 @@ class SpikeCounter:
                 f"{name} ({type(module).__name__}) does not emit its spikes as one tensor, so they cannot be counted; "
                 "a quantised model fires the spikes of the model it was made from: count that one."
             )
-        steps = self._counted_steps(output)
+        spikes = emitted_spikes(module, output)
+        steps = self._counted_steps(spikes)
         amplitude = spike_amplitude(steps)
         if amplitude is None:
             raise ValueError(
@@ -440,10 +446,13 @@ class SpikeCounter:
         for operands in self._operands.values():
             for role, operand in operands.items():
                 if operand is args[0]:
-                    operands[role] = output
+                    operands[role] = spikes
+        # The products that take them come next.
+        self._emitted.append((output, spikes))
 
     def _count_linear(self, name: str, module: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        steps = self._counted_steps(args[0])
+        received = next((spikes for emitted, spikes in self._emitted if emitted is args[0]), args[0])
+        steps = self._counted_steps(received)
         product = self._product(name, steps.shape[0])
         product.weights = module.weight.numel()
         # The masked-LM head of a SpikeLM adds its bias itself, after a decoder without one.
@@ -531,7 +540,7 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            spikes[name] = output.sign().to(torch.int8).cpu()
+            spikes[name] = emitted_spikes(module, output).sign().to(torch.int8).cpu()
 
         return hook
 
@@ -560,6 +569,20 @@ def spiking_modules(model: nn.Module) -> dict[str, nn.Module]:
         and (isinstance(getattr(module, "amplitude", None), torch.Tensor) or "Neuron" in type(module).__name__)
     }
     return {name: m for name, m in named.items() if not any(other.startswith(f"{name}.") for other in named)}
+
+
+def emitted_spikes(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """The spikes in what a group has emitted, -a, 0 or +a with one a in each time step, of the same shape.
+
+    Neurons with learned levels emit them about a shift and with a scale for each channel. Both are a part of the
+    weights and the bias that follow (`modeling_spikelm/learned.py` has the equation), so what is left to count is the
+    sign, and in later time steps what their amplitude is in units of the first one's.
+    """
+    if not hasattr(module, "signs"):
+        return output
+    signs = module.signs(output.detach()).unflatten(0, (module.num_time_steps, -1))
+    relative = (module.amplitude / module.amplitude[0]).detach()
+    return (signs * relative.view(-1, *(1 for _ in signs.shape[1:]))).flatten(0, 1)
 
 
 def spike_amplitude(steps: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import SpikeLMForMultipleChoice, SpikingNeurons
+from modeling_spikelm import SpikeLMForMultipleChoice, SpikeLMModel, SpikingNeurons
 from spike_metrics.counting import SpikeCounter, count, record_spikes, spike_amplitude
 
 STEPS = 2
@@ -354,3 +354,34 @@ def test_neurobench_counts_the_same_on_signs(model, batch):
     assert result["Effective_MACs"] == 0
     assert result["Effective_ACs"] * len(spikes) == sum(ours.accumulates)
     assert result["Dense"] * len(spikes) == ours.dense_macs * 3
+
+
+@pytest.mark.parametrize("neuron", ["learned", "thrifty"])
+@pytest.mark.parametrize("num_time_steps", [1, 2])
+def test_learned_levels_are_part_of_the_weights_so_what_is_counted_are_signs(neuron, num_time_steps):
+    """A model whose levels are folded into weights and biases by hand computes the same from the counted spikes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = SpikeLMConfig(vocab_size=50, neuron=neuron, num_time_steps=num_time_steps, **sizes)
+    model = SpikeLMModel(config).eval()
+    batch = {"input_ids": torch.randint(0, 50, (3, 8))}
+    model.calibrate(batch)
+    inputs, outputs = {}, {}
+    layer = model.encoder.layer[0]
+    layer.intermediate.neurons.register_forward_hook(lambda module, args, output: inputs.update(spikes=output))
+    layer.intermediate.dense.register_forward_hook(lambda module, args, output: outputs.update(dense=output))
+    counted = count(model, [batch])
+    group = next(group for group in counted.neurons if group.name.endswith("intermediate.neurons"))
+    product = next(product for product in counted.products if product.name.endswith("intermediate.dense"))
+    assert product.sees_spikes and 0 < counted.firing_rate < 1
+    assert sum(product.accumulates) == int(group.spikes.sum()) * 24
+
+    neurons, dense = layer.intermediate.neurons, layer.intermediate.dense
+    levels = neurons.levels(neurons.calibration())
+    signs = neurons.signs(inputs["spikes"]).unflatten(0, (num_time_steps, -1))
+    assert torch.equal(group.positive, (signs > 0).flatten(1, 2).sum(1))
+    folded_weight, folded_bias = dense.weight * levels.scale, dense.bias + dense.weight @ levels.shift
+    by_hand = levels.amplitude.view(-1, 1, 1, 1) * (signs @ folded_weight.T) + folded_bias
+    torch.testing.assert_close(by_hand.flatten(0, 1), outputs["dense"], rtol=1e-4, atol=1e-5)
+    # One amplitude is a part of the weights as well; later steps need it beside them.
+    assert (product.scalings > 0) == (num_time_steps > 1)
