@@ -165,6 +165,10 @@ class CheckpointKeeper(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # The Trainer goes on with the intervals of the command that wrote the checkpoint, whatever this one says.
         state.compute_steps(args, state.max_steps)
+        # And it looks for the best one under the path that the folder had then, and forgets it where that has changed.
+        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # A task with several validation sets is evaluated once per set.

@@ -1,5 +1,6 @@
 """Steps from documents to what a Trainer takes, as the flags say: tokenizer, packed rows, masks, streams in order."""
 
+import logging
 import math
 from collections.abc import Container
 from functools import partial
@@ -13,6 +14,8 @@ from .masking import MaskingCollator, mask_statically
 from .packing import check_token_ids, pack_documents, take_rows
 from .streams import OrderedStream, StreamPasses, lanes_of, shuffled, take_over_workers
 from .tokenizers import train_wordpiece
+
+logger = logging.getLogger(__name__)
 
 
 def train_tokenizer(
@@ -105,12 +108,13 @@ def mask(
     """
     probability = arguments.mlm_probability if "labels" in inputs else 0.0
     seed = training.data_seed if training.data_seed is not None else training.seed
+    # Of a stream, accelerate puts the batches of all processes into one tensor: they have to be of one shape, and where
+    # rows bring their own labels, nothing bounds the number of these.
     is_bounded = not (arguments.streaming and "labels" in rows.column_names)
     collator = MaskingCollator(
         tokenizer,
         probability,
         seed,
-        # Of a stream, accelerate puts the batches of all processes into one tensor.
         longest_row(arguments) if arguments.streaming else arguments.pad_to_multiple_of,
         with_positions="masked_lm_positions" in inputs and is_bounded,
     )
@@ -141,4 +145,11 @@ def in_order(
     if rows is None:
         return None, validation
     ordered = OrderedStream(rows, lanes_of(rows, arguments.max_train_samples), workers)
+    if workers > ordered.lanes:
+        logger.warning(
+            "%d of %d --dataloader_num_workers read the stream: a file has one reader, and so has a stream with "
+            "--max_train_samples.",
+            ordered.lanes,
+            workers,
+        )
     return StreamPasses(ordered, prepare=collator.masked), validation

@@ -19,8 +19,7 @@ ROOT = Path(__file__).parent.parent
 STEPS, WARMUP = 20, 5
 NO_DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 GLOBAL_BATCH = 4
-# Two epochs of full batches (on several processes accelerate fills an incomplete one up with other rows), and no
-# broadcast by DDP that could hide a difference.
+# Two epochs, and no broadcast by DDP that could hide a difference.
 RUN = f"""--max_train_samples 40 --max_eval_samples 8 --vocab_size 600 --max_seq_length 64
     --config_overrides {TINY},{NO_DROPOUT} --max_steps {STEPS} --warmup_steps {WARMUP} --learning_rate 1e-3
     --lr_scheduler_type linear --max_grad_norm 0 --logging_steps 1 --save_strategy no --seed 0

@@ -53,6 +53,7 @@ def cut_off(whole: Path, tmp_path: Path) -> Path:
     """What a kill after step `CUT_AT` has left of the run."""
     folder = tmp_path / "run"
     shutil.copytree(whole / f"checkpoint-{CUT_AT}", folder / f"checkpoint-{CUT_AT}")
+    shutil.copy(whole / "written_files.json", folder)
     record = json.loads((whole / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"is_trained": False, "is_finished": False}))
     return folder

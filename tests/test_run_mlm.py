@@ -24,6 +24,7 @@ from transformers import (
     BertTokenizer,
     EvalPrediction,
     Trainer,
+    TrainingArguments,
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -31,6 +32,9 @@ import run_mlm
 from configuration_spikelm import SpikeLMConfig
 from experiment.publishing import Publisher
 from modeling_spikelm import SpikeLMForMaskedLM
+from pretraining_data.arguments import DataArguments
+from pretraining_data.masking import most_labels
+from pretraining_data.preparation import mask
 from spike_metrics.counting import count
 from spike_metrics.evaluation import spike_figures
 from tests.carried_code import CODE
@@ -439,6 +443,18 @@ def test_prepared_corpus_trains_to_the_same_weights_as_the_text_it_was_made_of(t
     weights = load_file(tmp_path / "run" / "model.safetensors")
     for name, value in load_file(trained / "model.safetensors").items():
         assert torch.equal(weights[name], value), name
+
+
+def test_batches_of_a_stream_are_equally_wide_as_several_processes_get_them_in_one_tensor(tmp_path):
+    arguments = DataArguments(train_file=["text.txt"], streaming=True, max_seq_length=9, pad_to_multiple_of=4)
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    rows = Dataset.from_dict({"input_ids": [[2, 5, 3]]}).to_iterable_dataset()
+    tokenizer = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5})
+    _, collator = mask(rows, tokenizer, {"labels", "masked_lm_positions"}, arguments, training)
+    for length in (3, 9):
+        batch = collator([{"input_ids": [2, *[5] * (length - 2), 3], "example_id": 0}])
+        assert batch["input_ids"].shape == (1, 12)
+        assert batch["masked_lm_positions"].shape == (1, most_labels(12, 0.15))
 
 
 def test_a_stream_trains(corpus, tmp_path):

@@ -138,6 +138,15 @@ def test_the_trainer_deletes_nothing_itself(tmp_path):
     assert training.save_total_limit is None
 
 
+def test_the_best_checkpoint_of_a_run_whose_folder_was_moved_is_found(tmp_path):
+    best = write(tmp_path, 5)
+    for step, found in ((5, str(best)), (10, None), (None, None)):
+        state = TrainerState(max_steps=20, best_global_step=step, best_model_checkpoint=None)
+        training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        keeper(tmp_path, 1).on_train_begin(training, state, TrainerControl())
+        assert state.best_model_checkpoint == found
+
+
 @pytest.mark.parametrize(
     ("limit", "best", "left"),
     [(None, None, [5, 10, 15, 20]), (2, None, [15, 20]), (1, None, [20]), (1, 10, [10, 20]), (3, 5, [5, 15, 20])],
