@@ -8,6 +8,7 @@ BERT's.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,6 +148,31 @@ def eager_attention_forward(
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), mean
 
 
+def _is_half_on_cpu(query: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype.itemsize == 2
+
+
+def _attend_in_float32(
+    attention: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention` with its inside in float32, rounded once, to the dtype of the query.
+
+    What torch's own rounds in 16 bits on a CPU depends on how far a sequence is padded. The neurons behind it turn a
+    last bit into other spikes, and these into other logits: what a sentence gets would depend on its batch.
+    """
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        context, probabilities = attention(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
+    return context.to(query.dtype), probabilities
+
+
 class SpikeLMSelfAttention(nn.Module):
     """Self-attention on spikes: real queries, spiking keys and values, `(T * B, L, H)` in and out."""
 
@@ -195,6 +221,8 @@ class SpikeLMSelfAttention(nn.Module):
             context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and not self.training and _is_half_on_cpu(query):
+            attention = partial(_attend_in_float32, attention)
         # Of torch's own attentions, only this one can be differentiated forwards.
         with sdpa_kernel(SDPBackend.MATH) if is_transformed(query) else nullcontext():
             context, mean_probabilities = attention(
@@ -435,6 +463,10 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
 
         Amplitudes belong to the values that they were made for (`CALIBRATION_FIELDS`). Loaded with others, by keyword
         or by a configuration, the neurons are not calibrated, and one notice names the fields.
+
+        With `dtype=torch.bfloat16` the amplitudes stay float32. The model is as good on average, but spikes next to
+        their threshold fall otherwise, so that single logits and labels differ from float32's, whichever weights are
+        rounded; docs/precision.md has figures.
 
         Raises:
             ValueError: the checkpoint is neither a SpikeLM nor a BERT encoder; or one of the checkpoint and the

@@ -129,6 +129,10 @@ def test_sharded_processes_train_and_save_a_whole_model(config, corpus, tmp_path
     finish(start(config, corpus, tmp_path / "run", "--main_process_port", "0", as_gpu_processes=True))
     assert_trained(tmp_path / "run")
     assert "| architecture | SpikeLMForMaskedLM |" in (tmp_path / "run" / "README.md").read_text()
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    # DeepSpeed keeps the float32 weights to itself.
+    dtype = torch.bfloat16 if config == "deepspeed_zero2" else torch.float32
+    assert {value.dtype for name, value in weights.items() if "amplitude" not in name} == {dtype}
     loaded = run_on_clean_machine(f"""
 import torch
 from transformers import AutoModelForMaskedLM
