@@ -22,6 +22,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_spikelm import NEURONS, SpikeLMConfig
+from .fast_paths import is_transformed
 from .modeling_spikelm import SpikeLMLayer, SpikeLMSelfAttention
 from .spiking import SpikingNeurons
 
@@ -56,14 +57,20 @@ def ternary_sign(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | N
     Rounding half to even sends +-amplitude / 2 to 0, and float32 holds amplitude / 2 exactly, so that a comparison with
     it decides as the division does. These two passes take half the time of comparisons that yield bool.
     """
-    # A compiler plans memory itself, and refuses an `out` that is a view.
-    out = None if torch.compiler.is_compiling() else out
-    return torch.hardshrink(membrane, amplitude / 2, out=out).sign_()
+    return torch.hardshrink(membrane, amplitude / 2, out=_reusable(out)).sign_()
+
+
+def _reusable(out: torch.Tensor | None) -> torch.Tensor | None:
+    """`out`, unless a compiler plans memory itself, and refuses an `out` that is a view, or a tracer is at work: what
+    it records may run with gradients, and these refuse every `out`."""
+    return None if out is None or torch.compiler.is_compiling() or is_transformed(out) else out
 
 
 def ternary_codes(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """`ternary_sign + 1` as uint8, same shape; `out` is overwritten on the way."""
-    return ternary_sign(membrane, amplitude, out).to(torch.int8).view(torch.uint8).add_(1)
+    signs = ternary_sign(membrane, amplitude, out).to(torch.int8)
+    # A tracer knows no view of another dtype.
+    return signs.add_(1).to(torch.uint8) if is_transformed(membrane) else signs.view(torch.uint8).add_(1)
 
 
 class QuantizedNeurons(SpikingNeurons):
@@ -112,7 +119,8 @@ class QuantizedNeurons(SpikingNeurons):
                     left = codes.neg().add_(2).float()
                 else:
                     left = (codes == 1).float()
-                membrane, is_free = torch.addcmul(step_inputs.float(), membrane, left, value=kept, out=left), True
+                out = _reusable(left)
+                membrane, is_free = torch.addcmul(step_inputs.float(), membrane, left, value=kept, out=out), True
             is_last = step == len(amplitudes)
             codes = ternary_codes(membrane, amplitude, out=membrane if is_free and is_last else None)
             kept = self.decay * amplitude if self.reset == "reference" else self.decay
@@ -169,7 +177,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Codes `(B, L, in)` to float32 `(B, L, out)`; a `residual` of that shape is added to, in place."""
-        if has_int8_kernel(spikes.codes.device):
+        # A tracer cannot keep weights in oneDNN's layout.
+        if has_int8_kernel(spikes.codes.device) and not is_transformed(spikes.codes):
             # The decorator takes its time; without torch.compile there is nothing to keep out of.
             product = self._product_outside_graphs if torch.compiler.is_compiling() else self._onednn_product
             return product(spikes, residual)
@@ -285,8 +294,8 @@ class QuantizedResidual(nn.Module):
     def forward(self, steps: Iterable[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
         """T times `(B, L, input_size)`, which may be overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
         sums = residual.clone(memory_format=torch.contiguous_format)
-        for spikes, step_sums in zip(self.neurons(steps, may_overwrite=True), sums, strict=True):
-            self.dense(spikes, residual=step_sums)
+        for step, spikes in enumerate(self.neurons(steps, may_overwrite=True)):
+            self.dense(spikes, residual=sums[step])
         return self.LayerNorm(sums)
 
 
@@ -346,7 +355,8 @@ class QuantizedLayer(nn.Module):
         contexts, _ = self.attention.self(steps, mask, **kwargs)
         attended = self.attention.output(contexts, steps)
         del contexts
-        parts = attended.split(self._part_size(attended), dim=1)
+        # A tracer would keep the number of parts, whatever the batch.
+        parts = (attended,) if is_transformed(attended) else attended.split(self._part_size(attended), dim=1)
         outputs = [self.output(self.intermediate(part), part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
 
@@ -392,7 +402,7 @@ def check_can_quantize(layers: Iterable[nn.Module], config: SpikeLMConfig) -> No
             linear = layer.get_submodule(name)
             if not isinstance(linear, nn.Linear):
                 raise ValueError(
-                    f"quantize_weights() takes plain linear layers, but {name} is a {type(linear).__name__}; merge an "
+                    f"quantize_weights() takes plain linear layers, but {name} is a {torch.typename(linear)}; merge an "
                     "adapter into the model first (PEFT: merge_and_unload())."
                 )
             if linear.weight.dtype != torch.float32:

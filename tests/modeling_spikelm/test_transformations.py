@@ -15,6 +15,9 @@ from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassificatio
 from modeling_spikelm.learned import Levels, level_spikes
 
 every_neuron = pytest.mark.parametrize("neuron", NEURONS)
+every_neuron_and_attention = pytest.mark.parametrize(
+    ("neuron", "attention"), [*((neuron, "sdpa") for neuron in NEURONS), ("elastic", "eager")]
+)
 LABELS = torch.tensor([0, 1, 1])
 
 
@@ -46,7 +49,7 @@ def traced(model, batch):
     return torch.jit.load(file)
 
 
-@pytest.mark.parametrize(("neuron", "attention"), [*((neuron, "sdpa") for neuron in NEURONS), ("elastic", "eager")])
+@every_neuron_and_attention
 def test_a_traced_model_is_saved_and_computes_the_same_at_any_size_and_padding(
     neuron, attention, config, batch, other_batch
 ):
@@ -55,6 +58,14 @@ def test_a_traced_model_is_saved_and_computes_the_same_at_any_size_and_padding(
     loaded = traced(model, other_batch)
     for inputs in (batch, other_batch):
         assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
+
+
+def test_a_model_with_int8_weights_is_traced_too(config, batch, other_batch):
+    """By the products that run where oneDNN's are missing."""
+    model = calibrated(SpikeLMForSequenceClassification, config, batch, return_dict=False).quantize_weights()
+    loaded = traced(model, other_batch)
+    for inputs in (batch, other_batch):
+        torch.testing.assert_close(loaded(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_traced_model_records_hidden_states_and_attentions(config, batch):
@@ -112,8 +123,7 @@ def assert_gradients(found, wanted):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=name)
 
 
-@every_neuron
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@every_neuron_and_attention
 class TestFunctionTransforms:
     def test_grad_is_the_backward_pass(self, neuron, attention, config, batch):
         model = calibrated(SpikeLMForSequenceClassification, config, batch, attention, neuron=neuron)
