@@ -302,7 +302,7 @@ def try_first_steps(
         if teacher is not None:
             take_real_valued_parts(model, teacher)
         trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
-        make = partial(make_trainer, data, tokenizer, teacher, teaching)
+        make = partial(make_trainer, data, tokenizer, model_arguments, teacher, teaching)
         try_first_step(make, model, unfinished[0], given, trains)
 
 
@@ -367,9 +367,7 @@ def run_task(
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
     callbacks = [ProgressNote(whole, record), preemption, keeper, publisher]
-    trainer = make_trainer(data, tokenizer, teacher, teaching, model, run, callbacks)
-    if model_arguments.model_name_or_path:
-        calibrate_before_training(trainer, model_arguments.calibration_batches)
+    trainer = make_trainer(data, tokenizer, model_arguments, teacher, teaching, model, run, callbacks)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)
@@ -392,7 +390,7 @@ def run_task(
     taught_by = {}
     if run.do_eval and teacher is not None:
         # With the same batches and the same metrics; the student's metrics are on record by now.
-        taught_by = make_trainer(data, tokenizer, None, teaching, teacher.model, run).evaluate()
+        taught_by = make_trainer(data, tokenizer, model_arguments, None, teaching, teacher.model, run).evaluate()
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:
@@ -427,6 +425,7 @@ def load_task_teacher(
 def make_trainer(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
     teacher: Teacher | None,
     teaching: DistillationArguments,
     model: PreTrainedModel,
@@ -435,7 +434,7 @@ def make_trainer(
 ) -> Trainer:
     validation = {name.removeprefix("validation_"): data.splits[name] for name in data.task.validation_splits}
     trainer_class = WholeStepsTrainer if teacher is None else partial(DistillationTrainer, **teaching.options(teacher))
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=run,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -445,6 +444,9 @@ def make_trainer(
         compute_metrics=make_compute_metrics(data.task, run.label_smoothing_factor),
         callbacks=list(callbacks),
     )
+    if model_arguments.model_name_or_path:
+        calibrate_before_training(trainer, model_arguments.calibration_batches)
+    return trainer
 
 
 def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = numbered(splits["train"]) if training.do_train else None
         if data_arguments.streaming:
             rows, validation = in_order(rows, validation, collator, data_arguments, training)
-        make = partial(make_trainer, collator, rows, validation, tokenizer)
+        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments)
         try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
         record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
@@ -179,8 +179,6 @@ def main(argv: list[str] | None = None) -> None:
     keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
     trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
-    if model_arguments.model_name_or_path:
-        calibrate_before_training(trainer, model_arguments.calibration_batches)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
@@ -236,11 +234,12 @@ def make_trainer(
     rows: Dataset | StreamPasses | None,
     validation: Dataset | OrderedStream,
     tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
     model: PreTrainedModel,
     training: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    return WholeStepsTrainer(
+    trainer = WholeStepsTrainer(
         model=model,
         args=training,
         data_collator=collator,
@@ -251,6 +250,9 @@ def make_trainer(
         preprocess_logits_for_metrics=partial(predictions_and_losses, label_smoothing=training.label_smoothing_factor),
         callbacks=list(callbacks),
     )
+    if model_arguments.model_name_or_path:
+        calibrate_before_training(trainer, model_arguments.calibration_batches)
+    return trainer
 
 
 def unigram_baseline(splits, validation, tokenizer: PreTrainedTokenizerBase, config) -> dict[str, float]:

@@ -33,10 +33,12 @@ def calibrate_before_training(trainer: Trainer, batches: int) -> None:
         batches: how many batches of 8 rows to use; 0 leaves it to the first batch of the training.
     """
     if batches:
-        trainer.add_callback(_CalibrationCallback(trainer, batches))
+        trainer.add_callback(CalibrationCallback(trainer, batches))
 
 
-class _CalibrationCallback(TrainerCallback):
+class CalibrationCallback(TrainerCallback):
+    """What `calibrate_before_training` adds to a trainer."""
+
     def __init__(self, trainer: Trainer, batches: int) -> None:
         self.trainer = trainer
         self.batches = batches

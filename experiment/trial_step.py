@@ -26,6 +26,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .arguments import trainer_flags
+from .calibration import CalibrationCallback
 from .reporting import one_line
 from .whole_steps import rows_of_an_epoch
 
@@ -95,7 +96,9 @@ def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
     args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
     args.save_strategy = SaveStrategy.NO
     args.load_best_model_at_end = args.eval_on_start = args.logging_first_step = False
-    trainer.callback_handler.callbacks = [DefaultFlowCallback(), _StopAfterStep()]
+    # Nothing that writes, shows or sends; but what calibrates neurons before the first step of the run does so here.
+    kept = [entry for entry in trainer.callback_handler.callbacks if isinstance(entry, CalibrationCallback)]
+    trainer.callback_handler.callbacks = [DefaultFlowCallback(), *kept, _StopAfterStep()]
     trainer.train_dataset = _first(trainer.train_dataset, ROWS * ACCUMULATION_STEPS * args.world_size)
     trainer.eval_dataset = _first(trainer.eval_dataset, 2 * ROWS)
     if trains:

@@ -155,14 +155,16 @@ def test_the_last_of_several_tasks_is_tried_before_the_first_begins(inputs, tmp_
 
 
 FAILING_ON_ONE = """
+from accelerate import PartialState
+
 import run_mlm
 
 make_trainer = run_mlm.make_trainer
 
-def fail_on_one(collator, rows, validation, tokenizer, model, training, callbacks=()):
-    if training.process_index == 1:
+def fail_on_one(*arguments):
+    if PartialState().process_index == 1:
         raise TypeError("only here")
-    return make_trainer(collator, rows, validation, tokenizer, model, training, callbacks)
+    return make_trainer(*arguments)
 
 run_mlm.make_trainer = fail_on_one
 run_mlm.main()

@@ -9,8 +9,10 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from configuration_spikelm import SpikeLMConfig
+from experiment.calibration import calibrate_before_training
 from experiment.trial_step import ROWS, try_first_step
 from modeling_spikelm import SpikeLMForMaskedLM
+from modeling_spikelm.calibration import calibrated_groups
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 STRATEGIES = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "report_to": "none"}
@@ -54,6 +56,27 @@ def test_it_trains_one_step_of_few_rows_with_the_runs_own_optimizer_and_schedule
     assert trainer.optimizer.param_groups[0]["lr"] == 0.25
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
     assert seen == [(True, ROWS), (False, ROWS), (False, ROWS)]
+
+
+@pytest.mark.parametrize("batches", [1, 0])
+def test_neurons_that_the_run_calibrates_before_its_first_step_are_calibrated_in_it_too(
+    batches, model, rows, arguments
+):
+    """Replicas on several devices cannot calibrate; they would be refused for nothing."""
+    is_calibrated, make = [], maker(rows)
+
+    def note(module: SpikeLMForMaskedLM, args) -> None:
+        if module.training:
+            is_calibrated.append(all(neurons.is_calibrated for neurons in calibrated_groups(module)))
+
+    def make_trainer(model, training) -> Trainer:
+        trainer = make(model, training)
+        calibrate_before_training(trainer, batches)
+        return trainer
+
+    model.register_forward_pre_hook(note)
+    try_first_step(make_trainer, model, arguments(), {})
+    assert is_calibrated == [batches > 0]
 
 
 def test_nothing_is_left_of_it(model, rows, arguments, tmp_path, monkeypatch):
