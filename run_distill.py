@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = numbered(splits["train"]) if training.do_train else None
         if data_arguments.streaming:
             rows, validation = in_order(rows, validation, collator, data_arguments, training)
-        make = partial(make_trainer, collator, rows, validation, tokenizer, teacher, teaching)
+        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching)
         try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
         record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
         repository = take_over_pushing(training)
@@ -138,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
     keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
     trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
-    calibrate_before_training(trainer, model_arguments.calibration_batches)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
@@ -199,13 +198,14 @@ def make_trainer(
     rows: Dataset | StreamPasses | None,
     validation: Dataset | OrderedStream,
     tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
     teacher: Teacher,
     teaching: DistillationArguments,
     model: PreTrainedModel,
     training: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         model=model,
         args=training,
         **teaching.options(teacher),
@@ -216,6 +216,8 @@ def make_trainer(
         compute_metrics=hidden_state_metrics,
         callbacks=list(callbacks),
     )
+    calibrate_before_training(trainer, model_arguments.calibration_batches)
+    return trainer
 
 
 def make_card(

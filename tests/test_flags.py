@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertTokenizer, set_seed
 
+import run_distill
 import run_glue
 import run_mlm
 from experiment.preemption import StopOnSigterm
@@ -24,6 +25,7 @@ from modeling_spikelm import SpikeLMForMaskedLM
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"run_mlm": run_mlm, "run_glue": run_glue}
+ALL_SCRIPTS = SCRIPTS | {"run_distill": run_distill}
 WORDS = "the capital of france is paris . rome italy not a city in europe has river".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -51,9 +53,10 @@ def save_model(folder: Path, model_class: type, **fields) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with a calibrated model, a text of nine documents and three tasks of GLUE with as many rows."""
+    """A folder with a calibrated model, a teacher, a text of nine documents and three GLUE tasks with as many rows."""
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model", SpikeLMForMaskedLM, num_time_steps=2)
+    save_model(folder / "teacher", BertForMaskedLM)
     sentences = [" ".join(WORDS[start : start + 7] * 2) for start in range(9)]
     (folder / "text.txt").write_text("\n\n".join(sentences))
     for task, (row, header) in GLUE_FILES.items():
@@ -66,7 +69,9 @@ def inputs(tmp_path_factory) -> Path:
 
 def command(script: ModuleType, inputs: Path, output: Path, flags: Mapping[str, str] | str = "") -> list[str]:
     argv = ["--model_name_or_path", str(inputs / "model"), "--output_dir", str(output), "--use_cpu", *SHORT.split()]
-    if script is run_mlm:
+    if script is run_distill:
+        argv += ["--teacher_name_or_path", str(inputs / "teacher")]
+    if script is not run_glue:
         argv += ["--train_file", str(inputs / "text.txt"), "--validation_file", str(inputs / "text.txt")]
     else:
         argv += ["--data_dir", str(inputs), "--task_name", "mrpc"]
@@ -129,8 +134,7 @@ def test_a_flag_that_cannot_work_is_named_in_one_line_before_the_folder_is_claim
 )
 def test_the_trial_changes_nothing_of_the_run(name, flags, inputs, tmp_path, monkeypatch):
     """From amplitudes that the first batch sets, through dropout and a shuffled order, to the same bits."""
-    save_model(tmp_path / "bert", BertForMaskedLM)
-    start = ["--model_name_or_path", str(tmp_path / "bert"), "--model_type", "spikelm"]
+    start = ["--model_name_or_path", str(inputs / "teacher"), "--model_type", "spikelm"]
     script, trained = SCRIPTS[name], []
     for output in (tmp_path / "tried", tmp_path / "not_tried"):
         script.main([*command(script, inputs, output, flags), *start])
@@ -361,6 +365,14 @@ OWN_FLAGS = {
         "streaming": ["True"],
         "validation_split_percentage": ["50", "0"],
     },
+    "run_distill": {
+        "hidden_weight": ["0.5", "-1"],
+        "logits_weight": ["0.5", "-1"],
+        "mlm_probability": ["0.3", "0", "2"],
+        "streaming": ["True"],
+        "teacher_name_or_path": ["absent"],
+        "temperature": ["2", "0"],
+    },
     "run_glue": {
         "num_seeds": ["2", "0"],
         "pad_to_max_length": ["True"],
@@ -374,7 +386,7 @@ OWN_FLAGS = {
 
 @st.composite
 def commands(draw) -> tuple[str, dict[str, str]]:
-    script = draw(st.sampled_from(sorted(SCRIPTS)))
+    script = draw(st.sampled_from(sorted(ALL_SCRIPTS)))
     values = FLAGS | OWN_FLAGS[script]
     names = draw(st.lists(st.sampled_from(sorted(values)), unique=True, max_size=4))
     return script, {name: draw(st.sampled_from(values[name])) for name in names}
@@ -384,7 +396,7 @@ def check_results_or_one_line(inputs: Path, name: str, flags: Mapping[str, str])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
         try:
-            SCRIPTS[name].main(command(SCRIPTS[name], inputs, output, flags))
+            ALL_SCRIPTS[name].main(command(ALL_SCRIPTS[name], inputs, output, flags))
         except SystemExit as stopped:
             assert re.fullmatch(r"error: [^\n]+", str(stopped)), stopped
             assert not output.exists(), stopped
