@@ -14,6 +14,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import ModelOutput
 
+from experiment.precision import WEIGHTS, refuse_quantised
+
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 
@@ -67,15 +69,16 @@ def load_teacher(
             one.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is no BERT, or one whose vocabulary, width, number of layers or
-            labels are not the student's.
+        ValueError: there is no such checkpoint, or it is quantised, or no BERT, or one whose vocabulary, width, number
+            of layers or labels are not the student's.
     """
     location: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         config = AutoConfig.from_pretrained(name, **location)
+        refuse_quantised(name, config)
         _check_fit(name, config, student, is_classifier)
         auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForMaskedLM
-        options = location | {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        options = location | {"dtype": WEIGHTS, "use_safetensors": True, "output_loading_info": True}
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         model, loaded = auto_class.from_pretrained(name, config=config, **options)

@@ -47,7 +47,7 @@ RECORDED_BECAUSE = {
     "eval_delay": "likewise",
     "eval_on_start": "likewise",
     "per_device_eval_batch_size": "firing rate and energy are counted on --spike_batches of them",
-    "bf16_full_eval": "rounds the scores that choose the best model",
+    "bf16_full_eval": "rounds the weights that the last evaluation is of",
     "fp16_full_eval": "likewise",
     "tf32": "rounds every product",
     "use_cpu": "another kind of device draws other dropout from the same seed",

@@ -34,6 +34,12 @@ def test_a_teacher_in_half_precision_is_loaded_in_float32(save_teacher, tmp_path
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
 
 
+def test_a_quantised_teacher_is_refused_in_one_line(save_teacher):
+    folder = save_teacher("", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ValueError, match="are quantised .by bitsandbytes"):
+        load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False)
+
+
 @pytest.mark.parametrize("field, other", [("vocab_size", 61), ("hidden_size", 32), ("num_hidden_layers", 3)])
 def test_another_shape_is_refused_in_one_line(save_teacher, field, other):
     folder = save_teacher("", **{field: other})
