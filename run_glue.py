@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             training.output_dir,
             common,
             "",
-            inputs=local_inputs(argv, model_arguments, arguments, training)
+            inputs=local_inputs(argv, model_arguments, arguments, teaching, training)
             + [Path(data.teacher) for data in ready if data.teacher],
             runs=[Path(run.output_dir).relative_to(training.output_dir).as_posix() for run in runs],
         )

@@ -21,6 +21,7 @@ import pytest
 
 import run_mlm
 from experiment.checkpoints import MANIFEST_NAME, latest_complete_checkpoint
+from modeling_spikelm import SpikeLMForMaskedLM
 from tests.corpus import TINY, write_corpus
 from tests.hub_server import HubServer
 from tests.killing import Command, Life
@@ -110,6 +111,29 @@ def test_killed_at_four_moments_it_ends_with_the_same_weights(corpus, whole, tmp
         assert not json.loads((tmp_path / "run" / "run.json").read_text())["is_finished"]
     assert next_life(command, whole)[0].code == 0
     assert_ended_as(tmp_path / "run", whole)
+
+
+def test_killed_as_it_replaces_a_finished_run_the_old_model_stays_until_the_new_one_can_be_resumed(
+    corpus, whole, tmp_path
+):
+    """Killed while it moves the old files aside, and before its first checkpoint; the same command then ends."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    command = killable(corpus, tmp_path, STEPS, "--overwrite_output_dir")
+    for moment in (command.has_new("replaced-1/run.json"), command.has_logged(2)):
+        life = command.run(until=moment)
+        assert life.code == -signal.SIGKILL, life.output[-3000:]
+        (kept,) = [*folder.glob("model.safetensors"), *folder.glob("replaced-*/model.safetensors")]
+        assert kept.read_bytes() == (whole / "model.safetensors").read_bytes()
+        checkpoints = {
+            path.name: path for path in [*folder.glob("checkpoint-*"), *folder.glob("replaced-1/checkpoint-*")]
+        }
+        for checkpoint in whole.glob("checkpoint-*"):
+            assert_same_files(checkpoints[checkpoint.name], checkpoint, ["model.safetensors", "optimizer.pt"])
+    SpikeLMForMaskedLM.from_pretrained(kept.parent)
+    run_mlm.main(arguments(corpus, folder, STEPS, "--save_total_limit", "1", "--overwrite_output_dir"))
+    assert_ended_as(folder, whole)
+    assert not list(folder.glob("replaced-*"))
 
 
 def test_sigterm_saves_at_the_end_of_the_step_and_loses_nothing(corpus, whole, tmp_path):

@@ -366,8 +366,8 @@ def test_training_in_the_folder_of_its_own_model_is_refused_and_no_flag_recommen
 
 def test_a_folder_that_is_no_run_is_refused_even_if_it_may_be_overwritten(trained, corpus, tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(trained, project)
-    (project / "written_files.json").unlink()  # a model that was downloaded, say
+    # A model that was downloaded, say.
+    shutil.copytree(trained, project, ignore=shutil.ignore_patterns("written_files.json", "run.json"))
     before = snapshot(project)
     command = ["--train_file", str(corpus), *SHORT, "--model_name_or_path", str(project), "--overwrite_output_dir"]
     with pytest.raises(SystemExit, match="is not empty: it holds .* Choose another --output_dir"):
@@ -379,6 +379,7 @@ def test_overwriting_keeps_the_old_model_until_the_new_run_has_a_checkpoint(trai
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     users = {"notes.txt": "mine", "checkpoint-4/scores.json": "mine", "model_v1.safetensors": "mine"}
+    users["README.md"] = "my words instead of the run's"
     for name, text in users.items():
         (folder / name).write_text(text)
     command = from_scratch(corpus, "--seed", "7", "--overwrite_output_dir", "--output_dir", str(folder))
@@ -398,6 +399,7 @@ def test_overwriting_keeps_the_old_model_until_the_new_run_has_a_checkpoint(trai
     assert (folder / "model.safetensors").read_bytes() != (trained / "model.safetensors").read_bytes()
     left = snapshot(folder)
     assert all(left.pop(str(folder / name)) == b"mine" for name in ("notes.txt", "model_v1.safetensors"))
+    assert left[str(folder / "kept-README.md")].decode() == users["README.md"]
     replaced = {name: text for name, text in left.items() if "replaced-" in name}
     assert replaced == {str(folder / "replaced-1" / "checkpoint-4" / "scores.json"): b"mine"}
 

@@ -332,3 +332,9 @@ def test_the_knee_is_on_the_curve_and_does_not_depend_on_units(pairs, factor, of
     assert knee is None or knee in curve[1:-1]
     scaled = amplitude_scale.knee([Point(s, rate, loss * factor + offset) for s, rate, loss in curve])
     assert (scaled and scaled.scale) == (knee and knee.scale)
+
+
+def test_trainings_do_not_go_into_their_own_text(tmp_path):
+    (tmp_path / "text.txt").write_text("a text")
+    with pytest.raises(ValueError, match="--output_dir .*runs lies in --train_file"):
+        trainings.TrainingsArguments(train_file=str(tmp_path), output_dir=str(tmp_path / "runs"))

@@ -155,3 +155,12 @@ def test_an_impossible_argument_is_one_clear_error():
     finished = run("training_step", "--batch_size", "0")
     assert finished.returncode != 0
     assert "--batch_size 0 is not possible; it must be at least 1." in finished.stderr
+
+
+@pytest.mark.parametrize("files", [{"memory.md": "mine"}, {"memory.json": "[1]", "memory.md": "mine"}])
+def test_a_page_of_somebody_else_is_not_replaced_by_results(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match="is no result of this command and is left as it is"):
+        report.keep("memory", "Memory", [{"side": "bert"}], "cpu", str(tmp_path))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files

@@ -277,6 +277,17 @@ def test_same_seed_same_files_other_seed_other_files(tmp_path):
     assert all(a[name] != c[name] for name in a)
 
 
+def test_a_users_text_is_not_replaced(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds text/train.txt, which this command did not write"):
+        write_data(made_up_sources(), DemoDataArguments(str(tmp_path), dev_examples=40))
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["train.txt"]
+    (tmp_path / "text" / "train.txt").unlink()
+    for seed in (0, 1):  # its own it may replace
+        write_data(made_up_sources(), DemoDataArguments(str(tmp_path), dev_examples=40, seed=seed))
+
+
 def test_too_few_sentences_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="only 100 sentences found"):
         write_data(made_up_sources(10), DemoDataArguments(str(tmp_path / "out")))

@@ -1,9 +1,13 @@
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
-from experiment.arguments import ModelArguments, parse_arguments
+from distillation.arguments import DistillationArguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from glue_tasks.arguments import GlueArguments
+from pretraining_data.arguments import DataArguments
 
 
 @dataclass
@@ -76,3 +80,18 @@ def test_non_finite_losses_are_not_hidden():
 def test_checkpoint_and_configuration_exclude_each_other():
     with pytest.raises(ValueError, match="--config_name"):
         parse("--output_dir", "x", "--model_name_or_path", "a", "--config_name", "b")
+
+
+def test_what_a_command_reads_on_this_disk_is_known_recipe_and_teacher_included(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "tokenizer", "one", "two", "glue", "teacher"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "recipe.yaml").write_text("tokenizer_name: tokenizer\n")
+    argv = ["recipe.yaml", "--model_name_or_path", "model", "--output_dir", "out"]
+    mlm = parse(*argv, "--train_file", "one", "two", dataclasses=(ModelArguments, DataArguments, TrainingArguments))
+    assert set(local_inputs(argv, *mlm)) == {Path(name) for name in ("recipe.yaml", "model", "tokenizer", "one", "two")}
+    argv[2] = "someone/model"
+    more = ["--task_name", "rte", "--data_dir", "glue", "--teacher_name_or_path", "teacher"]
+    kinds = (ModelArguments, GlueArguments, DistillationArguments, TrainingArguments)
+    glue = parse(*argv, *more, dataclasses=kinds)
+    assert set(local_inputs(argv, *glue)) == {Path(name) for name in ("recipe.yaml", "tokenizer", "glue", "teacher")}

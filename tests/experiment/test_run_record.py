@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 
 import pytest
 from transformers import TrainingArguments
@@ -277,7 +278,12 @@ def test_a_killed_overwriting_loses_nothing_and_resumes_nothing_of_the_earlier_r
                 pass
         kept = [path for path in (folder, folder / "replaced-1") if (path / "model.safetensors").exists()]
         assert [(path / "model.safetensors").read_text() for path in kept] == ["weights"]
-        # The plain command takes nothing that is left for its own.
+        # The earlier command does not take what is left for its finished run.
+        earlier = record(folder)
+        with suppress(ValueError):
+            earlier.check()
+        assert not earlier.is_finished or {"checkpoint-5", "model.safetensors", "README.md"} <= set(names(folder))
+        # Nor does the plain command for its own.
         try:
             assert record(folder, seed=1).check() is None
         except ValueError as error:

@@ -108,6 +108,28 @@ def test_mistakes_are_one_line(checkpoint, arguments, message):
         measure(checkpoint, *arguments)
 
 
+def test_a_report_replaces_only_reports_and_is_never_read_as_text(checkpoint, tmp_path):
+    texts, users = tmp_path / "texts", tmp_path / "users.json"
+    texts.mkdir()
+    (texts / "lines.txt").write_text("the cat")
+    users.write_text('{"text": "mine"}')
+    (tmp_path / "report.json").write_text("not JSON")
+    for output in (users, tmp_path / "report.json"):
+        with pytest.raises(SystemExit, match=f"--output_file {output} is there and is no report"):
+            measure(checkpoint, "--text_file", str(users), "--output_file", str(output))
+    with pytest.raises(SystemExit, match="would be read as text"):
+        measure(checkpoint, "--text_file", str(texts), "--output_file", str(texts / "report.json"))
+    assert users.read_text() == '{"text": "mine"}' and len(list(texts.iterdir())) == 1
+
+
+def test_pictures_do_not_replace_a_page_of_somebody_else(checkpoint, tmp_path):
+    (tmp_path / "index.html").write_text("my home page")
+    command = ["--model_name_or_path", str(checkpoint), *SHORT, "--text", *SENTENCES, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="holds index.html, which this command did not write"):
+        draw_spikes.main(command)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["index.html"]
+
+
 def test_pictures_and_a_page_that_holds_them(checkpoint, tmp_path):
     text = "the cat <b> $ and $ the dog"
     folder = tmp_path / "pictures"
