@@ -1,8 +1,10 @@
 import json
 import logging
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, TrainingArguments
 from transformers.utils.import_utils import enable_tf32
 
@@ -53,6 +55,19 @@ def test_weights_are_float32_whatever_the_file_holds_and_that_is_said_once(dtype
     assert models[1].config.dtype == torch.float32
     said = [record.message for record in caplog.records]
     assert len(said) == 1 and said[0].startswith(f"{folder} holds weights in {name}: here they are float32")
+
+
+def test_of_a_checkpoint_from_the_hub_the_files_in_the_cache_are_looked_at(checkpoint, tmp_path, caplog, monkeypatch):
+    precision.logger.info_once.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "cache" / "models--someone--half"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint(torch.float16), folder / "snapshots" / ("0" * 40))
+    with caplog.at_level(logging.INFO, "experiment.precision"):
+        model = load(model_name_or_path="someone/half", cache_dir=tmp_path / "cache")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert [record.message.split(":")[0] for record in caplog.records] == ["someone/half holds weights in F16"]
 
 
 def test_nothing_is_said_of_a_file_that_holds_float32(checkpoint, caplog):
