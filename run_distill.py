@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         # What is wrong with the model is said first; a folder of another run is refused after that.
         with suppress(ValueError):
             checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
-        refuse_pickled_weights(checkpoint)
-        refuse_other_amplitudes(checkpoint, config)
+        refuse_pickled_weights(checkpoint or training.resume_from_checkpoint)
+        refuse_other_amplitudes(checkpoint or training.resume_from_checkpoint, config)
         if record.has_nothing_left(pushed_to):
             if training.process_index == 0:
                 print(f"This run is finished; its results are in {Path(training.output_dir, 'all_results.json')}.")
