@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_task(
                     data, run, tokenizer, model_arguments, teaching, spikes, run_record, record, repository, submission
                 )
-            record.release()
+            if run.do_train:
+                record.release()
     results = finished_results(record)
     if results and training.process_index == 0:
         with WrittenFiles(training.output_dir).writing("glue_results.json", "glue_results.md"):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from experiment.reporting import input_errors
 from experiment.written_files import WrittenFiles
 
 # Folders whose docstrings are not about what the package does, or belong to somebody else.
@@ -373,7 +374,9 @@ def main() -> None:
     sources = collect(args.packages)
     for source, documents in sources.items():
         print(f"{sum(map(len, documents.values())):7,} sentences from {source}")
-    for what, number in write_data(sources, args).items():
+    with input_errors():
+        counts = write_data(sources, args)
+    for what, number in counts.items():
         print(f"{number:7,} {what}")
 
 

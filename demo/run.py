@@ -57,7 +57,8 @@ def main() -> None:
 
 def run(*command: str | Path) -> None:
     print("\n$ python " + " ".join(str(part) for part in command), flush=True)
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+        sys.exit("The demo ends here; the command says why above.")
 
 
 def quick_arithmetic() -> list[str]:

@@ -272,8 +272,9 @@ def _delete_own(path: Path) -> None:
         for inner in path.iterdir():
             _delete_own(inner)
     else:
-        for name in names:
-            (path / name).unlink(missing_ok=True)
+        for inner in list(path.rglob("*")):
+            if inner.relative_to(path).as_posix() in names:
+                inner.unlink()
         for folder in sorted((entry for entry in path.rglob("*") if entry.is_dir()), reverse=True):
             _remove_if_empty(folder)
         manifest.unlink()

@@ -101,10 +101,10 @@ class RunRecord:
         if in_the_way:
             what = described(written.folder, in_the_way)
             aside = written.move_aside(in_the_way, REPLACED_PREFIX if overwrite else EARLIER_PREFIX)
-            until = (
-                "until this run has a complete checkpoint or its model" if overwrite else "for you to keep or delete"
-            )
-            logger.warning("What an earlier run wrote is now in %s, %s: %s.", aside, until, what)
+            then = "for you to keep or delete"
+            if overwrite:
+                then = "until this run has a complete checkpoint or its model; to go on after that, leave the flag out"
+            logger.warning("What an earlier run wrote (%s) is now in %s, %s.", what, aside, then)
         written.claim(RECORD_NAME, *(f"{run}/" for run in self.runs))
 
     def release(self) -> None:

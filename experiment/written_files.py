@@ -165,7 +165,12 @@ class WrittenFiles:
 
     def _read(self) -> dict[str, str | None]:
         """Of each name the SHA-256 of the file; None of a folder, and of a file that may be half written."""
-        return json.loads((self.folder / LIST_NAME).read_text(encoding="utf-8")) if self.is_there else {}
+        path = self.folder / LIST_NAME
+        listed = json.loads(path.read_text(encoding="utf-8")) if self.is_there else {}
+        outside = [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise ValueError(f"{path} lists {outside[0]}, which is not in its folder, so no run wrote that list.")
+        return listed
 
     def _write(self, listed: dict[str, str | None]) -> None:
         write_durably(self.folder / LIST_NAME, json.dumps(listed, indent=2, sort_keys=True) + "\n")

@@ -208,6 +208,17 @@ def test_a_deletion_that_was_killed_spares_a_users_file_when_it_goes_on(tmp_path
     assert names(tmp_path / "checkpoint-5") == ["my_scores.json"]
 
 
+def test_a_manifest_names_nothing_outside_of_its_checkpoint_for_deletion(tmp_path):
+    kept = keeper(tmp_path, 1)
+    save(kept, tmp_path, 5)
+    (tmp_path / "notes.txt").write_text("mine")
+    manifest = tmp_path / "checkpoint-5" / MANIFEST_NAME
+    *lines, last = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines, "0  ../notes.txt", f"# {len(lines) + 1} files", ""]))
+    save(kept, tmp_path, 10)
+    assert names(tmp_path) == ["checkpoint-10", "notes.txt"]
+
+
 def test_the_checkpoint_that_the_command_names_is_not_rotated_away(tmp_path):
     named = write(tmp_path, 5)
     arguments = TrainingArguments(

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -133,3 +134,10 @@ def test_a_command_that_can_go_elsewhere_refuses_to_replace_somebody_elses_files
     (tmp_path / "index.html").write_text("my home page")
     with pytest.raises(ValueError, match="holds index.html, which this command did not write"):
         written.refuse_others("index.html", "energy.png", "new.png")
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "/mine.txt", "a/../../mine.txt"])
+def test_a_list_reaches_no_further_than_its_folder(tmp_path, name):
+    (tmp_path / LIST_NAME).write_text(json.dumps({name: None}))
+    with pytest.raises(ValueError, match=f"lists {name}, which is not in its folder"):
+        WrittenFiles(tmp_path).paths()

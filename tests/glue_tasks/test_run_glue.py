@@ -591,6 +591,10 @@ def test_overwriting_keeps_the_old_results_until_a_task_is_trained_and_a_users_f
     assert not (out / "replaced-1").exists() and not (out / "wnli").exists()
     assert set(results(out)["columns"]) == {"RTE"}
     assert [(out / name).read_text() for name in users] == ["mine"] * len(users)
+    # An evaluation is nothing that a model could be deleted for.
+    weights = (out / "rte" / "model.safetensors").read_bytes()
+    main([*new, "--seed", "8", "--do_eval", "--overwrite_output_dir"])
+    assert (out / "replaced-1" / "rte" / "model.safetensors").read_bytes() == weights
 
 
 def test_overwriting_leaves_other_runs_in_the_folder_alone(write_glue, tiny_bert, tmp_path):
