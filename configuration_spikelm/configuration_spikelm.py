@@ -29,8 +29,8 @@ MEMBRANE_RESETS = ("reference", "symmetric")
 # SpikingNeurons that gives this name, is in modeling_spikelm/neurons.py.
 NEURONS = {
     "elastic": ("amplitude_scale", "membrane_reset", "int8_weights"),
-    "learned": ("membrane_reset",),
-    "thrifty": ("spike_cost", "membrane_reset"),
+    "learned": ("membrane_reset", "int8_weights"),
+    "thrifty": ("spike_cost", "membrane_reset", "int8_weights"),
     "bi-spiking": ("membrane_reset", "int8_weights"),
     "lif": (),
 }

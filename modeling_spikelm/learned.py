@@ -54,6 +54,11 @@ LLOYD_ITERATIONS = 10
 LEAST_SPREAD = 2e-3
 
 
+def spike_threshold(amplitude: Any, cost: torch.Tensor | None) -> Any:
+    """Where a spike begins, of an amplitude that is a number or a tensor, and a cost as `Levels` has it."""
+    return amplitude / 2 if cost is None else amplitude / 2 + cost / (2 * amplitude)
+
+
 class Levels(NamedTuple):
     """What the spikes of a group carry, float32.
 
@@ -72,8 +77,7 @@ class Levels(NamedTuple):
 
     def thresholds(self) -> torch.Tensor:
         """Where a spike begins, in units of the scale: `(T, F)`, or `(T, 1)` where all channels have the same."""
-        amplitude = self.amplitude.detach()[:, None]
-        return amplitude / 2 if self.cost is None else amplitude / 2 + self.cost / (2 * amplitude)
+        return spike_threshold(self.amplitude.detach()[:, None], self.cost)
 
     def limits(self) -> torch.Tensor:
         """The largest membrane that passes gradient on, in the units and the shape of the thresholds."""
@@ -145,7 +149,7 @@ class _LevelSpikes(torch.autograd.Function):
         levels = Levels(amplitude, scale, shift, cost)
         spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
         codes = torch.empty_like(inputs, dtype=torch.int8)
-        sizes, begins, ends = levels.sizes(), _next_above(levels.thresholds()), _next_above(levels.limits())
+        sizes, begins, ends = levels.sizes(), next_above(levels.thresholds()), next_above(levels.limits())
         membrane, kept = None, None
         for step in range(len(inputs)):
             membrane = integrate((inputs[step].float() - shift).div_(scale), membrane, kept)
@@ -225,7 +229,8 @@ def _channel_sums(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(0, -2).sum(0, dtype=torch.float32)
 
 
-def _next_above(values: torch.Tensor) -> torch.Tensor:
+def next_above(values: torch.Tensor) -> torch.Tensor:
+    """The next larger number of the same dtype."""
     return torch.nextafter(values, torch.full_like(values, torch.inf))
 
 
@@ -371,5 +376,4 @@ def fit_amplitude(membrane: torch.Tensor, cost: torch.Tensor | None, every_proce
 
 def _nearest(membrane: torch.Tensor, amplitude: torch.Tensor, cost: torch.Tensor | None) -> torch.Tensor:
     """Signs of the spikes that membranes in units of the scale emit."""
-    threshold = amplitude / 2 if cost is None else amplitude / 2 + cost / (2 * amplitude)
-    return torch.where(membrane.abs() > threshold, membrane.sign(), 0.0)
+    return torch.where(membrane.abs() > spike_threshold(amplitude, cost), membrane.sign(), 0.0)

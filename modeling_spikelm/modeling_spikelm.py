@@ -574,8 +574,9 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     def quantize_weights(self) -> "SpikeLMPreTrainedModel":
         """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
 
-        Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Saved
-        and loaded like any SpikeLM; `config.int8_weights` says so. Embeddings, pooler and heads stay float32.
+        Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Levels
+        that the neurons have learned become a part of the weights, before they are rounded, and of the bias. Saved and
+        loaded like any SpikeLM; `config.int8_weights` says so. Embeddings, pooler and heads stay float32.
 
         Raises:
             ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or

@@ -6,7 +6,8 @@ A spike is `amplitude[t] * b` with `b` in {-1, 0, 1}, and a weight row is `weigh
 
 where the sum is an integer and therefore exact, in whatever order it is taken. Weights are rounded per output channel,
 symmetrically, scale = max|row| / 127; spikes lose nothing. Between a neuron and its product a spike is a uint8 code:
-0, 1, 2 for -1, 0, +1. Embeddings, attention, LayerNorm, pooler and heads stay float32.
+0, 1, 2 for -1, 0, +1 (quantized_neurons.py). What learned levels add to a spike, a scale and a shift for each channel,
+goes into W before it is rounded, and into b. Embeddings, attention, LayerNorm, pooler and heads stay float32.
 
 The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
 `(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.
@@ -15,7 +16,7 @@ What one part of a layer made for the next one alone may be overwritten there: a
 
 import platform
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers.activations import ACT2FN
 from .configuration_spikelm import NEURONS, SpikeLMConfig
 from .fast_paths import is_transformed
 from .modeling_spikelm import SpikeLMLayer, SpikeLMSelfAttention
+from .quantized_neurons import QuantizedNeurons, SpikeCodes, make_quantized_neurons
 from .spiking import SpikingNeurons
 
 # Activations that oneDNN applies to a product while it is in registers, as (name, variant).
@@ -42,89 +44,6 @@ LINEARS = (
     "intermediate.dense",
     "output.dense",
 )
-
-
-class SpikeCodes(NamedTuple):
-    """The spikes of one time step: `codes` uint8 `(B, L, F)`, 0, 1, 2 for -1, 0, +1; each of size `amplitude`."""
-
-    codes: torch.Tensor
-    amplitude: float
-
-
-def ternary_sign(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`clip(round(membrane / amplitude), -1, 1)`, same shape and dtype; a new tensor or `out`, which may be `membrane`.
-
-    Rounding half to even sends +-amplitude / 2 to 0, and float32 holds amplitude / 2 exactly, so that a comparison with
-    it decides as the division does. These two passes take half the time of comparisons that yield bool.
-    """
-    return torch.hardshrink(membrane, amplitude / 2, out=_reusable(out)).sign_()
-
-
-def _reusable(out: torch.Tensor | None) -> torch.Tensor | None:
-    """`out`, unless a compiler plans memory itself, and refuses an `out` that is a view, or a tracer is at work: what
-    it records may run with gradients, and these refuse every `out`."""
-    return None if out is None or torch.compiler.is_compiling() or is_transformed(out) else out
-
-
-def ternary_codes(membrane: torch.Tensor, amplitude: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`ternary_sign + 1` as uint8, same shape; `out` is overwritten on the way."""
-    signs = ternary_sign(membrane, amplitude, out).to(torch.int8)
-    # A tracer knows no view of another dtype.
-    return signs.add_(1).to(torch.uint8) if is_transformed(membrane) else signs.view(torch.uint8).add_(1)
-
-
-class QuantizedNeurons(SpikingNeurons):
-    """`SpikingNeurons` that emit codes, one time step after the other."""
-
-    amplitudes: list[float]
-
-    def read_calibration(self) -> None:
-        """Also copies the amplitudes to the host: `amplitudes`, one float per time step."""
-        super().read_calibration()
-        self.amplitudes = self.amplitude.tolist() if self.is_calibrated else []
-
-    def calibrated_amplitudes(self) -> list[float]:
-        """One float per time step.
-
-        Raises:
-            ValueError: the checkpoint these neurons come from does not set them.
-        """
-        if not self.is_calibrated:
-            self.read_calibration()
-        if not self.is_calibrated:
-            raise ValueError(
-                "This SpikeLM has int8 weights, but its neurons are not calibrated. Calibrate the float model "
-                "(model.calibrate(batches), or train it), then call quantize_weights() again."
-            )
-        return self.amplitudes
-
-    def forward(  # type: ignore[override]
-        self, inputs: Iterable[torch.Tensor], may_overwrite: bool = False
-    ) -> Iterator[SpikeCodes]:
-        """Spikes of T inputs `(B, L, F)`, by the equations in spiking.py; the arithmetic is float32.
-
-        Args:
-            may_overwrite: nobody else needs the inputs, so that their memory may serve for what is computed of them:
-                fresh memory costs more time than the arithmetic.
-        """
-        membrane, codes, kept = None, None, 0.0
-        amplitudes = self.calibrated_amplitudes()
-        for step, (step_inputs, amplitude) in enumerate(zip(inputs, amplitudes, strict=True), 1):
-            is_free = may_overwrite
-            if membrane is None or codes is None or not self.has_membrane:
-                membrane = step_inputs.float()
-            else:
-                if self.reset == "reference":
-                    # decay * (amplitude - spike) is decay * amplitude once for no spike, twice for -1, never for +1.
-                    left = codes.neg().add_(2).float()
-                else:
-                    left = (codes == 1).float()
-                out = _reusable(left)
-                membrane, is_free = torch.addcmul(step_inputs.float(), membrane, left, value=kept, out=out), True
-            is_last = step == len(amplitudes)
-            codes = ternary_codes(membrane, amplitude, out=membrane if is_free and is_last else None)
-            kept = self.decay * amplitude if self.reset == "reference" else self.decay
-            yield SpikeCodes(codes, amplitude)
 
 
 # On other processors than x86 oneDNN falls back to a loop far slower than the float32 product.
@@ -166,13 +85,20 @@ class QuantizedLinear(nn.Module):
         return f"in_features={in_features}, out_features={out_features}, activation={self.activation!r}"
 
     @torch.no_grad()
-    def quantize(self, *linears: nn.Linear) -> None:
-        """Takes over the weights of `linears`, whose outputs are laid side by side."""
+    def quantize(self, *linears: nn.Linear, neurons: QuantizedNeurons | None = None) -> None:
+        """Takes over the weights of `linears`, whose outputs are laid side by side.
+
+        Args:
+            neurons: whose spikes they multiply, with the levels that they have; None for an amplitude alone.
+        """
         weight = torch.cat([linear.weight.float() for linear in linears])
+        bias = torch.cat([linear.bias.float() for linear in linears])
+        if neurons is not None:
+            weight, bias = neurons.fold(weight, bias)
         largest = weight.abs().amax(1)
         self.weight_scale = torch.where(largest > 0, largest / 127, 1.0)
         self.int8_weight = torch.round(weight / self.weight_scale[:, None]).clamp_(-127, 127).to(torch.int8)
-        self.bias = torch.cat([linear.bias.float() for linear in linears])
+        self.bias = bias
         self._forget_packed_weight()
 
     def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -237,6 +163,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedSelfAttention(SpikeLMSelfAttention):
     """`SpikeLMSelfAttention` with one integer product for queries, keys and values."""
 
+    neurons: QuantizedNeurons
     key_neurons: QuantizedNeurons
     value_neurons: QuantizedNeurons
 
@@ -244,24 +171,22 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
         super().__init__(config)
         del self.query, self.key, self.value
         self.step_mean.num_time_steps = 1  # attention runs on one step at a time here
-        self.neurons = QuantizedNeurons(config, config.hidden_size)
+        self.neurons = make_quantized_neurons(config, config.hidden_size)
         self.query_key_value = QuantizedLinear(config.hidden_size, 3 * config.hidden_size)
-        self.key_neurons = QuantizedNeurons(config, config.hidden_size, has_membrane=False)
-        self.value_neurons = QuantizedNeurons(config, config.hidden_size, has_membrane=False)
+        self.key_neurons = make_quantized_neurons(config, config.hidden_size, has_membrane=False)
+        self.value_neurons = make_quantized_neurons(config, config.hidden_size, has_membrane=False)
 
     def quantize(self, attention: SpikeLMSelfAttention) -> None:
-        self.query_key_value.quantize(attention.query, attention.key, attention.value)
+        self.query_key_value.quantize(attention.query, attention.key, attention.value, neurons=self.neurons)
 
     def forward(  # type: ignore[override]
         self, steps: Iterable[torch.Tensor], attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """T times `(B, L, H)`, and one step's mask, to T contexts `(B, L, H)` and the mean of the probabilities."""
         contexts, probabilities = [], []
-        amplitudes = self.key_neurons.calibrated_amplitudes(), self.value_neurons.calibrated_amplitudes()
-        for spikes, key_amplitude, value_amplitude in zip(self.neurons(steps), *amplitudes, strict=True):
+        for step, spikes in enumerate(self.neurons(steps)):
             query, key, value = self.query_key_value(spikes).chunk(3, dim=-1)
-            key = ternary_sign(key, key_amplitude, out=key).mul_(key_amplitude)
-            value = ternary_sign(value, value_amplitude, out=value).mul_(value_amplitude)
+            key, value = self.key_neurons.emit_in_place(step, key), self.value_neurons.emit_in_place(step, value)
             context, step_probabilities = self.attend(query, key, value, attention_mask, **kwargs)
             contexts.append(context)
             if step_probabilities is not None:
@@ -274,7 +199,7 @@ class QuantizedIntermediate(nn.Module):
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.neurons = QuantizedNeurons(config, config.hidden_size)
+        self.neurons = make_quantized_neurons(config, config.hidden_size)
         self.dense = QuantizedLinear(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, steps: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -287,7 +212,7 @@ class QuantizedResidual(nn.Module):
 
     def __init__(self, config: SpikeLMConfig, input_size: int):
         super().__init__()
-        self.neurons = QuantizedNeurons(config, input_size)
+        self.neurons = make_quantized_neurons(config, input_size)
         self.dense = QuantizedLinear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -321,15 +246,15 @@ class QuantizedLayer(nn.Module):
         self.output = QuantizedResidual(config, config.intermediate_size)
 
     def quantize(self, layer: SpikeLMLayer) -> None:
-        """Takes over a float layer: int8 weights, and its amplitudes, biases and LayerNorms as they are."""
-        self.attention.self.quantize(layer.attention.self)
-        for residual, float_residual in ((self.attention.output, layer.attention.output), (self.output, layer.output)):
-            residual.dense.quantize(float_residual.dense)
-            residual.LayerNorm = float_residual.LayerNorm
-        self.intermediate.dense.quantize(layer.intermediate.dense)
+        """Takes over a float layer: int8 weights, and the levels of its spikes, its biases and LayerNorms."""
         for name, module in self.named_modules():
             if isinstance(module, QuantizedNeurons):
-                module.set_amplitude(layer.get_buffer(f"{name}.amplitude"))
+                module.take_over(layer.get_submodule(name))  # type: ignore[arg-type]  # its counterpart
+        self.attention.self.quantize(layer.attention.self)
+        for residual, float_residual in ((self.attention.output, layer.attention.output), (self.output, layer.output)):
+            residual.dense.quantize(float_residual.dense, neurons=residual.neurons)
+            residual.LayerNorm = float_residual.LayerNorm
+        self.intermediate.dense.quantize(layer.intermediate.dense, neurons=self.intermediate.neurons)
 
     @torch.no_grad()
     def forward(
@@ -382,10 +307,10 @@ def check_can_quantize(layers: Iterable[nn.Module], config: SpikeLMConfig) -> No
             not ternary; the message says so.
     """
     if "int8_weights" not in NEURONS[config.neuron]:
-        able = [repr(neuron) for neuron, fields in NEURONS.items() if "int8_weights" in fields]
+        *able, last = [repr(neuron) for neuron, fields in NEURONS.items() if "int8_weights" in fields]
         raise ValueError(
             f"quantize_weights() takes ternary spikes, but this SpikeLM has neuron={config.neuron!r}; it works with "
-            f"{' and '.join(able)}."
+            f"{', '.join(able)} and {last}."
         )
     for layer in layers:
         if isinstance(layer, QuantizedLayer):

@@ -33,7 +33,7 @@ def test_defaults_are_the_base_model_of_the_paper():
         ("amplitude_scale", 0.0, "above 0"),
         ("amplitude_scale", float("inf"), "finite"),
         ("membrane_reset", "hard", "reference, symmetric"),
-        ("neuron", "plif", "elastic, bi-spiking, lif"),
+        ("neuron", "plif", "elastic, learned, thrifty, bi-spiking, lif"),
         ("hidden_act", "gelo", "gelu"),
         ("mlm_transform_act", "", "relu"),
         ("hidden_dropout_prob", 1.0, "[0, 1)"),

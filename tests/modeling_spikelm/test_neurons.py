@@ -284,5 +284,7 @@ def test_bi_spiking_models_quantise(config, batch):
 
 def test_lif_models_refuse_to_quantise(config):
     config.neuron = "lif"
-    with pytest.raises(ValueError, match="neuron='lif'; it works with 'elastic' and 'bi-spiking'"):
+    with pytest.raises(
+        ValueError, match="neuron='lif'; it works with 'elastic', 'learned', 'thrifty' and 'bi-spiking'"
+    ):
         SpikeLMForMaskedLM(config).quantize_weights()

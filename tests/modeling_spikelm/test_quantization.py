@@ -11,6 +11,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
+from configuration_spikelm import SpikeLMConfig
+from configuration_spikelm.configuration_spikelm import NEURONS
 from modeling_spikelm import (
     SpikeLMForMaskedLM,
     SpikeLMForMultipleChoice,
@@ -21,7 +23,16 @@ from modeling_spikelm import (
     SpikeLMModel,
     quantization,
 )
-from modeling_spikelm.quantization import LINEARS, QuantizedLinear, QuantizedNeurons, SpikeCodes, ternary_codes
+from modeling_spikelm.learned import LearnedNeurons, Levels, level_spikes_reference
+from modeling_spikelm.quantization import LINEARS, QuantizedLinear
+from modeling_spikelm.quantized_neurons import (
+    KINDS,
+    QuantizedNeurons,
+    SpikeCodes,
+    make_quantized_neurons,
+    ternary_codes,
+    ternary_sign,
+)
 from modeling_spikelm.spiking import spike_reference, ternary
 from tests.clean_machine import run_on_clean_machine
 
@@ -39,6 +50,8 @@ every_class = pytest.mark.parametrize(
     ids=lambda c: c.__name__,
 )
 every_kernel = pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "plain"])
+every_reset = pytest.mark.parametrize("reset", ["reference", "symmetric"])
+with_levels = pytest.mark.parametrize("neuron", ["learned", "thrifty"])
 positive = st.floats(2.0**-16, 2.0**14, width=32)
 
 
@@ -46,7 +59,17 @@ def calibrated(model_class, config, batch, **options):
     torch.manual_seed(0)
     model = model_class._from_config(config, **options)
     model.calibrate([batch])
+    for module in model.modules():
+        if isinstance(module, LearnedNeurons):
+            # Levels that training has moved from where calibration starts it.
+            for levels in module.parameters():
+                levels.data.add_(0.1 * torch.randn_like(levels))
     return model.eval()
+
+
+def with_neuron(config, neuron, **fields):
+    cost = {"spike_cost": 0.1} if neuron == "thrifty" else {}
+    return SpikeLMConfig.from_dict(config.to_dict() | {"neuron": neuron} | cost | fields)
 
 
 def inputs_of(model_class, batch):
@@ -55,14 +78,23 @@ def inputs_of(model_class, batch):
     return batch
 
 
+@torch.no_grad()
 def with_rounded_weights(model):
-    """The float model whose encoder weights are what int8 can hold."""
+    """The float model whose encoder weights are what int8 can hold, where spikes have levels times their scales.
+
+    What these multiply the shifts by was not rounded, and is made up for in the bias.
+    """
     rounded = copy.deepcopy(model)
     for layer in getattr(rounded, "bert", rounded).encoder.layer:
         for name in LINEARS:
-            weight = layer.get_submodule(name).weight.data
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            weight.copy_(torch.round(weight / scale) * scale)
+            linear, neurons = layer.get_submodule(name), layer.get_submodule(f"{name.rpartition('.')[0]}.neurons")
+            size, shift = torch.ones(linear.in_features), torch.zeros(linear.in_features)
+            if isinstance(neurons, LearnedNeurons):
+                _, size, shift, _ = neurons.levels(neurons.calibration())
+            before = linear.weight * size
+            scale = before.abs().amax(1, keepdim=True) / 127
+            linear.weight.copy_(torch.round(before / scale) * scale / size)
+            linear.bias.add_((before / size - linear.weight) @ shift)
     return rounded
 
 
@@ -81,7 +113,7 @@ def test_codes_are_the_rounded_quotient_up_to_the_last_bit(amplitude, multiple, 
     for _ in range(abs(ulps)):
         edge = torch.nextafter(edge, torch.tensor(float("inf") * (1 if ulps > 0 else -1)))
     membrane = torch.stack([edge, torch.tensor(multiple * amplitude)])
-    codes = ternary_codes(membrane, amplitude)
+    codes = ternary_codes(ternary_sign(membrane, amplitude / 2))
     assert codes.dtype == torch.uint8
     assert (codes.float() - 1).tolist() == ternary(membrane, torch.tensor(amplitude)).tolist()
 
@@ -98,6 +130,55 @@ def test_neurons_emit_the_spikes_of_the_oracle(config, reset, has_membrane):
     expected = spike_reference(inputs, neurons.amplitude, config.membrane_decay, reset, has_membrane)
     assert torch.equal(emitted, expected)
     assert torch.equal(inputs, before)
+
+
+def level_group(config, neuron, reset, has_membrane=True):
+    """Neurons with levels for T = 3 and 50 channels, and inputs `(3, 5, 7, 50)`, of which many are at the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    group = make_quantized_neurons(with_neuron(config, neuron, membrane_reset=reset), 50, has_membrane)
+    # Times a power of two, with a shift of 0, an input is exactly what it becomes in units of the scale.
+    scale = 2.0 ** torch.randint(-3, 4, (50,), generator=generator)
+    shift = torch.where(torch.arange(50) < 25, 0.0, torch.randn(50, generator=generator))
+    cost = torch.rand(50, generator=generator) if neuron == "thrifty" else None
+    levels = Levels(torch.tensor([1.5, 2.2, 0.7]), scale, shift, cost)
+    group.set_levels(levels)
+    inputs = 2 * torch.randn(3, 5, 7, 50, generator=generator)
+    for ulps, row in zip((-1, 0, 1), inputs[:, :3].transpose(0, 1), strict=True):
+        edge = levels.thresholds().expand(3, 50)
+        if ulps:
+            edge = torch.nextafter(edge, torch.full_like(edge, ulps * torch.inf))
+        row[:, ::2] = (edge * scale + shift)[:, None]
+        row[:, 1::2] = (shift - edge * scale)[:, None]
+    return group, levels, inputs
+
+
+@every_reset
+@with_levels
+@pytest.mark.parametrize("has_membrane", [True, False])
+@pytest.mark.parametrize("may_overwrite", [True, False])
+def test_neurons_with_levels_emit_the_spikes_of_the_oracle(config, neuron, reset, has_membrane, may_overwrite):
+    group, levels, inputs = level_group(config, neuron, reset, has_membrane)
+    expected = level_spikes_reference(inputs, levels, config.membrane_decay, reset, has_membrane)
+    # Below the threshold, on it, and above it.
+    assert [row.sign().abs().unique().tolist() for row in expected[0, :3, :, :25]] == [[0], [0], [1]]
+    given_inputs = inputs.clone()
+    emitted = torch.stack([spikes.codes.float() - 1 for spikes in group(given_inputs, may_overwrite)])
+    assert torch.equal(torch.addcmul(levels.shift, emitted, levels.sizes()[:, None, None]), expected)
+    assert may_overwrite or torch.equal(given_inputs, inputs)
+
+
+@with_levels
+def test_keys_and_values_are_emitted_at_their_levels(config, neuron):
+    group, levels, inputs = level_group(config, neuron, "reference", has_membrane=False)
+    expected = level_spikes_reference(inputs, levels, config.membrane_decay, "reference", has_membrane=False)
+    # As attention has them: every other third of a product's outputs.
+    outputs = torch.stack((inputs, inputs), dim=-2).flatten(-2)
+    emitted = torch.stack([group.emit_in_place(step, outputs[step].chunk(2, dim=-1)[1]) for step in range(3)])
+    assert torch.equal(emitted, expected)
+
+
+def test_every_neuron_with_int8_weights_has_its_counterpart():
+    assert set(KINDS) == {neuron for neuron, fields in NEURONS.items() if "int8_weights" in fields}
 
 
 @every_kernel
@@ -174,6 +255,40 @@ def test_every_setting_is_the_float_model_with_rounded_weights(config, batch, at
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 3], ids=["T1", "T3"])
+@every_reset
+@with_levels
+@every_kernel
+def test_with_levels_it_is_the_float_model_with_rounded_weights(config, batch, neuron, reset, steps, onednn):
+    config = with_neuron(config, neuron, membrane_reset=reset, num_time_steps=steps)
+    model = calibrated(SpikeLMModel, config, batch)
+    options = {"output_hidden_states": True}
+    expected = with_rounded_weights(model)(**batch, **options)
+    model.quantize_weights()
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        actual = model(**batch, **options)
+    assert_close(actual, expected)
+    for a, e in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@with_levels
+def test_with_levels_saved_and_loaded_it_is_the_same_and_learns_no_more(neuron, config, batch, tmp_path):
+    model = calibrated(SpikeLMModel, with_neuron(config, neuron), batch).quantize_weights()
+    model.save_pretrained(tmp_path)
+    loaded, report = SpikeLMModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    for cast in (SpikeLMModel.from_pretrained(tmp_path, dtype=torch.bfloat16), copy.deepcopy(loaded).half()):
+        for name, value in model.state_dict().items():
+            if "neurons." in name:
+                found = cast.state_dict()[name]
+                assert torch.equal(found, value) and found.dtype == torch.float32, name
+    assert not any("neurons." in name for name, _ in loaded.named_parameters())
+    with pytest.raises(ValueError, match=r"int8 weights with the amplitudes of membrane_decay=0\.25"):
+        SpikeLMModel.from_pretrained(tmp_path, membrane_decay=0.5)
+
+
 def test_padding_changes_nothing(config, batch):
     model = calibrated(SpikeLMModel, config, batch).quantize_weights()
     padded = model(**batch).last_hidden_state[2, :5]
@@ -202,16 +317,17 @@ def test_autocast_changes_no_product(config, batch):
     )
 
 
-def test_compiled_it_is_the_same(config, batch):
-    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+@pytest.mark.parametrize("neuron", ["elastic", "learned", "thrifty"])
+def test_compiled_it_is_the_same(neuron, config, batch):
+    model = calibrated(SpikeLMModel, with_neuron(config, neuron), batch).quantize_weights()
     compiled = torch.compile(model, backend="eager")
     for _ in range(2):
         assert torch.equal(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_without_the_int8_kernel_it_compiles_as_one_graph(steps, config, batch):
-    config.num_time_steps = steps
+@pytest.mark.parametrize(("neuron", "steps"), [("elastic", 1), ("elastic", 2), ("thrifty", 2)])
+def test_without_the_int8_kernel_it_compiles_as_one_graph(neuron, steps, config, batch):
+    config = with_neuron(config, neuron, num_time_steps=steps)
     with torch.backends.mkldnn.flags(enabled=False):
         model = calibrated(SpikeLMModel, config, batch).quantize_weights()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -238,8 +354,9 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(model_class, config, batch, 
     assert_close(loaded(**inputs), model(**inputs))
 
 
-def test_loads_on_a_machine_without_us(config, batch, tmp_path):
-    model = calibrated(SpikeLMForMaskedLM, config, batch).quantize_weights()
+@pytest.mark.parametrize("neuron", ["elastic", "thrifty"])
+def test_loads_on_a_machine_without_us(neuron, config, batch, tmp_path):
+    model = calibrated(SpikeLMForMaskedLM, with_neuron(config, neuron), batch).quantize_weights()
     model.save_pretrained(tmp_path / "checkpoint")
     ids = batch["input_ids"].tolist()
     done = run_on_clean_machine(f"""

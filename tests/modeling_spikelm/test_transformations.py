@@ -60,9 +60,11 @@ def test_a_traced_model_is_saved_and_computes_the_same_at_any_size_and_padding(
         assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
 
 
-def test_a_model_with_int8_weights_is_traced_too(config, batch, other_batch):
+@pytest.mark.parametrize("neuron", ["elastic", "learned", "thrifty"])
+def test_a_model_with_int8_weights_is_traced_too(neuron, config, batch, other_batch):
     """By the products that run where oneDNN's are missing."""
-    model = calibrated(SpikeLMForSequenceClassification, config, batch, return_dict=False).quantize_weights()
+    fields = {"neuron": neuron, "return_dict": False}
+    model = calibrated(SpikeLMForSequenceClassification, config, batch, **fields).quantize_weights()
     loaded = traced(model, other_batch)
     for inputs in (batch, other_batch):
         torch.testing.assert_close(loaded(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-6)
