@@ -317,6 +317,7 @@ def test_a_model_is_evaluated_alone_on_a_validation_file(trained, tmp_path):
         "all_results.json",
         "eval_results.json",
         "run.json",
+        "written_files.json",
     ]
 
 
