@@ -2,6 +2,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from unittest import mock
+
+import pytest
 
 # A fresh Hugging Face home for every test process: `datasets` caches by arguments, not by our code, so with a cache of
 # yesterday a test would look at yesterday's code. It has to be set before the libraries are imported.
@@ -11,3 +14,11 @@ os.environ["HF_HOME"] = _home
 # Nothing on a hub can be reached from a test, and nothing should try; tests with a Hub of their own say so.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own():
+    """TrainingArguments write what they were asked for, FSDP for instance, into the environment, where accelerate looks
+    for it; the arguments of a later test in the same process would then be others."""
+    with mock.patch.dict(os.environ):
+        yield
