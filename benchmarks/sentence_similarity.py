@@ -8,7 +8,7 @@ of the training split. It takes a minute, and says early how good a conversion i
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cases import list_of
@@ -49,11 +49,10 @@ def main() -> None:
     for name in arguments.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name)
-        rows.append(measure(name, model, tokenizer, pairs))
+        rows.append(_row(name, model, measure(model, tokenizer, pairs)))
         for fields in arguments.spiking_fields if model.config.model_type == "bert" else []:
-            spiking = SpikeLMModel.from_pretrained(name, **parse_fields(fields))
-            spiking.calibrate(batches(tokenizer, splits["train"]["sentence1"][:CALIBRATION_ROWS]))
-            rows.append(measure(f"{name}, calibrated: {fields}", spiking, tokenizer, pairs))
+            spiking = calibrated(name, fields, tokenizer, splits["train"])
+            rows.append(_row(f"{name}, calibrated: {fields}", spiking, measure(spiking, tokenizer, pairs)))
     notes = [
         f"STS-B, {arguments.split}, {len(pairs)} pairs: mean pooling over tokens, cosine, Spearman's correlation times "
         "100. Firing rate: on the first of the sentences."
@@ -73,19 +72,36 @@ def parse_fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def measure(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Row:
+def calibrated(bert: str, fields: str, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> SpikeLMModel:
+    """The BERT as a SpikeLM with these fields, no more than calibrated, on the first of the pairs' sentences."""
+    model = SpikeLMModel.from_pretrained(bert, **parse_fields(fields))
+    model.calibrate(batches(tokenizer, pairs["sentence1"][:CALIBRATION_ROWS]))
+    return model
+
+
+class Similarity(NamedTuple):
+    """Spearman's correlation times 100, and how many neurons fire, in [0, 1] (None of a dense model)."""
+
+    spearman: float
+    firing_rate: float | None
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Similarity:
     model.eval()
     one, other = (embed(model, tokenizer, pairs[column]) for column in ("sentence1", "sentence2"))
-    correlation = spearmanr((one * other).sum(-1).numpy(), pairs["label"]).statistic
-    sentences = pairs["sentence1"][:COUNTED_ROWS]
-    is_spiking = model.config.model_type == "spikelm"
-    rate = count(model, batches(tokenizer, sentences)).firing_rate if is_spiking else None
+    spearman = 100 * spearmanr((one * other).sum(-1).numpy(), pairs["label"]).statistic
+    if model.config.model_type != "spikelm":
+        return Similarity(spearman, None)
+    return Similarity(spearman, count(model, batches(tokenizer, pairs["sentence1"][:COUNTED_ROWS])).firing_rate)
+
+
+def _row(name: str, model: PreTrainedModel, found: Similarity) -> Row:
     return {
         # A path says nothing to a stranger.
         "model": Path(name).name if Path(name.split(",")[0]).exists() else name,
-        "T": str(model.config.num_time_steps) if is_spiking else "",
-        "Spearman": f"{100 * correlation:.1f}",
-        "firing rate": f"{rate:.1%}" if rate is not None else "",
+        "T": str(getattr(model.config, "num_time_steps", "")),
+        "Spearman": f"{found.spearman:.1f}",
+        "firing rate": f"{found.firing_rate:.1%}" if found.firing_rate is not None else "",
     }
 
 

@@ -1,0 +1,217 @@
+"""Which neuron loses least at the same firing rate: firing rate against gap, as table and picture.
+
+    python benchmarks/equal_rate.py --teacher_name_or_path BERT --data_dir GLUE
+
+Each kind of neuron is swept by what sets its firing rate: elastic ones by `amplitude_scale` k, thrifty ones by
+`spike_cost`; learned ones have nothing to set and are one point. The gap is that of sentence similarity without
+fine-tuning (sentence_similarity.py): Spearman's correlation of the dense model less that of the spiking one. Models are
+calibrated and, with --max_steps, distilled from text for so many steps each, by run_distill.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from cases import list_of
+from datasets import Dataset
+from matplotlib.figure import Figure
+from report import Row, keep, print_table
+from sentence_similarity import calibrated, measure
+from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from glue_tasks.loading import load_task
+from glue_tasks.tasks import TASKS
+from modeling_spikelm import SpikeLMModel
+
+# Okabe and Ito's vermilion, blue and green, which everybody can tell apart, and a mark for those who see no colours.
+STYLES = {"elastic": ("#D55E00", "o"), "learned": ("#0072B2", "s"), "thrifty": ("#009E73", "^")}
+
+
+@dataclass
+class Arguments:
+    teacher_name_or_path: str = field(metadata={"help": "The BERT to convert."})
+    data_dir: str = field(metadata={"help": "GLUE in its own layout, with STS-B/dev.tsv and train.tsv."})
+    amplitude_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, help="Values of k, elastic neurons.")
+    spike_costs: list[float] = list_of(0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, help="Spike costs, thrifty neurons.")
+    num_time_steps: int = field(default=1, metadata={"help": "Time steps T."})
+    split: str = field(default="validation", metadata={"help": "Of STS-B: validation, or train to choose by."})
+    max_samples: int | None = field(default=None, metadata={"help": "Only the first so many pairs."})
+    max_steps: int = field(default=0, metadata={"help": "Steps of run_distill.py for each model; 0 calibrates only."})
+    train_file: str | None = field(default=None, metadata={"help": "Text for run_distill.py, if there are steps."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the trainings, if there are steps."})
+    recipe: str = field(default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."})
+    output: str | None = field(default=None, metadata={"help": "Folder for table and picture, benchmarks/results."})
+
+    def __post_init__(self) -> None:
+        if self.max_steps and (self.train_file is None or self.output_dir is None):
+            raise ValueError(f"--max_steps {self.max_steps} needs --train_file, the text, and --output_dir.")
+
+
+class Setting(NamedTuple):
+    """One model to measure: its neuron and the field that is swept, None where nothing is."""
+
+    neuron: str
+    field: str | None = None
+    value: float | None = None
+
+    @property
+    def fields(self) -> str:
+        return f"neuron={self.neuron}" + (f",{self.field}={self.value:g}" if self.field else "")
+
+
+class Point(NamedTuple):
+    """Firing rate in [0, 1] and gap, Spearman's correlation times 100, of one setting."""
+
+    setting: Setting
+    firing_rate: float
+    gap: float
+
+
+@ending_on_sigterm()
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    teacher = arguments.teacher_name_or_path
+    splits = load_task(TASKS["stsb"], arguments.data_dir)
+    pairs = splits[arguments.split]
+    pairs = pairs.select(range(min(len(pairs), arguments.max_samples or len(pairs))))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    dense = measure(AutoModel.from_pretrained(teacher), tokenizer, pairs).spearman
+    points, jobs = [], {setting: distillation(arguments, setting) for setting in settings(arguments)}
+    failed = run_all([job for job in jobs.values() if job], 1, lambda: None)
+    for setting, job in jobs.items():
+        if job is None or job.is_finished:
+            model = student(arguments, setting, job, tokenizer, splits["train"])
+            found = measure(model, tokenizer, pairs)
+            points.append(Point(setting, found.firing_rate or 0.0, dense - found.spearman))
+            print(f"{setting.fields}: {points[-1].firing_rate:.1%}, {points[-1].gap:.1f}", flush=True)
+    trained = f"after {arguments.max_steps} steps of distillation" if arguments.max_steps else "calibrated only"
+    title = f"Firing rate against gap, T = {arguments.num_time_steps}, {trained}"
+    notes = [
+        f"STS-B, {arguments.split}, {len(pairs)} pairs, no fine-tuning. Gap: {dense:.1f}, the dense model's Spearman "
+        "correlation times 100, less this model's. A gap at another neuron's firing rate lies on the straight line "
+        "between this neuron's two nearest points.",
+        *([budget_note([arguments.recipe])] if arguments.max_steps else []),
+    ]
+    rows = build_table(points)
+    print_table(title, rows, notes)
+    if arguments.output is not None:
+        keep(
+            "equal_rate",
+            title,
+            rows,
+            device(),
+            arguments.output,
+            notes,
+            PATH_NAMES | {"--teacher_name_or_path": "BERT"},
+        )
+        picture = Path(arguments.output, f"equal_rate_{arguments.num_time_steps}_steps_{arguments.max_steps}.png")
+        draw(points, title).savefig(picture, dpi=150)
+    report_failures(failed)
+
+
+def settings(arguments: Arguments) -> list[Setting]:
+    return [
+        *(Setting("elastic", "amplitude_scale", scale) for scale in sorted(arguments.amplitude_scales)),
+        Setting("learned"),
+        *(Setting("thrifty", "spike_cost", cost) for cost in sorted(arguments.spike_costs)),
+    ]
+
+
+def distillation(arguments: Arguments, setting: Setting) -> Job | None:
+    """The training of a setting; None where models are only calibrated."""
+    if not arguments.max_steps:
+        return None
+    folder = Path(str(arguments.output_dir), setting.fields)
+    still = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+    command = script(
+        *("run_distill.py", arguments.recipe, "--teacher_name_or_path", arguments.teacher_name_or_path),
+        *(
+            "--train_file",
+            arguments.train_file,
+            "--max_steps",
+            arguments.max_steps,
+            "--save_steps",
+            arguments.max_steps,
+        ),
+        *("--warmup_steps", arguments.max_steps // 20, "--eval_strategy", "no", "--spike_batches", 0),
+        *("--config_overrides", f"{setting.fields},num_time_steps={arguments.num_time_steps},{still}"),
+        *("--output_dir", folder / "student"),
+    )
+    return Job(setting.fields, folder, (command,), (arguments.recipe,))
+
+
+def student(
+    arguments: Arguments, setting: Setting, job: Job | None, tokenizer: PreTrainedTokenizerBase, pairs: Dataset
+) -> SpikeLMModel:
+    if job is not None:
+        return SpikeLMModel.from_pretrained(job.folder / "student")
+    fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
+    return calibrated(arguments.teacher_name_or_path, fields, tokenizer, pairs)
+
+
+def gap_at(points: Sequence[Point], firing_rate: float) -> float | None:
+    """The gap of a swept neuron at a firing rate between two of its points, linearly; None outside of them."""
+    curve = sorted((point.firing_rate, point.gap) for point in points)
+    if not curve or not curve[0][0] <= firing_rate <= curve[-1][0]:
+        return None
+    return float(np.interp(firing_rate, *zip(*curve, strict=True)))
+
+
+def build_table(points: Sequence[Point]) -> list[Row]:
+    """A row for every point, with the gap that the other swept neurons have at its firing rate."""
+    curves = {
+        neuron: [point for point in points if point.setting.neuron == neuron and point.setting.field]
+        for neuron in STYLES
+    }
+    rows = []
+    for point in points:
+        row: Row = {
+            "neuron": point.setting.neuron,
+            "set by": f"{point.setting.field} = {point.setting.value:g}" if point.setting.field else "",
+            "firing rate": f"{point.firing_rate:.1%}",
+            "gap": f"{point.gap:.1f}",
+        }
+        for neuron, curve in curves.items():
+            if curve:
+                gap = gap_at(curve, point.firing_rate) if neuron != point.setting.neuron else None
+                row[f"{neuron}'s gap there"] = None if gap is None else f"{gap:.1f}"
+        rows.append(row)
+    return rows
+
+
+def draw(points: Sequence[Point], title: str) -> Figure:
+    """Firing rate across, gap up, one curve for each neuron."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for neuron, (colour, marker) in STYLES.items():
+        curve = sorted(
+            (100 * point.firing_rate, point.gap, point.setting) for point in points if point.setting.neuron == neuron
+        )
+        if not curve:
+            continue
+        rates, gaps = [rate for rate, *_ in curve], [gap for _, gap, _ in curve]
+        axes.plot(rates, gaps, color=colour, marker=marker, markersize=7, label=neuron)
+        for rate, gap, setting in curve:
+            if setting.field:
+                axes.annotate(
+                    f"{setting.value:g}",
+                    (rate, gap),
+                    textcoords="offset points",
+                    xytext=(0, 8),
+                    ha="center",
+                    color=colour,
+                )
+    axes.set_xlabel("firing rate, % of neurons per token and time step")
+    axes.set_ylabel("gap to the dense model, STS-B, Spearman × 100")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(title="neuron (numbers: k, spike_cost)")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

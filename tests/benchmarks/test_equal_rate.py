@@ -1,0 +1,71 @@
+"""The curve of firing rate against gap: what stands beside a point, and one real sweep of a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import BertConfig, BertModel
+
+from pretraining_data.tokenizers import train_wordpiece
+from tests.corpus import write_corpus
+from tests.glue_tasks.conftest import write_tasks
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import equal_rate
+from equal_rate import Arguments, Point, Setting, build_table, gap_at
+
+ELASTIC = [
+    Point(Setting("elastic", "amplitude_scale", 1.0), 0.6, 10.0),
+    Point(Setting("elastic", "amplitude_scale", 3.0), 0.2, 30.0),
+]
+
+
+def test_between_two_points_the_gap_is_linear_and_outside_of_them_nothing_is_said():
+    assert gap_at(ELASTIC, 0.5) == pytest.approx(15.0)
+    assert gap_at(ELASTIC, 0.6) == pytest.approx(10.0)
+    assert gap_at(ELASTIC, 0.19) is None
+    assert gap_at([], 0.5) is None
+
+
+def test_beside_a_point_stands_what_the_other_neurons_lose_at_its_firing_rate():
+    thrifty = [
+        Point(Setting("thrifty", "spike_cost", 0.1), 0.4, 5.0),
+        Point(Setting("thrifty", "spike_cost", 1.0), 0.1, 9.0),
+    ]
+    learned = Point(Setting("learned"), 0.7, 4.0)
+    of_elastic, _, of_learned, frugal, frugaler = build_table([*ELASTIC, learned, *thrifty])
+    assert (frugal["set by"], frugal["gap"], frugal["elastic's gap there"]) == ("spike_cost = 0.1", "5.0", "20.0")
+    # Beyond the elastic sweep, and beside itself, there is nothing to compare with.
+    assert frugaler["elastic's gap there"] is None and frugal["thrifty's gap there"] is None
+    assert of_elastic["thrifty's gap there"] is None and of_learned["elastic's gap there"] is None
+    # One point is no curve.
+    assert "learned's gap there" not in frugal
+
+
+def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path, monkeypatch):
+    text = write_corpus(tmp_path / "text.txt", 6)
+    texts = load_dataset("text", data_files=str(text), split="train", cache_dir=str(tmp_path / "cache"))
+    tokenizer = train_wordpiece(texts, 300, True, model_max_length=64)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    data = write_tasks(tmp_path / "glue", "STS-B")
+    flags = ["--amplitude_scales", "1", "4", "--spike_costs", "0.8", "--output", tmp_path / "results"]
+    flags += ["--teacher_name_or_path", tmp_path / "bert", "--data_dir", data]
+    monkeypatch.setattr(sys, "argv", ["equal_rate.py", *map(str, flags)])
+    equal_rate.main()
+    (run,) = json.loads((tmp_path / "results/equal_rate.json").read_text())
+    rates = [float(row["firing rate"].rstrip("%")) for row in run["rows"]]
+    assert [row["neuron"] for row in run["rows"]] == ["elastic", "elastic", "learned", "thrifty"]
+    # A larger k and a cost mean fewer spikes.
+    assert rates[0] > rates[1] and rates[2] > rates[3]
+    assert (tmp_path / "results/equal_rate_1_steps_0.png").stat().st_size > 0
+
+
+def test_steps_without_a_text_are_refused():
+    with pytest.raises(ValueError, match="--max_steps 5 needs --train_file"):
+        Arguments("bert", "glue", max_steps=5)
