@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import project  # noqa: F401
 from cases import list_of
 from datasets import Dataset
 from matplotlib.figure import Figure

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import project  # noqa: F401
 import torch
 from cases import list_of
 from datasets import Dataset

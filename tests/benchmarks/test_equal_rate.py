@@ -1,6 +1,7 @@
 """The curve of firing rate against gap: what stands beside a point, and one real sweep of a tiny model."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_beside_a_point_stands_what_the_other_neurons_lose_at_its_firing_rate():
     assert "learned's gap there" not in frugal
 
 
-def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path, monkeypatch):
+def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path):
     text = write_corpus(tmp_path / "text.txt", 6)
     texts = load_dataset("text", data_files=str(text), split="train", cache_dir=str(tmp_path / "cache"))
     tokenizer = train_wordpiece(texts, 300, True, model_max_length=64)
@@ -56,8 +57,8 @@ def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path, mon
     data = write_tasks(tmp_path / "glue", "STS-B")
     flags = ["--amplitude_scales", "1", "4", "--spike_costs", "0.8", "--output", tmp_path / "results"]
     flags += ["--teacher_name_or_path", tmp_path / "bert", "--data_dir", data]
-    monkeypatch.setattr(sys, "argv", ["equal_rate.py", *map(str, flags)])
-    equal_rate.main()
+    # As it is typed: a script has its own folder on its path, and not the project's.
+    subprocess.run([sys.executable, equal_rate.__file__, *map(str, flags)], check=True, cwd=tmp_path)
     (run,) = json.loads((tmp_path / "results/equal_rate.json").read_text())
     rates = [float(row["firing rate"].rstrip("%")) for row in run["rows"]]
     assert [row["neuron"] for row in run["rows"]] == ["elastic", "elastic", "learned", "thrifty"]
