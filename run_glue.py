@@ -74,7 +74,7 @@ from glue_tasks.scoring import (
 )
 from glue_tasks.submission import write_submission
 from glue_tasks.table import ColumnResult, build_table, write_table
-from glue_tasks.tasks import TASKS, GlueTask, resolve_task_names
+from glue_tasks.tasks import TASKS, Task, resolve_task_names
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 
@@ -94,7 +94,7 @@ SET_BY_PLAN = {
     "lr_scheduler_kwargs",
     "seed",
 }
-HUB_METRICS = {"pearson": "pearsonr"}
+HUB_METRICS = {"pearson": "pearsonr", "macro_f1": "f1", "micro_f1": "f1", "subset_accuracy": "accuracy"}
 # What it takes to show the best epoch.
 KEEPING_BEST = {
     "eval_strategy": IntervalStrategy.EPOCH,
@@ -108,7 +108,7 @@ class TaskData:
     """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data; and
     the name of its teacher, if it has one."""
 
-    task: GlueTask
+    task: Task
     config: PreTrainedConfig
     splits: DatasetDict
     test_rows: dict[str, list[int]]
@@ -220,7 +220,7 @@ def check_strategies(arguments: GlueArguments, training: GlueTrainingArguments, 
 
 
 def plan_runs(
-    task: GlueTask,
+    task: Task,
     arguments: GlueArguments,
     training: GlueTrainingArguments,
     given: Mapping[str, Any],
@@ -231,10 +231,11 @@ def plan_runs(
     Raises:
         ValueError: a flag that this task has no use for.
     """
-    if task.is_regression and training.do_train and training.label_smoothing_factor:
+    if training.do_train and training.label_smoothing_factor and (task.is_regression or task.is_multi_label):
+        kind = "is a regression" if task.is_regression else "has several labels at once"
         raise ValueError(
-            f"--label_smoothing_factor smooths class labels, and {task.name} is a regression. Leave the flag out, or "
-            "give that task a command of its own."
+            f"--label_smoothing_factor smooths class labels, and {task.name} {kind}. Leave the flag out, or give that "
+            "task a command of its own."
         )
     epochs = arguments.epochs_by_task().get(task.name, training.num_train_epochs)
     if epochs is None:
@@ -262,13 +263,13 @@ def plan_runs(
     return runs
 
 
-def best_metric(task: GlueTask, name: str | None) -> str:
+def best_metric(task: Task, name: str | None) -> str:
     """The Trainer's name for the metric that chooses the best epoch, on the first validation split."""
     metric = (name or task.metrics[0]).removeprefix("eval_")
     return metric_key(task, task.validation_splits[0], metric) if metric in (*task.metrics, "loss") else metric
 
 
-def directions(task: GlueTask) -> dict[str, bool]:
+def directions(task: Task) -> dict[str, bool]:
     """Whether a metric is better when greater, for every one that an evaluation of this task reports."""
     keys = [
         (metric_key(task, split, name), name) for split in task.validation_splits for name in (*task.metrics, "loss")
@@ -308,7 +309,7 @@ def try_first_steps(
 
 
 def prepare(
-    task: GlueTask,
+    task: Task,
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
     arguments: GlueArguments,
@@ -503,6 +504,7 @@ def column_results(
                 column=column,
                 seed=run.seed,
                 metrics=scores_of(task, split, scores),
+                shown_metric=task.shown_metric,
                 epochs_trained=round(trainer.state.epoch or 0.0, 2),
                 epoch_shown=shown,
                 epoch=epoch,
@@ -520,7 +522,6 @@ def make_card(
     data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel, model_arguments: ModelArguments
 ) -> RunCard:
     task = data.task
-    name = f"GLUE {task.folder}" if task.on_hub else task.folder
     chosen_by = str(run.metric_for_best_model).removeprefix("eval_")
     kept = f"the best by {chosen_by} on the validation set" if run.load_best_model_at_end else "the last"
     shown = {
@@ -533,17 +534,17 @@ def make_card(
         training=run,
         pipeline_tag="text-classification",
         auto_class="AutoModelForSequenceClassification",
-        training_data=f"Fine-tuned on {name} ({len(data.splits['train'])} examples); the epoch kept is {kept}.",
-        dataset_for_results=f"{name}, validation set",
-        datasets=[HUB_DATASET] if task.on_hub else [],
+        training_data=f"Fine-tuned on {task.title} ({len(data.splits['train'])} examples); the epoch kept is {kept}.",
+        dataset_for_results=f"{task.title}, validation set",
+        datasets=[HUB_DATASET] if task.hub_config else [],
         figures={
             metric_key(task, split, name).removeprefix("eval_"): (f"{column}: {title}", form)
             for split, column in zip(task.validation_splits, task.columns, strict=True)
             for name, (title, form) in FIGURES.items()
         },
         metrics={key: HUB_METRICS.get(metric, metric) for key, (metric, _) in shown.items()},
-        results_dataset=HUB_DATASET if task.on_hub else None,
-        results_config=task.name if task.on_hub else None,
+        results_dataset=HUB_DATASET if task.hub_config else None,
+        results_config=task.hub_config,
         results_splits={key: split for key, (_, split) in shown.items()},
         started_from=model_arguments.model_name_or_path,
     )

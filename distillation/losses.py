@@ -90,6 +90,24 @@ def soft_label_loss(
     return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def soft_labels_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """As `soft_label_loss`, where any number of labels can be right at once: each one's divergence of yes and no.
+
+    Args:
+        student_logits, teacher_logits: `(N, labels)`.
+
+    Returns:
+        The mean over rows and labels, in nats.
+    """
+    student, teacher = (logits.float() / temperature for logits in (student_logits, teacher_logits.detach()))
+    logsigmoid = nn.functional.logsigmoid
+    yes = teacher.sigmoid() * (logsigmoid(teacher) - logsigmoid(student))
+    no = (-teacher).sigmoid() * (logsigmoid(-teacher) - logsigmoid(-student))
+    return (yes + no).mean() * temperature**2
+
+
 def score_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the outputs of a regression, `(N, 1)` or `(N,)`: what soft labels are to classes."""
     return nn.functional.mse_loss(student_logits.float(), teacher_logits.detach().float())

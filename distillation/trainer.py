@@ -20,6 +20,7 @@ from .losses import (
     score_loss,
     sentence_error,
     soft_label_loss,
+    soft_labels_loss,
     token_logits_loss,
     value_relation_loss,
 )
@@ -122,7 +123,10 @@ class DistillationTrainer(WholeStepsTrainer):
                 found[-1], wished[-1], head, self.teacher.head, is_token, self.temperature
             )
         elif "logits" in wanted and self.teacher.kind == "labels":
-            if target.logits.shape[-1] == 1:
+            problem = self.accelerator.unwrap_model(model).config.problem_type
+            if problem == "multi_label_classification":
+                terms["logits"] = soft_labels_loss(outputs.logits, target.logits, self.temperature)
+            elif target.logits.shape[-1] == 1:
                 terms["logits"] = score_loss(outputs.logits, target.logits)
             else:
                 terms["logits"] = soft_label_loss(outputs.logits, target.logits, self.temperature)

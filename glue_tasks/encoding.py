@@ -7,7 +7,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from glue_tasks.loading import SENTENCES
-from glue_tasks.tasks import GlueTask
+from glue_tasks.tasks import Task
 
 
 def encode(
@@ -64,18 +64,18 @@ def encode(
     return splits
 
 
-def label_fields(task: GlueTask) -> dict[str, Any]:
-    """The fields of a model's configuration that say what the task's classes are."""
+def label_fields(task: Task) -> dict[str, Any]:
+    """The fields of a model's configuration that say what the task's labels are."""
     if task.labels is None:
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"num_labels": 1, "problem_type": task.problem_type}
     return {
         "id2label": dict(enumerate(task.labels)),
         "label2id": {label: number for number, label in enumerate(task.labels)},
-        "problem_type": "single_label_classification",
+        "problem_type": task.problem_type,
     }
 
 
-def check_labels(task: GlueTask, config: PreTrainedConfig) -> None:
+def check_labels(task: Task, config: PreTrainedConfig) -> None:
     """Refuse a checkpoint that is a classifier already, but not of this task's labels in this order.
 
     Raises:

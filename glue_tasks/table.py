@@ -8,11 +8,14 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, TASKS
+from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS
 
 _METRIC_TITLES = {
     "accuracy": "accuracy",
     "f1": "F1",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "subset_accuracy": "all labels right",
     "matthews_correlation": "Matthews",
     "pearson": "Pearson",
     "spearmanr": "Spearman",
@@ -34,6 +37,7 @@ class ColumnResult:
         column: one of the task's columns, e.g. "MNLI-mm".
         seed: the run's seed.
         metrics: every metric of the task, as fractions.
+        shown_metric: the one that the table shows.
         epochs_trained: epochs of fine-tuning; 0 for a model evaluated as it was loaded.
         epoch_shown: "best" (chosen on the validation set itself), "last", or "as loaded".
         epoch: the epoch whose scores these are; `None` for "as loaded".
@@ -48,6 +52,7 @@ class ColumnResult:
     column: str
     seed: int
     metrics: dict[str, float]
+    shown_metric: str
     epochs_trained: float
     epoch_shown: str
     epoch: float | None
@@ -117,7 +122,7 @@ def _column(runs: list[ColumnResult]) -> dict[str, Any]:
         raise ValueError(f"the runs of {first.column} show different epochs: {', '.join(sorted(shown))}.")
     metrics = {name: _spread([100 * run.metrics[name] for run in runs]) for name in first.metrics}
     counted = [name for name in first.spikes if all(name in run.spikes for run in runs)]
-    metric = TASKS[first.task].shown_metric
+    metric = first.shown_metric
     score = metrics[metric]["median"]
     taught = {"teacher": None, "gap": None}
     if all(run.teacher for run in runs):

@@ -1,52 +1,56 @@
-"""What each GLUE task is: its files, its labels, its metrics, and what the paper did with it."""
+"""What a task is, and what each GLUE task is: its files, its labels, its metrics, what the paper did with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class GlueTask:
-    """One task, in the names of GLUE's own files, of the Hub's `nyu-mll/glue` and of the results table.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What encoding, training, scoring and the results table have to know of a task.
 
     Attributes:
-        name: the name on the command line and on the Hub, e.g. "cola".
-        folder: the folder of the task in GLUE's own layout, e.g. "CoLA".
-        sentence_columns: the one or two columns of the files that hold the text.
-        labels: label names in class order, as on the Hub; `None` for regression (a score from 0 to 5).
+        name: of its folder among the results, e.g. "cola".
+        labels: label names in class order; `None` for regression.
         metrics: metric names in the order of the metric's output; the best epoch is chosen by the first.
-        shown_metric: the metric that the paper's table shows.
-        published_epochs: epochs of the published fine-tuning; `None` where nothing was published.
-        label_column: the column of the files that holds the label.
-        index_column: the column of the test files that numbers the rows.
-        hub_columns: `sentence_columns` on the Hub; empty where the names are the same.
-        headerless: column names of train and dev files without a header; empty where they have one.
-        labels_as_names: files and submissions write "entailment", not 0.
-        unlabelled: a label that stands for "the annotators did not agree": such rows are dropped and counted.
-        tolerates_malformed_rows: the official train and dev files hold a few broken lines, to be dropped and counted.
+        shown_metric: the metric that the table shows.
         columns: one results column per validation split.
-        on_hub: part of `nyu-mll/glue`.
+        is_multi_label: a row has any number of the labels at once, not exactly one.
+        published_epochs: epochs of the published fine-tuning; `None` where nothing was published.
     """
 
     name: str
-    folder: str
-    sentence_columns: tuple[str, ...]
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
     shown_metric: str
-    published_epochs: int | None
-    label_column: str = "label"
-    index_column: str = "index"
-    hub_columns: tuple[str, ...] = ()
-    headerless: tuple[str, ...] = ()
-    labels_as_names: bool = False
-    unlabelled: str | None = None
-    tolerates_malformed_rows: bool = False
     columns: tuple[str, ...] = ()
-    on_hub: bool = True
+    is_multi_label: bool = False
+    published_epochs: int | None = None
 
-    def __post_init__(self) -> None:
-        if not self.columns:
-            object.__setattr__(self, "columns", (self.folder,))
+    @property
+    def title(self) -> str:
+        """What people call its data."""
+        return self.columns[0]
+
+    @property
+    def hub_config(self) -> str | None:
+        """The configuration of `nyu-mll/glue` that it is, if it is one."""
+        return None
+
+    @property
+    def is_regression(self) -> bool:
+        return self.labels is None
+
+    @property
+    def problem_type(self) -> str:
+        """Transformers' name for the kind of labels, which decides the loss."""
+        if self.labels is None:
+            return "regression"
+        return "multi_label_classification" if self.is_multi_label else "single_label_classification"
+
+    @property
+    def metric_config(self) -> str:
+        """The configuration of `metrics/glue` that computes `metrics`."""
+        return self.problem_type
 
     @property
     def validation_splits(self) -> tuple[str, ...]:
@@ -58,12 +62,56 @@ class GlueTask:
         """Names of the test splits, in the order of `columns`."""
         return self._splits("test")
 
-    @property
-    def is_regression(self) -> bool:
-        return self.labels is None
-
     def _splits(self, kind: str) -> tuple[str, ...]:
         return (kind,) if len(self.columns) == 1 else (f"{kind}_matched", f"{kind}_mismatched")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(Task):
+    """One task, in the names of GLUE's own files, of the Hub's `nyu-mll/glue` and of the results table.
+
+    Its name is that on the command line and on the Hub, its labels are in the Hub's order (a score is from 0 to 5), and
+    its shown metric is that of the paper's table.
+
+    Attributes:
+        folder: the folder of the task in GLUE's own layout, e.g. "CoLA".
+        sentence_columns: the one or two columns of the files that hold the text.
+        label_column: the column of the files that holds the label.
+        index_column: the column of the test files that numbers the rows.
+        hub_columns: `sentence_columns` on the Hub; empty where the names are the same.
+        headerless: column names of train and dev files without a header; empty where they have one.
+        labels_as_names: files and submissions write "entailment", not 0.
+        unlabelled: a label that stands for "the annotators did not agree": such rows are dropped and counted.
+        tolerates_malformed_rows: the official train and dev files hold a few broken lines, to be dropped and counted.
+        on_hub: part of `nyu-mll/glue`.
+    """
+
+    folder: str
+    sentence_columns: tuple[str, ...]
+    label_column: str = "label"
+    index_column: str = "index"
+    hub_columns: tuple[str, ...] = ()
+    headerless: tuple[str, ...] = ()
+    labels_as_names: bool = False
+    unlabelled: str | None = None
+    tolerates_malformed_rows: bool = False
+    on_hub: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            object.__setattr__(self, "columns", (self.folder,))
+
+    @property
+    def title(self) -> str:
+        return f"GLUE {self.folder}" if self.on_hub else self.folder
+
+    @property
+    def hub_config(self) -> str | None:
+        return self.name if self.on_hub else None
+
+    @property
+    def metric_config(self) -> str:
+        return self.name
 
 
 _ENTAILMENT = ("entailment", "not_entailment")

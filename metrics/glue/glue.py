@@ -1,7 +1,11 @@
-"""The official GLUE metrics, computed with scikit-learn and scipy, for `evaluate.load(<this file>, <task>)`."""
+"""The official GLUE metrics, and those of any task by its kind of labels, for `evaluate.load(<this file>, <task>)`.
+
+scikit-learn and scipy compute them.
+"""
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import evaluate
@@ -11,45 +15,67 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 WITH_F1 = {"mrpc", "qqp"}
 ACCURACY_ONLY = {"sst2", "mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "wnli", "bigram_shift"}
-TASKS = {"cola", "stsb"} | WITH_F1 | ACCURACY_ONLY
+# Transformers' names, as in the `problem_type` of a configuration.
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
+OF_SCORES = {"stsb", REGRESSION}
+TASKS = {"cola", SINGLE_LABEL, MULTI_LABEL} | OF_SCORES | WITH_F1 | ACCURACY_ONLY
 
 
 class Glue(evaluate.Metric):
-    """Metrics of one GLUE task, each a fraction (multiply by 100 for the usual tables).
+    """Metrics of one task, each a fraction (multiply by 100 for the usual tables).
 
-    The configuration name is the task. `compute(predictions=..., references=...)` takes `[N]` class numbers, or
-    `[N]` floats for stsb, and returns
+    The configuration name is a GLUE task, or the `problem_type` of any other. `compute(predictions=...,
+    references=...)` takes `[N]` class numbers, or `[N]` floats for stsb and regression, or `[N, labels]` of 0 and 1
+    for several labels at once, and returns
 
     * cola: `matthews_correlation`;
-    * stsb: `pearson`, `spearmanr`; a correlation that does not exist (constant or non-finite values, fewer than two
-      rows) counts as 0.0, with a warning;
+    * stsb, regression: `pearson`, `spearmanr`; a correlation that does not exist (constant or non-finite values, fewer
+      than two rows) counts as 0.0, with a warning;
     * mrpc, qqp: `accuracy` and the `f1` of class 1;
+    * single_label_classification: `accuracy` and `macro_f1`, the mean of the classes' F1;
+    * multi_label_classification: `micro_f1` over all decisions, `macro_f1`, the mean of the labels' F1, and
+      `subset_accuracy`, the share of rows with exactly their labels;
     * every other task: `accuracy`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in TASKS:
             raise ValueError(f"there is no GLUE task {self.config_name!r}; known are: {', '.join(sorted(TASKS))}.")
-        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
+        value = datasets.Value("float64" if self.config_name in OF_SCORES else "int64")
+        if self.config_name == MULTI_LABEL:
+            value = datasets.List(value)
         return evaluate.MetricInfo(
-            description="The metrics of one GLUE task.",
+            description="The metrics of one task.",
             citation="",
-            inputs_description="predictions and references: one number each per example",
+            inputs_description="predictions and references: one number each per example, or one for each label",
             features=datasets.Features({"predictions": value, "references": value}),
         )
 
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+    def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
         if self.config_name == "cola":
             return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
-        if self.config_name == "stsb":
+        if self.config_name in OF_SCORES:
             return {
                 "pearson": correlation(pearsonr, predictions, references),
                 "spearmanr": correlation(spearmanr, predictions, references),
             }
+        if self.config_name == MULTI_LABEL:
+            return {
+                "micro_f1": f1(references, predictions, "micro"),
+                "macro_f1": f1(references, predictions, "macro"),
+                "subset_accuracy": float(accuracy_score(references, predictions)),
+            }
         scores = {"accuracy": float(accuracy_score(references, predictions))}
+        if self.config_name == SINGLE_LABEL:
+            scores["macro_f1"] = f1(references, predictions, "macro")
         if self.config_name in WITH_F1:
-            scores["f1"] = float(f1_score(references, predictions, zero_division=0.0))
+            scores["f1"] = f1(references, predictions, "binary")
         return scores
+
+
+def f1(references: list[Any], predictions: list[Any], average: str) -> float:
+    """scikit-learn's F1; what was neither there nor predicted has 0."""
+    return float(f1_score(references, predictions, average=average, zero_division=0.0))
 
 
 def correlation(measure: Callable, predictions: list[float], references: list[float]) -> float:

@@ -11,6 +11,7 @@ from distillation.losses import (
     hidden_state_errors,
     score_loss,
     soft_label_loss,
+    soft_labels_loss,
     token_logits_loss,
     value_relation_loss,
 )
@@ -51,6 +52,18 @@ def test_a_student_like_its_teacher_has_no_loss():
     assert hidden_state_errors([states], [states], is_token).tolist() == [0]
     assert token_logits_loss(states, states, head, head, is_token).item() == pytest.approx(0, abs=1e-6)
     assert value_relation_loss(states, states, is_token, num_heads=2).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_several_soft_labels_at_once_by_hand():
+    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
+    by_hand = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert soft_labels_loss(student, teacher).item() == pytest.approx(by_hand / 2)
+    # At temperature 2 the teacher's odds are the root of 3.
+    yes = math.sqrt(3) / (1 + math.sqrt(3))
+    softer = yes * math.log(2 * yes) + (1 - yes) * math.log(2 * (1 - yes))
+    assert soft_labels_loss(student, teacher, 2.0).item() == pytest.approx(4 * softer / 2)
+    # No label takes from another, as classes do.
+    assert soft_labels_loss(teacher + 1, teacher).item() > 0 == pytest.approx(soft_label_loss(teacher + 1, teacher))
 
 
 def test_soft_labels_by_hand():

@@ -7,7 +7,13 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from configuration_spikelm import SpikeLMConfig
-from distillation.losses import hidden_state_errors, sentence_error, soft_label_loss, token_logits_loss
+from distillation.losses import (
+    hidden_state_errors,
+    sentence_error,
+    soft_label_loss,
+    soft_labels_loss,
+    token_logits_loss,
+)
 from distillation.teacher import load_teacher
 from distillation.trainer import DistillationTrainer, LossWeights, hidden_state_metrics
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
@@ -95,6 +101,11 @@ def test_a_classifier_learns_from_logits_and_labels(make_trainer):
     assert terms["logits"].item() == pytest.approx(soft_label_loss(outputs.logits, wished).item())
     assert terms["label"].item() == outputs.loss.item()
     assert set(terms) == {"logits", "label"}
+    # Both could be right at once.
+    model.config.problem_type = "multi_label_classification"
+    batch["labels"] = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    terms, outputs = trainer.loss_terms(model, batch)
+    assert terms["logits"].item() == pytest.approx(soft_labels_loss(outputs.logits, wished).item())
 
 
 @pytest.mark.parametrize("kind", ["tokens", "labels", ""])

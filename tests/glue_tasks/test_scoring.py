@@ -12,7 +12,16 @@ from glue_tasks.scoring import (
     present_scores,
     scores_of,
 )
-from glue_tasks.tasks import TASKS
+from glue_tasks.tasks import TASKS, Task
+
+TOPICS = Task(
+    name="topics",
+    labels=("art", "sport", "war"),
+    metrics=("micro_f1",),
+    shown_metric="micro_f1",
+    columns=("topics",),
+    is_multi_label=True,
+)
 
 
 def test_the_class_is_that_of_the_largest_logit_and_a_score_stays_as_it_is():
@@ -33,6 +42,15 @@ def test_metrics_of_the_trainers_predictions():
     metrics = make_compute_metrics(TASKS["stsb"])(scores)
     assert metrics["pearson"] == pytest.approx(-1.0)
     assert metrics["loss"] == pytest.approx((16 + 4 + 0) / 3)
+
+
+def test_of_several_labels_at_once_each_one_is_decided_alone_and_the_loss_is_the_training_one():
+    logits, labels = np.array([[0.3, -1.0, 2.0], [-0.1, -3.0, -1.0]]), np.array([[1.0, 0, 0], [0, 0, 0]])
+    assert predicted_values(TOPICS, logits).tolist() == [[1, 0, 1], [0, 0, 0]]
+    found = make_compute_metrics(TOPICS)(EvalPrediction(logits, labels))
+    assert found["micro_f1"] == pytest.approx(2 / 3)
+    wanted = torch.nn.BCEWithLogitsLoss()(torch.tensor(logits), torch.tensor(labels))
+    assert found["loss"] == pytest.approx(wanted.item())
 
 
 def test_with_label_smoothing_the_loss_is_the_smoothed_one():

@@ -19,7 +19,7 @@ def result(
     task = COLUMNS[column]
     metrics = {name: score if name == task.shown_metric else 0.5 for name in task.metrics}
     chosen_by = task.metrics[0] if shown == "best" else None
-    return ColumnResult(task.name, column, seed, metrics, 20, shown, epoch, 1000, 100, chosen_by)
+    return ColumnResult(task.name, column, seed, metrics, task.shown_metric, 20, shown, epoch, 1000, 100, chosen_by)
 
 
 # Rows of the published table, its columns in the order of GLUE_AVERAGE_COLUMNS, and the average it prints.

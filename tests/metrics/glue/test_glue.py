@@ -53,6 +53,25 @@ def test_pearson_and_spearman_in_double_precision():
     assert scores["spearmanr"] == pytest.approx(3 / sqrt(5 * 4.5), abs=1e-12)
 
 
+def test_a_task_of_classes_has_the_mean_of_their_f1():
+    # F1 of class 0: 8 / 11; of class 1: 6 / 9.
+    expected = {"accuracy": pytest.approx(0.7), "macro_f1": pytest.approx((8 / 11 + 6 / 9) / 2)}
+    assert score("single_label_classification", PREDICTIONS, REFERENCES) == expected
+
+
+def test_several_labels_at_once_by_hand():
+    # Label 0: 1 right, 1 missed; label 1: 1 right, 1 too many; label 2 is nowhere. Only the last row is all right.
+    found = score("multi_label_classification", [[1, 1, 0], [0, 0, 0], [0, 1, 0]], [[1, 0, 0], [1, 0, 0], [0, 1, 0]])
+    each = 2 / 3
+    wanted = {"micro_f1": 2 * 2 / (2 * 2 + 2), "macro_f1": (each + each + 0) / 3, "subset_accuracy": 1 / 3}
+    assert found == pytest.approx(wanted)
+
+
+def test_a_regression_is_scored_as_stsb_is():
+    values = [0.1, 0.2, 0.3, 0.6], [0.1, 0.2, 0.1, 0.4]
+    assert score("regression", *values) == score("stsb", *values)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_metrics_are_those_the_task_names(name):
     assert tuple(score(name, [0, 1, 1], [0, 1, 0])) == TASKS[name].metrics
