@@ -3,6 +3,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +16,11 @@ os.environ["HF_HOME"] = _home
 # Nothing on a hub can be reached from a test, and nothing should try; tests with a Hub of their own say so.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A run waits for the disk a hundred times, so that what it has written outlives a loss of power. No test takes the
+# power away, so where there is a file system in memory with room (a container's has 64 MB), pytest's folders are there.
+_memory = Path("/dev/shm")
+if _memory.is_dir() and shutil.disk_usage(_memory).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_memory))
 
 
 def pytest_collection_finish():
