@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from modeling_spikelm.spiking import AMPLITUDE_FLOOR
+from modeling_spikelm.fitting import AMPLITUDE_FLOOR
 
 from .written_files import WrittenFiles
 

@@ -23,8 +23,8 @@ from .modeling_spikelm import (
     SpikeLMModel,
     SpikeLMPreTrainedModel,
 )
+from .neurons import SpikingNeurons
 from .reference_checkpoint import convert_reference_state_dict
-from .spiking import SpikingNeurons
 
 AutoConfig.register("spikelm", SpikeLMConfig)
 SpikeLMConfig.register_for_auto_class()

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_spikelm import calibration_differences
-from .spiking import HOW_TO_CALIBRATE, SpikingNeurons
+from .neurons import HOW_TO_CALIBRATE, SpikingNeurons
 
 logger = logging.get_logger(__name__)
 

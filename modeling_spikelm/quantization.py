@@ -24,9 +24,9 @@ from transformers.activations import ACT2FN
 
 from .configuration_spikelm import NEURONS, SpikeLMConfig
 from .fast_paths import is_transformed
-from .modeling_spikelm import SpikeLMLayer, SpikeLMSelfAttention
+from .layers import SpikeLMLayer, SpikeLMSelfAttention
+from .neurons import SpikingNeurons
 from .quantized_neurons import QuantizedNeurons, SpikeCodes, make_quantized_neurons
-from .spiking import SpikingNeurons
 
 # Activations that oneDNN applies to a product while it is in registers, as (name, variant).
 FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -291,6 +291,13 @@ class QuantizedLayer(nn.Module):
         most = MAX_ACTIVATIONS // (length * self.intermediate_size * min(self.num_time_steps, 2))
         parts = -(-batch_size // max(most, 1))
         return -(-batch_size // max(parts, 1))
+
+
+def layer_stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The stacks of layers whose weights are int8, or can become it."""
+    kinds = (SpikeLMLayer, QuantizedLayer)
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return [stack for stack in stacks if any(isinstance(layer, kinds) for layer in stack)]
 
 
 def quantize_layer(layer: SpikeLMLayer, config: SpikeLMConfig) -> QuantizedLayer:

@@ -11,8 +11,9 @@ from transformers import initialization as init
 
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_transformed
-from .learned import LearnedNeurons, Levels, next_above, spike_threshold
-from .spiking import BELOW_ONE, SpikingNeurons
+from .learned import Levels, next_above, spike_threshold
+from .neurons import LearnedNeurons, SpikingNeurons
+from .spiking import BELOW_ONE
 
 
 class SpikeCodes(NamedTuple):

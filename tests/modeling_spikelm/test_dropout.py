@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from modeling_spikelm import SpikeLMConfig, spiking
+from modeling_spikelm import SpikeLMConfig, SpikingNeurons
 from modeling_spikelm.dropout import attention_with_dropout, dropout
-from modeling_spikelm.spiking import SpikePacking, SpikingNeurons
+from modeling_spikelm.packing import _PACKING, SpikePacking
 
 
 def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
@@ -182,7 +182,7 @@ def test_threads_that_pack_side_by_side_leave_nothing_behind():
         entered.wait()
     leave.set()
     thread.join()
-    assert spiking._PACKING.get() is None
+    assert _PACKING.get() is None
     neurons, linear = neurons_and_linear()
     inputs = torch.randn(6, 5, 8)
     # The spikes as floats, and the outputs: nobody packs any more.

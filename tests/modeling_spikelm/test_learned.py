@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import SpikeLMForMaskedLM
+from modeling_spikelm import SpikeLMForMaskedLM, SpikingNeurons
+from modeling_spikelm.fused_spikes import spike
 from modeling_spikelm.learned import Levels, level_spikes, level_spikes_reference
-from modeling_spikelm.spiking import SpikePacking, SpikingNeurons, _unpack, spike
+from modeling_spikelm.packing import SpikePacking, _unpack
 
 BOTH = pytest.mark.parametrize("function", [level_spikes, level_spikes_reference])
 

@@ -431,10 +431,10 @@ def test_reset_calibration_returns_to_zero_and_the_next_step_calibrates_anew(con
 
 
 def test_uncalibrated_evaluation_says_so_once(config, batch, caplog):
-    from modeling_spikelm import spiking
+    from modeling_spikelm import neurons
 
-    spiking.logger.warning_once.cache_clear()
-    spiking.logger.parent.propagate = True
+    neurons.logger.warning_once.cache_clear()
+    neurons.logger.parent.propagate = True
     model = SpikeLMForMaskedLM(config).eval()
     model(**batch)
     model(**batch)

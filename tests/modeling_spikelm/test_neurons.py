@@ -13,8 +13,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from configuration_spikelm import SpikeLMConfig
 from configuration_spikelm.configuration_spikelm import NEURONS
-from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikingNeurons, spiking
-from modeling_spikelm.neurons import BiSpikingNeurons, LIFNeurons, lif, lif_reference, make_neurons
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikingNeurons, neurons
+from modeling_spikelm.lif import lif, lif_reference
+from modeling_spikelm.neurons import BiSpikingNeurons, LIFNeurons, make_neurons
 from spike_metrics import count
 
 every_neuron = pytest.mark.parametrize("neuron", NEURONS)
@@ -179,8 +180,8 @@ def model(config, neuron):
 
 @every_fixed_neuron
 def test_nothing_is_said_about_calibration_and_calibrate_changes_nothing(model, neuron, batch, caplog):
-    spiking.logger.warning_once.cache_clear()
-    spiking.logger.parent.propagate = True
+    neurons.logger.warning_once.cache_clear()
+    neurons.logger.parent.propagate = True
     before = model.eval()(**batch).logits
     model.calibrate([batch])
     model.reset_calibration()

@@ -23,7 +23,8 @@ from modeling_spikelm import (
     SpikeLMModel,
     quantization,
 )
-from modeling_spikelm.learned import LearnedNeurons, Levels, level_spikes_reference
+from modeling_spikelm.learned import Levels, level_spikes_reference
+from modeling_spikelm.neurons import LearnedNeurons
 from modeling_spikelm.quantization import LINEARS, QuantizedLinear
 from modeling_spikelm.quantized_neurons import (
     KINDS,

@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import spiking
-from modeling_spikelm.spiking import AMPLITUDE_FLOOR, SpikingNeurons, spike, spike_reference
+from modeling_spikelm import fused_spikes
+from modeling_spikelm.fitting import AMPLITUDE_FLOOR
+from modeling_spikelm.fused_spikes import spike
+from modeling_spikelm.neurons import SpikingNeurons
+from modeling_spikelm.spiking import spike_reference
 
 RESETS = ("reference", "symmetric")
 
@@ -200,7 +203,7 @@ def test_copies_calibrate_on_their_own():
 
 
 def test_steady_state_reads_nothing_back_to_the_host_on_a_device(monkeypatch):
-    monkeypatch.setattr(spiking, "is_eager_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(fused_spikes, "is_eager_on_cpu", lambda tensor: False)
     group = neurons()
     group(torch.randn(4, 2, 3))
 
@@ -240,7 +243,7 @@ def test_what_is_not_finite_comes_out_as_the_rounded_quotient_does(value):
     inputs[1, ::7] = value
     amplitude = torch.tensor([0.5, 1.0, 2.0])
     found = spike(inputs, amplitude, 0.25, "reference")
-    wanted, _ = spiking._emit(inputs, amplitude, 0.25, "reference", has_membrane=True)
+    wanted, _ = fused_spikes._emit(inputs, amplitude, 0.25, "reference", has_membrane=True)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 

@@ -1,0 +1,29 @@
+"""The floors of modeling_spikelm/: every file builds on those below it alone, and says so in its head."""
+
+import ast
+from graphlib import TopologicalSorter
+
+import pytest
+
+from tests.carried_code import ROOT
+
+FILES = sorted((ROOT / "modeling_spikelm").glob("*.py"))
+
+
+def own_imports(path) -> set[str]:
+    """The files of the folder that a file imports, wherever in it the import stands."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+
+
+def test_no_file_imports_one_that_imports_it():
+    graph = {path.stem: own_imports(path) for path in FILES if path.stem != "__init__"}
+    assert {name for names in graph.values() for name in names} <= graph.keys()
+    TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_stand_at_the_head_of_a_file(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    everywhere = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)}
+    assert everywhere == {node.lineno for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
