@@ -43,7 +43,6 @@ from experiment.models import (
     load_model,
     load_tokenizer,
     longest_input,
-    refuse_int8_training,
     refuse_other_amplitudes,
     refuse_pickled_weights,
     saved_by_run,
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         with training.main_process_first(desc="reading and packing the corpus"):
             documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(student_arguments))
-        config = load_config(student_arguments)
+        config = load_config(student_arguments, training.do_train)
         teacher = load_teacher(
             teaching.teacher_name_or_path,
             config,
@@ -97,8 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)
         check_fit(config, tokenizer, data_arguments)
-        if training.do_train:
-            refuse_int8_training(student_arguments, config)
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
         splits = check_rows(splits, config, tokenizer, data_arguments)

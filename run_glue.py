@@ -45,7 +45,6 @@ from experiment.models import (
     load_model,
     load_tokenizer,
     longest_input,
-    refuse_int8_training,
     refuse_other_amplitudes,
     refuse_pickled_weights,
     saved_by_run,
@@ -134,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(model_arguments)
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
-        ready = [prepare(task, tokenizer, model_arguments, arguments, teaching) for task in tasks]
-        if training.do_train:
-            refuse_int8_training(model_arguments, ready[0].config)
+        ready = [prepare(task, tokenizer, model_arguments, arguments, teaching, training.do_train) for task in tasks]
         check_evaluation(training, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
         start = {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)}
@@ -314,6 +311,7 @@ def prepare(
     model_arguments: ModelArguments,
     arguments: GlueArguments,
     teaching: DistillationArguments,
+    trains: bool,
 ) -> TaskData:
     """Load and tokenise a task and make its configuration; raises what is wrong with any of them."""
     raw = load_task(task, arguments.data_dir, model_arguments.cache_dir)
@@ -322,7 +320,7 @@ def prepare(
         fields |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     else:
         check_labels(task, load_config(model_arguments))
-    config = load_config(model_arguments, **fields)
+    config = load_config(model_arguments, trains, **fields)
     tokenizer.model_max_length = longest_input(config, tokenizer)
     splits = encode(
         raw,

@@ -44,7 +44,6 @@ from experiment.models import (
     load_model,
     load_tokenizer,
     longest_input,
-    refuse_int8_training,
     refuse_other_amplitudes,
     refuse_pickled_weights,
     saved_by_run,
@@ -133,10 +132,10 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"The packed corpus is in {training.output_dir}; train with --dataset_name {training.output_dir}")
             return
 
-        config = load_config(model_arguments, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer)))
+        config = load_config(
+            model_arguments, training.do_train, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer))
+        )
         check_fit(config, tokenizer, data_arguments)
-        if training.do_train:
-            refuse_int8_training(model_arguments, config)
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
         splits = check_rows(splits, config, tokenizer, data_arguments)

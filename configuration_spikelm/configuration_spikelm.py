@@ -141,6 +141,9 @@ class SpikeLMConfig(PreTrainedConfig):
         int8_weights (`bool`, *optional*, defaults to `False`):
             Whether the encoder's weights are int8, for inference only. `model.quantize_weights()` sets it; setting it
             by hand does not quantise anything.
+        int8_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the embeddings' rows are int8 as well, real values again when they are looked up.
+            `model.quantize_weights(embeddings=True)` sets it.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and what is allowed.
@@ -184,6 +187,7 @@ class SpikeLMConfig(PreTrainedConfig):
     mlm_transform_act: str = "relu"
     sparse_prediction: bool = False
     int8_weights: bool = False
+    int8_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -217,6 +221,8 @@ class SpikeLMConfig(PreTrainedConfig):
         self._require("initializer_range", self.initializer_range >= 0, "a number of at least 0")
         for field in ("hidden_act", "mlm_transform_act"):
             self._require(field, getattr(self, field) in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+        is_possible = self.int8_weights or not self.int8_embeddings
+        self._require("int8_embeddings", is_possible, "False, unless int8_weights is True")
 
     def validate_neuron(self) -> None:
         """Refuses a neuron there is not, and constants that its equations do not have or make no sense with."""

@@ -1,6 +1,7 @@
 """From ModelArguments to a tokenizer, a configuration and a model, with every mistake reported before training."""
 
 import hashlib
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,12 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
-from modeling_spikelm.calibration import in_words
+from modeling_spikelm.calibration import INT8_FIELDS, in_words
 
 from .arguments import ModelArguments
 from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
+
+logger = logging.getLogger(__name__)
 
 # What calibration sets.
 _OF_NEURONS = re.compile(r"neurons\.\w+$")
@@ -74,10 +77,11 @@ def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, 
     return max(min(positions, tokenizer.model_max_length), seen)
 
 
-def load_config(arguments: ModelArguments, **fields: Any) -> PreTrainedConfig:
+def load_config(arguments: ModelArguments, trains: bool = False, **fields: Any) -> PreTrainedConfig:
     """The configuration of the checkpoint, of `--config_name` or of a new model, with `--config_overrides` applied.
 
     Args:
+        trains: the model is going to be trained, so its weights have to be float, whatever the checkpoint's are.
         fields: fields to set before the overrides (vocabulary size, labels).
 
     Raises:
@@ -106,6 +110,9 @@ def load_config(arguments: ModelArguments, **fields: Any) -> PreTrainedConfig:
         raise ValueError(
             f"{name} holds a model of type {config.model_type!r}, but --model_type says {arguments.model_type!r}."
         )
+    if trains and getattr(config, "int8_weights", False):
+        logger.info("%s has int8 weights, which are for inference: trained are the float ones they stand for.", name)
+        config = type(config).from_dict(config.to_dict() | dict.fromkeys(INT8_FIELDS, False))
     return config
 
 
@@ -150,6 +157,11 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
         model = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
         return _with_mean_loss(auto_class, model)
     refuse_quantised(name, config)
+    # Weights are loaded as they were stored, and what is to be trained is made float then.
+    stored = _int8_fields(arguments, config)
+    is_float_wanted = any(stored.values()) and not getattr(config, "int8_weights", False)
+    if is_float_wanted:
+        config = type(config).from_dict(config.to_dict() | stored)
     is_warm_start = arguments.model_type == SpikeLMConfig.model_type
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
@@ -190,20 +202,19 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             "save it again."
         )
     report_stored_dtypes(name, _weight_files(arguments))
+    if is_float_wanted:
+        model.dequantize_weights()
     return _with_mean_loss(auto_class, model)
 
 
-def refuse_int8_training(arguments: ModelArguments, config: PreTrainedConfig) -> None:
-    """Refuses to train a SpikeLM with int8 weights.
-
-    Raises:
-        ValueError: the configuration says `int8_weights`.
-    """
-    if getattr(config, "int8_weights", False):
-        raise ValueError(
-            f"--model_name_or_path {arguments.model_name_or_path} has int8 weights, which are for inference. Train the "
-            "float model that it was made of, or give --do_eval alone."
-        )
+def _int8_fields(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, bool]:
+    """How the weights of a SpikeLM checkpoint are stored; nothing of another model's."""
+    if config.model_type != SpikeLMConfig.model_type:
+        return {}
+    fields, _ = PreTrainedConfig.get_config_dict(
+        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
+    )
+    return {name: fields.get(name, False) for name in INT8_FIELDS}
 
 
 def _weight_files(arguments: ModelArguments) -> list[Path]:

@@ -15,6 +15,9 @@ from .neurons import HOW_TO_CALIBRATE, SpikingNeurons
 
 logger = logging.get_logger(__name__)
 
+# The fields that say how weights are stored, which loading does not change.
+INT8_FIELDS = ("int8_weights", "int8_embeddings")
+
 
 def neuron_groups(model: nn.Module) -> list[SpikingNeurons]:
     """Every group of neurons, in the order of the network."""
@@ -171,15 +174,14 @@ def check_int8_fits(name: Any, saved: Mapping[str, Any], given: Mapping[str, Any
     """
     if not saved:
         return
-    asked_for = given.get("int8_weights", False)
-    if saved.get("int8_weights", False) != asked_for:
-        raise ValueError(
-            f"{name} has no int8 weights, as int8_weights=True asks for; load it as it is and call "
-            "model.quantize_weights()."
-            if asked_for
-            else f"{name} has int8 weights, not those that int8_weights=False asks for; load it as it is, or load the "
-            "float model that it was made of."
-        )
+    for field in INT8_FIELDS:
+        found, asked_for = saved.get(field, False), given.get(field, False)
+        if found != asked_for:
+            mending = "model.dequantize_weights()" if found else "model.quantize_weights()"
+            raise ValueError(
+                f"{name} was saved with {field}={found}, so it cannot be loaded with {field}={asked_for}; load it as "
+                f"it is and call {mending}."
+            )
     differences = calibration_differences(saved, given) if saved.get("int8_weights") else {}
     if differences:
         raise ValueError(

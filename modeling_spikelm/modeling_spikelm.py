@@ -32,7 +32,7 @@ from .fast_paths import is_eager_on_cpu, is_transformed
 from .layers import SpikeLMLayer, SpikeLMSelfAttention, SpikeLMStepMean
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
-from .quantization import QuantizedLayer
+from .quantization import QuantizedLayer, make_embedding
 from .quick_layers import quick
 
 
@@ -41,9 +41,9 @@ class SpikeLMEmbeddings(nn.Module):
 
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.word_embeddings = make_embedding(config, config.vocab_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = make_embedding(config, config.max_position_embeddings)
+        self.token_type_embeddings = make_embedding(config, config.type_vocab_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -126,6 +126,11 @@ class SpikeLMLMPredictionHead(nn.Module):
     def __init__(self, config: SpikeLMConfig):
         super().__init__()
         is_tied = config.tie_word_embeddings
+        if is_tied and config.int8_embeddings:
+            raise ValueError(
+                "A masked-LM head shares its weight with the embeddings, which are int8 here (int8_embeddings=True). "
+                "Load the encoder with AutoModel, call dequantize_weights() and save it: that takes such a head."
+            )
         self.transform = SpikeLMPredictionHeadTransform(config)
         # Not called by `quick`: oneDNN copies the weight, which here is the largest, at the peak of memory.
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=not is_tied)
@@ -213,7 +218,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         self.pooler = SpikeLMPooler(config) if add_pooling_layer else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:

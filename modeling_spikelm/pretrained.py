@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .calibration import (
+    INT8_FIELDS,
     Calibration,
     as_batches,
     calibrated_groups,
@@ -24,7 +25,15 @@ from .calibration import (
 from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
 from .neurons import SpikingNeurons
 from .new_modules import watch_new_modules
-from .quantization import check_can_quantize, check_is_quantized, layer_stacks, quantize_layer
+from .quantization import (
+    QuantizedEmbedding,
+    check_can_quantize,
+    check_is_quantized,
+    dequantize_layer,
+    layer_stacks,
+    quantize_layer,
+    replace_embeddings,
+)
 
 
 class SpikingPreTrainedModel(PreTrainedModel):
@@ -179,25 +188,54 @@ class SpikingPreTrainedModel(PreTrainedModel):
         check_configuration(self)
         forget_amplitudes(self)
 
-    def quantize_weights(self) -> "SpikingPreTrainedModel":
+    def quantize_weights(self, embeddings: bool = False) -> "SpikingPreTrainedModel":
         """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
 
         Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Levels
         that the neurons have learned become a part of the weights, before they are rounded, and of the bias. Saved and
-        loaded like any SpikeLM; `config.int8_weights` says so. Embeddings, pooler and heads stay float32.
+        loaded like any SpikeLM; `config.int8_weights` says so. Pooler and heads stay float32.
+
+        Args:
+            embeddings: make the rows of the embeddings int8 too, which are real values and so are rounded once more:
+                a small model consists of them by half. Not for a model whose head shares their weight.
 
         Raises:
             ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
-                wear an adapter, or the configuration was changed since the model was built.
+                wear an adapter, the embeddings are shared, or the configuration was changed since the model was built.
         """
         check_configuration(self)
         stacks = layer_stacks(self)
         check_can_quantize((layer for stack in stacks for layer in stack), self.config)
+        if embeddings and self.get_output_embeddings() is not None:
+            raise ValueError(
+                "quantize_weights(embeddings=True) is for a model without a masked-LM head, which shares the weight of "
+                "the embeddings; leave the argument out, or quantise the encoder alone (AutoModel)."
+            )
         for stack in stacks:
             for number, layer in enumerate(stack):
                 stack[number] = quantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are SpikeLMLayers by now
-        self.config.int8_weights = True
+        if embeddings:
+            replace_embeddings(self, nn.Embedding, QuantizedEmbedding.of)
+        self.config.int8_weights, self.config.int8_embeddings = True, embeddings
         return self.eval()
+
+    def dequantize_weights(self) -> "SpikingPreTrainedModel":
+        """Makes int8 weights float32 again, in place, and returns the model, which can then be trained on.
+
+        It computes what it did before: what was rounded stays so. Levels that had become a part of the weights are the
+        neurons' again.
+
+        Raises:
+            ValueError: the weights are not int8.
+        """
+        if not self.config.int8_weights:
+            raise ValueError("dequantize_weights() is for a SpikeLM with int8 weights; this one's are float already.")
+        for stack in layer_stacks(self):
+            for number, layer in enumerate(stack):
+                stack[number] = dequantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are QuantizedLayers
+        replace_embeddings(self, QuantizedEmbedding, QuantizedEmbedding.dequantize)
+        self.config.int8_weights = self.config.int8_embeddings = False
+        return self
 
 
 # Arguments of from_pretrained that say where a checkpoint lies.
@@ -225,7 +263,7 @@ def _fields_asked_for(
         fields = config.to_dict()
     else:
         fields = _fields_of_checkpoint(config_class, config, location) | kwargs
-    return {name: fields[name] for name in (*CALIBRATION_FIELDS, "int8_weights") if name in fields}
+    return {name: fields[name] for name in (*CALIBRATION_FIELDS, *INT8_FIELDS) if name in fields}
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -7,7 +7,9 @@ A spike is `amplitude[t] * b` with `b` in {-1, 0, 1}, and a weight row is `weigh
 where the sum is an integer and therefore exact, in whatever order it is taken. Weights are rounded per output channel,
 symmetrically, scale = max|row| / 127; spikes lose nothing. Between a neuron and its product a spike is a uint8 code:
 0, 1, 2 for -1, 0, +1 (quantized_neurons.py). What learned levels add to a spike, a scale and a shift for each channel,
-goes into W before it is rounded, and into b. Embeddings, attention, LayerNorm, pooler and heads stay float32.
+goes into W before it is rounded, and into b. Attention, LayerNorm, pooler and heads stay float32, and so do the
+embeddings, unless they are asked for: their rows are then rounded like those of a weight, and are real values again
+when they are looked up.
 
 The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
 `(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.
@@ -15,7 +17,7 @@ What one part of a layer made for the next one alone may be overwritten there: a
 """
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,22 +61,83 @@ def has_int8_kernel(device: torch.device) -> bool:
     return MACHINE_HAS_INT8_KERNEL and device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
 
 
-class QuantizedLinear(nn.Module):
-    """`activation(W s + b)` or `residual + W s + b` for spikes s, with int8 weights and exact integer sums.
+class Int8Module(nn.Module):
+    """Row r of a matrix stands for `weight_scale[r] * int8_weight[r]`.
 
-    Buffers: `int8_weight` `(out, in)`, `weight_scale` float32 `(out,)`, above 0 once there are weights, and `bias`
-    float32 `(out,)`.
+    Buffers: `int8_weight` `(rows, columns)` and `weight_scale` float32 `(rows,)`, above 0 once there are weights.
     """
 
     int8_weight: torch.Tensor
     weight_scale: torch.Tensor
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.register_buffer("int8_weight", torch.zeros(rows, columns, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.zeros(rows, dtype=torch.float32))
+
+    def set_rows(self, weight: torch.Tensor) -> None:
+        """Rounds float `(rows, columns)`."""
+        largest = weight.abs().amax(1)
+        self.weight_scale = torch.where(largest > 0, largest / 127, 1.0)
+        self.int8_weight = torch.round(weight / self.weight_scale[:, None]).clamp_(-127, 127).to(torch.int8)
+
+    def rows(self) -> torch.Tensor:
+        """What the weights stand for, float32 `(rows, columns)`."""
+        return self.int8_weight.float() * self.weight_scale[:, None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Module":
+        # .to(torch.bfloat16) and the like cast every floating buffer; these stay float32.
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer.dtype == torch.float32:
+                setattr(self, name, buffer.to(self.int8_weight.device))
+        return self
+
+
+class QuantizedEmbedding(Int8Module):
+    """`nn.Embedding` with int8 rows: token ids of any shape to float32 vectors."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None):
+        super().__init__(num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, embedding: nn.Embedding) -> "QuantizedEmbedding":
+        quantized = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
+        quantized.set_rows(embedding.weight.float())
+        return quantized.eval()
+
+    def dequantize(self) -> nn.Embedding:
+        return nn.Embedding.from_pretrained(self.rows(), freeze=False, padding_idx=self.padding_idx)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.int8_weight[ids].float() * self.weight_scale[ids][..., None]
+
+
+def make_embedding(
+    config: SpikeLMConfig, size: int, padding_idx: int | None = None
+) -> nn.Embedding | QuantizedEmbedding:
+    """A new table of `size` vectors, of the kind that the configuration says."""
+    kind = QuantizedEmbedding if config.int8_embeddings else nn.Embedding
+    return kind(size, config.hidden_size, padding_idx=padding_idx)
+
+
+class QuantizedLinear(Int8Module):
+    """`activation(W s + b)` or `residual + W s + b` for spikes s, with int8 weights and exact integer sums.
+
+    Buffers: `int8_weight` `(out, in)`, `weight_scale` float32 `(out,)` and `bias` float32 `(out,)`.
+    """
+
     bias: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, activation: str | None = None):
-        super().__init__()
+        super().__init__(out_features, in_features)
         self.activation = activation
-        self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
         # The weights once more in oneDNN's layout, made when first needed.
         self._packed_weight: torch.Tensor | None = None
@@ -95,11 +158,20 @@ class QuantizedLinear(nn.Module):
         bias = torch.cat([linear.bias.float() for linear in linears])
         if neurons is not None:
             weight, bias = neurons.fold(weight, bias)
-        largest = weight.abs().amax(1)
-        self.weight_scale = torch.where(largest > 0, largest / 127, 1.0)
-        self.int8_weight = torch.round(weight / self.weight_scale[:, None]).clamp_(-127, 127).to(torch.int8)
+        self.set_rows(weight)
         self.bias = bias
         self._forget_packed_weight()
+
+    @torch.no_grad()
+    def dequantize(self, *linears: nn.Linear, neurons: QuantizedNeurons | None = None) -> None:
+        """Gives `linears` what the weights stand for: the reverse of `quantize`."""
+        weight, bias = self.rows(), self.bias
+        if neurons is not None:
+            weight, bias = neurons.unfold(weight, bias)
+        sizes = [linear.out_features for linear in linears]
+        for linear, own_weight, own_bias in zip(linears, weight.split(sizes), bias.split(sizes), strict=True):
+            linear.weight.copy_(own_weight)
+            linear.bias.copy_(own_bias)
 
     def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Codes `(B, L, in)` to float32 `(B, L, out)`; a `residual` of that shape is added to, in place."""
@@ -147,11 +219,7 @@ class QuantizedLinear(nn.Module):
         self._packed_weight = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        # .to(torch.bfloat16) and the like cast every floating buffer; scales and bias stay float32.
-        before = self.weight_scale, self.bias
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale, self.bias = (buffer.to(self.int8_weight.device) for buffer in before)
         self._forget_packed_weight()
         return self
 
@@ -175,9 +243,6 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
         self.query_key_value = QuantizedLinear(config.hidden_size, 3 * config.hidden_size)
         self.key_neurons = make_quantized_neurons(config, config.hidden_size, has_membrane=False)
         self.value_neurons = make_quantized_neurons(config, config.hidden_size, has_membrane=False)
-
-    def quantize(self, attention: SpikeLMSelfAttention) -> None:
-        self.query_key_value.quantize(attention.query, attention.key, attention.value, neurons=self.neurons)
 
     def forward(  # type: ignore[override]
         self, steps: Iterable[torch.Tensor], attention_mask: torch.Tensor | None = None, **kwargs: Any
@@ -247,14 +312,40 @@ class QuantizedLayer(nn.Module):
 
     def quantize(self, layer: SpikeLMLayer) -> None:
         """Takes over a float layer: int8 weights, and the levels of its spikes, its biases and LayerNorms."""
+        for own, neurons in self._neurons(layer):
+            own.take_over(neurons)
+        for product, neurons, linears in self._products(layer):
+            product.quantize(*linears, neurons=neurons)
+        self.attention.output.LayerNorm, self.output.LayerNorm = (
+            layer.attention.output.LayerNorm,
+            layer.output.LayerNorm,
+        )
+
+    def dequantize(self, layer: SpikeLMLayer) -> None:
+        """Makes a float layer one that computes the same: the reverse of `quantize`."""
+        for own, neurons in self._neurons(layer):
+            own.give_back(neurons)
+        for product, neurons, linears in self._products(layer):
+            product.dequantize(*linears, neurons=neurons)
+        layer.attention.output.LayerNorm, layer.output.LayerNorm = (
+            self.attention.output.LayerNorm,
+            self.output.LayerNorm,
+        )
+
+    def _neurons(self, layer: SpikeLMLayer) -> Iterator[tuple[QuantizedNeurons, SpikingNeurons]]:
+        """Every group of neurons, and its counterpart."""
         for name, module in self.named_modules():
             if isinstance(module, QuantizedNeurons):
-                module.take_over(layer.get_submodule(name))  # type: ignore[arg-type]  # its counterpart
-        self.attention.self.quantize(layer.attention.self)
-        for residual, float_residual in ((self.attention.output, layer.attention.output), (self.output, layer.output)):
-            residual.dense.quantize(float_residual.dense, neurons=residual.neurons)
-            residual.LayerNorm = float_residual.LayerNorm
-        self.intermediate.dense.quantize(layer.intermediate.dense, neurons=self.intermediate.neurons)
+                yield module, layer.get_submodule(name)
+
+    def _products(self, layer: SpikeLMLayer) -> Iterator[tuple[QuantizedLinear, QuantizedNeurons, list[nn.Linear]]]:
+        """Every product, the neurons whose spikes it takes, and its counterparts."""
+        attention = layer.attention.self
+        projections = [attention.query, attention.key, attention.value]
+        yield self.attention.self.query_key_value, self.attention.self.neurons, projections
+        yield self.attention.output.dense, self.attention.output.neurons, [layer.attention.output.dense]
+        yield self.intermediate.dense, self.intermediate.neurons, [layer.intermediate.dense]
+        yield self.output.dense, self.output.neurons, [layer.output.dense]
 
     @torch.no_grad()
     def forward(
@@ -300,11 +391,26 @@ def layer_stacks(model: nn.Module) -> list[nn.ModuleList]:
     return [stack for stack in stacks if any(isinstance(layer, kinds) for layer in stack)]
 
 
+def replace_embeddings(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
+    """Puts in the place of every table of a kind what `make` makes of it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, kind):
+                setattr(module, name, make(child))
+
+
 def quantize_layer(layer: SpikeLMLayer, config: SpikeLMConfig) -> QuantizedLayer:
     """The int8 counterpart of a calibrated float layer, in evaluation mode, on the layer's device."""
     quantized = QuantizedLayer(config).to(layer.output.dense.weight.device)
     quantized.quantize(layer)
     return quantized.eval()
+
+
+def dequantize_layer(layer: QuantizedLayer, config: SpikeLMConfig) -> SpikeLMLayer:
+    """A float layer that computes what an int8 one does, in the same mode, on the same device."""
+    float_layer = SpikeLMLayer(config).to(layer.output.dense.bias.device)
+    layer.dequantize(float_layer)
+    return float_layer.train(layer.training)
 
 
 def check_can_quantize(layers: Iterable[nn.Module], config: SpikeLMConfig) -> None:
@@ -349,8 +455,8 @@ def check_is_quantized(model: nn.Module, name: Any) -> None:
     Raises:
         ValueError: `model`, built for int8 weights, was loaded from a checkpoint `name` that has none.
     """
-    linears = (module for module in model.modules() if isinstance(module, QuantizedLinear))
-    if not all(bool(linear.weight_scale.all()) for linear in linears):
+    modules = (module for module in model.modules() if isinstance(module, Int8Module))
+    if not all(bool(module.weight_scale.all()) for module in modules):
         raise ValueError(
             f"{name} has no int8 weights, though int8_weights=True says so; load it as it is and call "
             "model.quantize_weights()."

@@ -59,8 +59,16 @@ class QuantizedNeurons(SpikingNeurons):
         """Calibrates the group to what calibrated float neurons emit."""
         self.set_amplitude(neurons.amplitude)
 
+    def give_back(self, neurons: SpikingNeurons) -> None:
+        """Calibrates float neurons to what this group emits."""
+        neurons.set_amplitude(self.amplitude)
+
     def fold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight `(out, F)` and bias `(out,)` that make of `amplitude * sign` what the given ones make of spikes."""
+        return weight, bias
+
+    def unfold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias that `fold` makes the given ones of."""
         return weight, bias
 
     def read_calibration(self) -> None:
@@ -144,6 +152,14 @@ class QuantizedLearnedNeurons(QuantizedNeurons):
         self.set_levels(neurons.levels(neurons.calibration()))
 
     @torch.no_grad()
+    def give_back(self, neurons: SpikingNeurons) -> None:
+        neurons.set_calibration(torch.cat((self.amplitude, self.scale.log(), self.shift, self.price())))
+
+    def price(self) -> torch.Tensor:
+        """What a spike costs in units of the squared inputs, `(1,)`: nothing here."""
+        return torch.zeros_like(self.scale[:1])
+
+    @torch.no_grad()
     def set_levels(self, levels: Levels) -> None:
         """Calibrates the group to these levels."""
         self.scale.copy_(levels.scale)
@@ -153,6 +169,10 @@ class QuantizedLearnedNeurons(QuantizedNeurons):
     def fold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`W diag(scale)` and `c + W shift`."""
         return weight * self.scale, bias + (weight * self.shift).sum(1)
+
+    def unfold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = weight / self.scale
+        return weight, bias - (weight * self.shift).sum(1)
 
     def forward(  # type: ignore[override]
         self, inputs: Iterable[torch.Tensor], may_overwrite: bool = False
@@ -188,6 +208,10 @@ class QuantizedThriftyNeurons(QuantizedLearnedNeurons):
     def set_levels(self, levels: Levels) -> None:
         super().set_levels(levels)
         self.cost.copy_(levels.cost)  # type: ignore[arg-type]  # thrifty neurons have one
+
+    def price(self) -> torch.Tensor:
+        # The same of every channel, but for rounding.
+        return (self.cost * self.scale.square()).median().view(1)
 
     def _fire(self, membrane: torch.Tensor, amplitude: float, may_overwrite: bool) -> torch.Tensor:
         # A threshold for each channel: as in learned.py, the quotient reaches 1 just where the membrane is above it.

@@ -25,7 +25,7 @@ from modeling_spikelm import (
 )
 from modeling_spikelm.learned import Levels, level_spikes_reference
 from modeling_spikelm.neurons import LearnedNeurons
-from modeling_spikelm.quantization import LINEARS, QuantizedLinear
+from modeling_spikelm.quantization import LINEARS, QuantizedEmbedding, QuantizedLinear
 from modeling_spikelm.quantized_neurons import (
     KINDS,
     QuantizedNeurons,
@@ -288,6 +288,59 @@ def test_with_levels_saved_and_loaded_it_is_the_same_and_learns_no_more(neuron, 
     assert not any("neurons." in name for name, _ in loaded.named_parameters())
     with pytest.raises(ValueError, match=r"int8 weights with the amplitudes of membrane_decay=0\.25"):
         SpikeLMModel.from_pretrained(tmp_path, membrane_decay=0.5)
+
+
+@pytest.mark.parametrize("neuron", ["elastic", "learned", "thrifty"])
+def test_dequantized_it_computes_the_same_and_can_be_trained_and_quantized_again(neuron, config, batch, tmp_path):
+    fields = {"spike_cost": 0.1} if neuron == "thrifty" else {}
+    model = calibrated(SpikeLMModel, with_neuron(config, neuron, **fields), batch).quantize_weights(embeddings=True)
+    before, weights = model(**batch).last_hidden_state, copy.deepcopy(model.state_dict())
+    assert model.dequantize_weights() is model
+    assert not model.config.int8_weights and not model.config.int8_embeddings
+    torch.testing.assert_close(model(**batch).last_hidden_state, before, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded, report = SpikeLMModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    loaded.train()(**batch).last_hidden_state.square().sum().backward()
+    assert loaded.embeddings.word_embeddings.weight.grad.any()
+    assert loaded.encoder.layer[0].attention.self.query.weight.grad.any()
+    again = model.quantize_weights(embeddings=True).state_dict()
+    for name, value in weights.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_int8_embeddings_are_the_rounded_rows_and_take_a_quarter_of_the_disk(config, batch, tmp_path):
+    model = calibrated(SpikeLMModel, config, batch)
+    table = model.embeddings.word_embeddings.weight.detach().clone()
+    model.save_pretrained(tmp_path / "float")
+    model.quantize_weights().save_pretrained(tmp_path / "int8")
+    model.dequantize_weights().quantize_weights(embeddings=True).save_pretrained(tmp_path / "both")
+    found = model.embeddings.word_embeddings(batch["input_ids"])
+    # Half a unit of the row's largest value over 127.
+    unit = table.abs().amax(1, keepdim=True) / 127
+    assert ((found - table[batch["input_ids"]]).abs() <= 0.501 * unit[batch["input_ids"]]).all()
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "both")]
+    tables = [module for module in model.modules() if isinstance(module, QuantizedEmbedding)]
+    assert len(tables) == 3
+    assert sizes[0] - sizes[1] > 0.8 * sum(3 * t.int8_weight.numel() - 4 * t.num_embeddings for t in tables)
+    loaded, report = SpikeLMModel.from_pretrained(tmp_path / "both", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert loaded.half().embeddings.word_embeddings.weight_scale.dtype == torch.float32
+
+
+def test_embeddings_that_a_head_shares_do_not_become_int8(config, batch, tmp_path):
+    with pytest.raises(ValueError, match="float already"):
+        calibrated(SpikeLMModel, config, batch).dequantize_weights()
+    with pytest.raises(ValueError, match="masked-LM head"):
+        calibrated(SpikeLMForMaskedLM, config, batch).quantize_weights(embeddings=True)
+    calibrated(SpikeLMModel, config, batch).quantize_weights(embeddings=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="shares its weight with the embeddings"):
+        SpikeLMForMaskedLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"int8_embeddings=False; load it as it is and call model\.dequantize"):
+        SpikeLMModel.from_pretrained(tmp_path, int8_embeddings=False)
+    with pytest.raises(ValueError, match="int8_embeddings=True is not possible"):
+        type(config)(int8_embeddings=True)
 
 
 def test_padding_changes_nothing(config, batch):
