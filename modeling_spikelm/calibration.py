@@ -179,8 +179,8 @@ def check_int8_fits(name: Any, saved: Mapping[str, Any], given: Mapping[str, Any
         if found != asked_for:
             mending = "model.dequantize_weights()" if found else "model.quantize_weights()"
             raise ValueError(
-                f"{name} was saved with {field}={found}, so it cannot be loaded with {field}={asked_for}; load it as "
-                f"it is and call {mending}."
+                f"{name} has {'' if found else 'no '}{field.replace('_', ' ')}, other than {field}={asked_for} asks "
+                f"for; load it as it is and call {mending}."
             )
     differences = calibration_differences(saved, given) if saved.get("int8_weights") else {}
     if differences:
