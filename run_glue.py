@@ -1,16 +1,18 @@
-"""Fine-tune any AutoModel on GLUE and print one table.
+"""Fine-tune any AutoModel on GLUE, or on your own data, and print one table.
 
     python run_glue.py --model_name_or_path CHECKPOINT --task_name cola rte --data_dir GLUE --output_dir OUT
+    python run_glue.py --model_name_or_path CHECKPOINT --train_file a.csv --validation_file b.csv --output_dir OUT
 
 Every task (and seed) is one stock Trainer run in a folder of its own, OUT/<task>[/seed_<seed>]; the table is
 OUT/glue_results.md and .json, the test predictions are in OUT/submission. The same command again goes on where it
-stopped; with other tasks it adds them to the folder and to the table.
+stopped; with other tasks it adds them to the folder and to the table. Your own data are one more task, own_data, with
+OUT/results.md and .json and, with --test_file, OUT/predictions.csv.
 """
 
 import importlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import DatasetDict
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedConfig,
@@ -61,8 +64,11 @@ from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
 from experiment.written_files import RECORD_NAME, WrittenFiles
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
-from glue_tasks.encoding import check_labels, encode, label_fields
+from glue_tasks.encoding import check_labels, classifier_of, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
+from glue_tasks.own_data import NAME as OWN_DATA
+from glue_tasks.own_data import OwnTask, load_own_data
+from glue_tasks.predictions import write_predictions
 from glue_tasks.scoring import (
     evaluation_at,
     make_compute_metrics,
@@ -80,7 +86,6 @@ from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "task_result.json"
-SUBMISSION_FOLDER = "submission"
 DEFAULT_EPOCHS = 3
 # Arguments that `plan_runs` gives each run of its own.
 SET_BY_PLAN = {
@@ -104,8 +109,8 @@ KEEPING_BEST = {
 
 @dataclass
 class TaskData:
-    """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data; and
-    the name of its teacher, if it has one."""
+    """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data; the
+    name of its teacher, if it has one; and whether a classifier of another size may start anew."""
 
     task: Task
     config: PreTrainedConfig
@@ -113,6 +118,7 @@ class TaskData:
     test_rows: dict[str, list[int]]
     fingerprint: str
     teacher: str | None
+    ignore_mismatched_sizes: bool = False
 
 
 @full_disk_errors()
@@ -125,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(training)
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
-        tasks = resolve_task_names(arguments.task_name)
+        tasks, load = find_tasks(model_arguments, arguments, teaching, training, given)
         plans = {task.name: plan_runs(task, arguments, training, given, len(tasks)) for task in tasks}
         runs = [run for plan in plans.values() for run in plan]
         if training.resume_from_checkpoint and len(runs) > 1:
@@ -133,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(model_arguments)
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
-        ready = [prepare(task, tokenizer, model_arguments, arguments, teaching, training.do_train) for task in tasks]
+        ready = [
+            prepare(task, load(task), tokenizer, model_arguments, arguments, teaching, training.do_train)
+            for task in tasks
+        ]
         check_evaluation(training, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
         start = {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)}
@@ -167,17 +176,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if records[run.output_dir].is_finished:
                 logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
             else:
-                submission = f"{SUBMISSION_FOLDER}/seed_{run.seed}" if arguments.num_seeds > 1 else SUBMISSION_FOLDER
                 run_record, repository = records[run.output_dir], repositories[run.output_dir]
-                run_task(
-                    data, run, tokenizer, model_arguments, teaching, spikes, run_record, record, repository, submission
-                )
+                seed = run.seed if arguments.num_seeds > 1 else None
+                run_task(data, run, tokenizer, model_arguments, teaching, spikes, run_record, record, repository, seed)
             if run.do_train:
                 record.release()
     results = finished_results(record)
     if results and training.process_index == 0:
-        with WrittenFiles(training.output_dir).writing("glue_results.json", "glue_results.md"):
-            print(write_table(build_table(results), training.output_dir))
+        name = "results" if arguments.is_own_data else "glue_results"
+        with WrittenFiles(training.output_dir).writing(f"{name}.json", f"{name}.md"):
+            print(write_table(build_table(results), training.output_dir, name))
     record.record_end()
 
 
@@ -197,7 +205,29 @@ def finished_results(record: RunRecord) -> list[ColumnResult]:
         # A run that went on from a named checkpoint may have had others.
         if all(arguments[name] == value for name, value in record.arguments.items() if name not in SET_BY_PLAN):
             results += [ColumnResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
-    return sorted(results, key=lambda result: (list(TASKS).index(result.task), result.seed))
+    return sorted(results, key=lambda result: ([*TASKS, OWN_DATA].index(result.task), result.seed))
+
+
+def find_tasks(
+    model_arguments: ModelArguments,
+    arguments: GlueArguments,
+    teaching: DistillationArguments,
+    training: GlueTrainingArguments,
+    given: Mapping[str, Any],
+) -> tuple[list[Task], Callable[[Task], DatasetDict]]:
+    """The tasks of the command, and what loads the splits of one: GLUE's by their names, or the user's by its files."""
+    if not arguments.is_own_data:
+        load = partial(load_task, data_dir=arguments.data_dir, cache_dir=model_arguments.cache_dir)
+        return resolve_task_names(arguments.task_name), load
+    files, classifier = arguments.own_files(training, given), None
+    if model_arguments.model_name_or_path:
+        classifier = classifier_of(load_config(model_arguments))
+    teacher = teaching.teacher_of(OWN_DATA)
+    if classifier is None and teacher:
+        location = {"revision": teaching.teacher_revision, "cache_dir": model_arguments.cache_dir}
+        classifier = classifier_of(AutoConfig.from_pretrained(teacher, **location))
+    task, splits = load_own_data(files, classifier)
+    return [task], lambda _: splits
 
 
 def check_strategies(arguments: GlueArguments, training: GlueTrainingArguments, given: Mapping[str, Any]) -> None:
@@ -295,7 +325,7 @@ def try_first_steps(
             continue
         # What there is to say about the checkpoint is said once.
         with nullcontext() if is_first else errors_only():
-            model = load_model(AutoModelForSequenceClassification, model_arguments, data.config)
+            model = load_task_model(data, model_arguments)
         is_first = False
         teacher = load_task_teacher(data, model_arguments, teaching)
         if teacher is not None:
@@ -307,18 +337,18 @@ def try_first_steps(
 
 def prepare(
     task: Task,
+    raw: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
     arguments: GlueArguments,
     teaching: DistillationArguments,
     trains: bool,
 ) -> TaskData:
-    """Load and tokenise a task and make its configuration; raises what is wrong with any of them."""
-    raw = load_task(task, arguments.data_dir, model_arguments.cache_dir)
+    """Tokenise a task's splits and make its configuration; raises what is wrong with any of them."""
     fields = label_fields(task)
     if model_arguments.model_name_or_path is None and model_arguments.config_name is None:
         fields |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    else:
+    elif not arguments.ignore_mismatched_sizes:
         check_labels(task, load_config(model_arguments))
     config = load_config(model_arguments, trains, **fields)
     tokenizer.model_max_length = longest_input(config, tokenizer)
@@ -332,7 +362,8 @@ def prepare(
         num_workers=arguments.preprocessing_num_workers,
     )
     test_rows = {name: raw[name]["idx"][: len(splits[name])] for name in task.test_splits if name in splits}
-    return TaskData(task, config, splits, test_rows, fingerprint(raw), teaching.teacher_of(task.name))
+    teacher = teaching.teacher_of(task.name)
+    return TaskData(task, config, splits, test_rows, fingerprint(raw), teacher, arguments.ignore_mismatched_sizes)
 
 
 def run_task(
@@ -345,21 +376,21 @@ def run_task(
     record: RunRecord,
     whole: RunRecord,
     repository: HubRepository | None,
-    submission: str,
+    seed: int | None,
 ) -> None:
     """Fine-tune, evaluate and predict with one seed: one result per validation split, kept in the run's folder.
 
     Args:
         record: the run's own.
         whole: that of the command.
-        submission: the folder for test predictions in the command's folder.
+        seed: the run's, where there are several; it is in the name of its predictions then.
     """
     task, splits = data.task, data.splits
     checkpoint = record.open(model_arguments.overwrite_output_dir, run.resume_from_checkpoint)
     trained = record.trained_model(checkpoint, run)
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
-        model = load_model(AutoModelForSequenceClassification, saved_by_run(model_arguments, trained), data.config)
+        model = load_task_model(data, saved_by_run(model_arguments, trained))
         teacher = load_task_teacher(data, model_arguments, teaching)
     if teacher is not None and not trained:
         take_real_valued_parts(model, teacher)
@@ -394,7 +425,7 @@ def run_task(
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:
-        predict(data, trainer, Path(whole.output_dir), submission)
+        predict(data, trainer, Path(whole.output_dir), seed)
     results = column_results(data, trainer, metrics, history, taught_by) if run.do_eval else []
     if trainer.is_world_process_zero():
         content = json.dumps([asdict(result) for result in results], indent=2) + "\n"
@@ -407,12 +438,20 @@ def run_task(
         importlib.import_module("wandb").finish()
 
 
+def load_task_model(data: TaskData, model_arguments: ModelArguments) -> PreTrainedModel:
+    return load_model(AutoModelForSequenceClassification, model_arguments, data.config, data.ignore_mismatched_sizes)
+
+
 def load_task_teacher(
     data: TaskData, model_arguments: ModelArguments, teaching: DistillationArguments
 ) -> Teacher | None:
+    """
+    Raises:
+        ValueError: it cannot be loaded, or is a classifier of other labels or in another order.
+    """
     if data.teacher is None:
         return None
-    return load_teacher(
+    teacher = load_teacher(
         data.teacher,
         data.config,
         is_classifier=True,
@@ -420,6 +459,11 @@ def load_task_teacher(
         cache_dir=model_arguments.cache_dir,
         attn_implementation=model_arguments.attn_implementation,
     )
+    classifier = classifier_of(teacher.model.config)
+    conflict = classifier.conflict(data.task) if classifier else None
+    if conflict:
+        raise ValueError(f"--teacher_name_or_path {conflict}; take a teacher of the same labels.")
+    return teacher
 
 
 def make_trainer(
@@ -432,14 +476,15 @@ def make_trainer(
     run: GlueTrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    validation = {name.removeprefix("validation_"): data.splits[name] for name in data.task.validation_splits}
+    names = [name for name in data.task.validation_splits if name in data.splits]
+    validation = {name.removeprefix("validation_"): data.splits[name] for name in names}
     trainer_class = WholeStepsTrainer if teacher is None else partial(DistillationTrainer, **teaching.options(teacher))
     trainer = trainer_class(
         model=model,
         args=run,
         data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=data.splits["train"],
-        eval_dataset=validation if len(validation) > 1 else validation["validation"],
+        train_dataset=data.splits.get("train"),
+        eval_dataset=validation if len(validation) > 1 else validation.get("validation"),
         processing_class=tokenizer,
         compute_metrics=make_compute_metrics(data.task, run.label_smoothing_factor),
         callbacks=list(callbacks),
@@ -454,19 +499,25 @@ def report(trainer: Trainer, phase: str, metrics: dict[str, float]) -> None:
     save_metrics(trainer, phase, metrics)
 
 
-def predict(data: TaskData, trainer: Trainer, output_dir: Path, submission: str) -> None:
-    """Write a submission file for every test split there is, and say so where there is none."""
-    folder = output_dir / submission
-    for split, column in zip(data.task.test_splits, data.task.columns, strict=True):
+def predict(data: TaskData, trainer: Trainer, output_dir: Path, seed: int | None) -> None:
+    """Write the predictions for every test split there is, and say so where GLUE has none."""
+    task = data.task
+    for split, column in zip(task.test_splits, task.columns, strict=True):
         if split not in data.splits:
-            logger.warning("%s has no test split here: no submission file for it.", column)
+            if not isinstance(task, OwnTask):
+                logger.warning("%s has no test split here: no submission file for it.", column)
             continue
         outputs = trainer.predict(data.splits[split], metric_key_prefix="predict").predictions
         if trainer.is_world_process_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            values = predicted_values(data.task, outputs).tolist()
-            with WrittenFiles(output_dir).writing(f"{submission}/{column}.tsv"):
-                path = write_submission(data.task, column, data.test_rows[split], values, folder)
+            name, rows = task.predictions_file(column, seed), data.test_rows[split]
+            path = output_dir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with WrittenFiles(output_dir).writing(name):
+                if isinstance(task, OwnTask):
+                    write_predictions(task, rows, outputs, path)
+                else:
+                    values = predicted_values(task, outputs).tolist()
+                    write_submission(task, column, rows, values, path.parent)
             logger.info("Wrote %s", path)
 
 
@@ -520,6 +571,7 @@ def make_card(
     data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel, model_arguments: ModelArguments
 ) -> RunCard:
     task = data.task
+    examples = len(data.splits.get("train", ()))
     chosen_by = str(run.metric_for_best_model).removeprefix("eval_")
     kept = f"the best by {chosen_by} on the validation set" if run.load_best_model_at_end else "the last"
     shown = {
@@ -532,8 +584,8 @@ def make_card(
         training=run,
         pipeline_tag="text-classification",
         auto_class="AutoModelForSequenceClassification",
-        training_data=f"Fine-tuned on {task.title} ({len(data.splits['train'])} examples); the epoch kept is {kept}.",
-        dataset_for_results=f"{task.title}, validation set",
+        training_data=f"Fine-tuned on {task.title} ({examples} examples); the epoch kept is {kept}.",
+        dataset_for_results=task.validation_title,
         datasets=[HUB_DATASET] if task.hub_config else [],
         figures={
             metric_key(task, split, name).removeprefix("eval_"): (f"{column}: {title}", form)

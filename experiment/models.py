@@ -140,10 +140,15 @@ def weights_digest(name: str | None) -> str | None:
     return hashlib.blake2b("\n".join(stamps).encode(), digest_size=8).hexdigest() if stamps else None
 
 
-def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+def load_model(
+    auto_class: Any, arguments: ModelArguments, config: PreTrainedConfig, ignore_mismatched_sizes: bool = False
+) -> PreTrainedModel:
     """The model of `--model_name_or_path`, or a new one, as `auto_class` (an Auto class) has it for this config.
 
     Its weights are float32, whatever the checkpoint's file or its configuration says.
+
+    Args:
+        ignore_mismatched_sizes: a head starts anew where its size is not the checkpoint's.
 
     Raises:
         ValueError: the weights are damaged, missing, quantised by a library or those of another architecture or size,
@@ -174,6 +179,7 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
             revision=arguments.model_revision,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             **options,
         )
     except SafetensorError as error:
@@ -187,6 +193,13 @@ def load_model(auto_class: Any, arguments: ModelArguments, config: PreTrainedCon
         raise ValueError(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"
         ) from error
+    of_another_size = sorted(key for key, *_ in loaded["mismatched_keys"])
+    body = [key for key in of_another_size if key.startswith(f"{model.base_model_prefix}.")]
+    if body:
+        raise ValueError(
+            f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {body[0]} and "
+            f"{len(body) - 1} more have another size, and --ignore_mismatched_sizes is about the classifier alone."
+        )
     # Heads and poolers may be new; an encoder that is new means that the weights were those of something else.
     encoder = [key for key in loaded["missing_keys"] if ".encoder." in key and not _OF_NEURONS.search(key)]
     if encoder:

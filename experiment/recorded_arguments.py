@@ -28,6 +28,7 @@ RECORDED = frozenset(
     teacher_name_or_path teacher_revision hidden_weight sentence_weight logits_weight value_relation_weight label_weight
     temperature train_embeddings
 
+    test_file text_pair_column_name label_column_name problem_type ignore_mismatched_sizes
     task_name data_dir pad_to_max_length task_epochs report_epoch num_seeds max_predict_samples spike_batches
 
     do_train do_eval do_predict seed data_seed full_determinism

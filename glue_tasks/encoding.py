@@ -1,6 +1,7 @@
 """From a task's sentences and labels to what a model takes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import DatasetDict
@@ -75,19 +76,51 @@ def label_fields(task: Task) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """What a checkpoint tells apart that is a sequence classifier already.
+
+    Attributes:
+        name: the checkpoint.
+        labels: their names in class order; "LABEL_0", ... where they have none, as that of a score has not.
+        problem_type: the kind of labels, if it is known.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    problem_type: str | None
+
+    @property
+    def is_unnamed(self) -> bool:
+        return self.labels == tuple(f"LABEL_{number}" for number in range(len(self.labels)))
+
+    def conflict(self, task: Task) -> str | None:
+        """How its labels are not those of a task in their order; `None` if they are, or have no names."""
+        wanted = task.labels or ("LABEL_0",)
+        if self.labels == wanted or (self.is_unnamed and len(self.labels) == len(wanted)):
+            return None
+        asked = "a single score" if task.labels is None else f"{list(task.labels)} in this order"
+        return f"{self.name} classifies {list(self.labels)}, but {task.name} asks for {asked}"
+
+
+def classifier_of(config: PreTrainedConfig) -> Classifier | None:
+    """The classifier that the checkpoint of a configuration is; `None` of any other checkpoint."""
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        return None
+    labels = tuple(config.id2label[number] for number in range(config.num_labels))
+    return Classifier(config.name_or_path, labels, config.problem_type)
+
+
 def check_labels(task: Task, config: PreTrainedConfig) -> None:
     """Refuse a checkpoint that is a classifier already, but not of this task's labels in this order.
 
     Raises:
         ValueError: the labels conflict. A checkpoint without a classifier, or whose labels have no names, never does.
     """
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        return
-    found = [config.id2label[number] for number in range(config.num_labels)]
-    unnamed = [f"LABEL_{number}" for number in range(1 if task.labels is None else len(task.labels))]
-    if found != unnamed and found != list(task.labels or []):
-        wanted = "a single score" if task.labels is None else f"{list(task.labels)} in this order"
+    classifier = classifier_of(config)
+    conflict = classifier.conflict(task) if classifier else None
+    if conflict:
         raise ValueError(
-            f"The checkpoint {config.name_or_path} classifies {found}, but {task.name} asks for {wanted}; start from "
-            "the checkpoint that it was fine-tuned from."
+            f"The checkpoint {conflict}; start from the checkpoint that it was fine-tuned from, or give "
+            "--ignore_mismatched_sizes to make its classifier anew where the number of labels differs."
         )

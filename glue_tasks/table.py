@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS
+from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, TASKS
 
 _METRIC_TITLES = {
     "accuracy": "accuracy",
@@ -179,12 +179,12 @@ def render_markdown(table: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "\n\n".join(_notes(table)), ""])
 
 
-def write_table(table: dict[str, Any], output_dir: str | Path) -> str:
-    """Write `glue_results.json` and `glue_results.md` to an existing folder; return the Markdown."""
+def write_table(table: dict[str, Any], output_dir: str | Path, name: str) -> str:
+    """Write `<name>.json` and `<name>.md` to an existing folder; return the Markdown."""
     markdown = render_markdown(table)
-    for name, text in (("glue_results.json", json.dumps(table, indent=2) + "\n"), ("glue_results.md", markdown)):
-        path = Path(output_dir) / name
-        unfinished = path.with_name(f"{name}.unfinished")
+    for suffix, text in ((".json", json.dumps(table, indent=2) + "\n"), (".md", markdown)):
+        path = Path(output_dir) / f"{name}{suffix}"
+        unfinished = path.with_name(f"{path.name}.unfinished")
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     return markdown
@@ -217,7 +217,7 @@ def _notes(table: dict[str, Any]) -> list[str]:
             f"Average: **{average['score']:.1f}**{spread if several else ''}, the unweighted mean of {which} columns of"
             f" the paper's average ({', '.join(average['columns'])}{missing})."
         )
-    else:
+    elif any(column["task"] in TASKS for column in columns):
         notes.append("Average: none, since no column of the paper's average was run.")
     if average["gap"] is not None:
         notes.append(
@@ -245,7 +245,7 @@ def _spike_note(average: dict[str, float], several_seeds: bool) -> str:
         "Energy is that of the whole model's arithmetic for one sequence by the 45 nm convention, 4.6 pJ per "
         "multiply-accumulate and 0.9 pJ per accumulate, without the moving of data; nothing was measured on a chip.",
         '"dense / this": how many times as much the same network takes without spikes.',
-        "docs/energy.md derives the figures, glue_results.json has those of the encoder alone as well.",
+        "docs/energy.md derives the figures, the JSON file beside this one has those of the encoder alone as well.",
         "With several seeds they are medians." if several_seeds else "",
         f"Means over the columns of the average: {', '.join(means)}." if means else "",
     ]

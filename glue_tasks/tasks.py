@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Transformers' names for kinds of labels, the `problem_type` of a configuration.
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -32,6 +35,19 @@ class Task:
         return self.columns[0]
 
     @property
+    def validation_title(self) -> str:
+        """What people call the data that it is scored on."""
+        return f"{self.title}, validation set"
+
+    def predictions_file(self, column: str, seed: int | None) -> str:
+        """Where the predictions for the test rows of a column go: a path from the output folder.
+
+        Args:
+            seed: of the run, if it is one of several.
+        """
+        raise NotImplementedError
+
+    @property
     def hub_config(self) -> str | None:
         """The configuration of `nyu-mll/glue` that it is, if it is one."""
         return None
@@ -44,8 +60,8 @@ class Task:
     def problem_type(self) -> str:
         """Transformers' name for the kind of labels, which decides the loss."""
         if self.labels is None:
-            return "regression"
-        return "multi_label_classification" if self.is_multi_label else "single_label_classification"
+            return REGRESSION
+        return MULTI_LABEL if self.is_multi_label else SINGLE_LABEL
 
     @property
     def metric_config(self) -> str:
@@ -104,6 +120,9 @@ class GlueTask(Task):
     @property
     def title(self) -> str:
         return f"GLUE {self.folder}" if self.on_hub else self.folder
+
+    def predictions_file(self, column: str, seed: int | None) -> str:
+        return f"submission/{column}.tsv" if seed is None else f"submission/seed_{seed}/{column}.tsv"
 
     @property
     def hub_config(self) -> str | None:

@@ -388,6 +388,8 @@ OWN_FLAGS = {
         "temperature": ["2", "0"],
     },
     "run_glue": {
+        "ignore_mismatched_sizes": ["True"],
+        "label_column_name": ["label"],
         "num_seeds": ["2", "0"],
         "pad_to_max_length": ["True"],
         "report_epoch": ["last", "nonsense"],

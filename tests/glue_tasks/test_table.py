@@ -156,7 +156,7 @@ def test_contradictory_results_are_refused():
 
 def test_both_files_are_written_and_agree(tmp_path):
     table = build_table([result("STS-B", 0.849)])
-    text = write_table(table, tmp_path)
+    text = write_table(table, tmp_path, "glue_results")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["glue_results.json", "glue_results.md"]
     assert json.loads((tmp_path / "glue_results.json").read_text()) == table
     assert (tmp_path / "glue_results.md").read_text() == text == render_markdown(table)
