@@ -1,6 +1,7 @@
 """Starts a training command, ends it at chosen moments and finds out where the kill fell.
 
-Nothing in the product helps: the output folder is watched, and Python's faulthandler tells what was being done.
+Nothing in the product helps: the output folder is watched, and Python's faulthandler tells what was being done. The
+script is run by this file, which registers that first.
 """
 
 import os
@@ -8,17 +9,15 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-# Python imports this at its start, in launched processes as well: SIGUSR1 then writes where the process is.
-_SHOW_STACK = """import faulthandler, os, signal
-faulthandler.register(signal.SIGUSR1, open(os.environ["STACK_FOLDER"] + f"/{os.getpid()}", "w"), all_threads=True)
-"""
+from tests.forked_processes import ROOT, ForkedProcess
+
 # Functions on the main thread's stack, the first that is there names what the process was doing.
 _PHASES = {
     "seal": "sealing a checkpoint",
@@ -65,11 +64,12 @@ class Command:
     """A command that trains into a folder and logs every step.
 
     Args:
-        argv: the command.
+        argv: the script and its arguments.
         folder: its --output_dir.
         scratch: a folder for what this class writes.
         steps_per_epoch: optimizer steps in one of the Trainer's epochs.
         environment: variables for it.
+        launch: flags of `accelerate launch`, if that starts it.
     """
 
     argv: list[str]
@@ -77,10 +77,10 @@ class Command:
     scratch: Path
     steps_per_epoch: int
     environment: dict[str, str] = field(default_factory=dict)
+    launch: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
-        (self.scratch / "sitecustomize.py").write_text(_SHOW_STACK)
         self.stacks = self.scratch / "stacks"
         self.log = self.scratch / "log.txt"
 
@@ -89,6 +89,7 @@ class Command:
         until: Callable[[], bool] | None = None,
         delay: float = 0.0,
         end: Callable[[], None] | None = None,
+        from_shell: bool = False,
     ) -> Life:
         """Starts the command and ends it so many seconds after something is so, unless it ends before.
 
@@ -96,16 +97,15 @@ class Command:
             until: is asked all the time; without it the command is left alone.
             delay: seconds.
             end: ends it; by default by `kill`.
+            from_shell: start it as a shell does, and not as a forked process.
 
         Raises:
             TimeoutError: it did neither end nor do what it was waited for; it is killed then.
         """
         shutil.rmtree(self.stacks, ignore_errors=True)
         self.stacks.mkdir()
-        own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(self.scratch)}
-        environment = os.environ | self.environment | own | {"STACK_FOLDER": str(self.stacks)}
-        with open(self.log, "w") as log:
-            self._process = process = subprocess.Popen(self.argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        self.log.write_text("")
+        self._process = process = self._start(from_shell)
         try:
             if until is not None:
                 _wait(lambda: process.poll() is not None or until())
@@ -127,28 +127,38 @@ class Command:
             output=self.log.read_text(),
         )
 
+    def _start(self, from_shell: bool) -> ForkedProcess | subprocess.Popen:
+        own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | self.environment | own | {"STACK_FOLDER": str(self.stacks)}
+        watched = ["tests/watched.py", *self.argv]
+        if not from_shell:
+            return ForkedProcess(watched, environment, self.log, self.log, self.launch)
+        launcher = ["-m", "accelerate.commands.launch", *self.launch] if self.launch else []
+        with self.log.open("w") as log:
+            command = [sys.executable, *launcher, *watched]
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
     def logged_steps(self) -> list[int]:
         epochs = re.findall(r"'loss': .*'epoch': '([^']+)'", self.log.read_text())
         return [round(float(epoch) * self.steps_per_epoch) for epoch in epochs]
 
     def processes(self) -> dict[int, str]:
-        """The running Python processes of the command, each with its RANK, which is "" for a launcher."""
-        mine = f"STACK_FOLDER={self.stacks}".encode()
+        """The running processes of the script, each with its RANK, which is "" without a launcher."""
         found = {}
         for stack in self.stacks.iterdir():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                variables = Path("/proc", stack.name, "environ").read_bytes().split(b"\0")
-                if mine in variables:
-                    ranks = [entry[5:].decode() for entry in variables if entry.startswith(b"RANK=")]
-                    found[int(stack.name)] = ranks[0] if ranks else ""
+            process, _, rank = stack.name.partition("-")
+            # Another process may have got the number since.
+            if _has_open(process, stack):
+                found[int(process)] = rank
         return found
 
     def signal(self, number: int, rank: str | None = None) -> None:
-        """Sends a signal to the process of that rank, or to all of them."""
-        for pid, its_rank in self.processes().items():
+        """Sends a signal to the process of that rank, "" for the launcher, or to all of them."""
+        processes = self.processes() | ({self._process.pid: ""} if self.launch else {})
+        for process, its_rank in processes.items():
             if rank in (None, its_rank):
                 with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+                    os.kill(process, number)
 
     def kill(self) -> None:
         """Ends all processes at once."""
@@ -165,11 +175,22 @@ class Command:
         return lambda: len(self.logged_steps()) >= count
 
     def _ask_for_stacks(self) -> None:
-        asked = [self.stacks / str(pid) for pid in self.processes()]
-        self.signal(signal.SIGUSR1)
+        asked = [self.stacks / f"{process}-{rank}" for process, rank in self.processes().items()]
+        for stack in asked:
+            with suppress(ProcessLookupError):
+                os.kill(int(stack.name.partition("-")[0]), signal.SIGUSR1)
         deadline = time.monotonic() + 0.2
         while not all(stack.stat().st_size for stack in asked) and time.monotonic() < deadline:
             time.sleep(0.0005)
+
+
+def _has_open(process: str, path: Path) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for descriptor in Path("/proc", process, "fd").iterdir():
+            with suppress(FileNotFoundError):  # closed in between
+                if descriptor.readlink() == path:
+                    return True
+    return False
 
 
 def _changed(path: Path) -> int | None:

@@ -1,9 +1,6 @@
 """Real processes (gloo) through run_mlm.py: their number changes neither the schedule nor what is trained."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +11,8 @@ from safetensors.torch import load_file
 import run_mlm
 from modeling_spikelm import SpikeLMForMaskedLM
 from tests.corpus import TINY, write_corpus
+from tests.forked_processes import launch_forked
 
-ROOT = Path(__file__).parent.parent
 STEPS, WARMUP = 20, 5
 NO_DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 GLOBAL_BATCH = 4
@@ -35,26 +32,20 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(corpus, tmp_path_factory):
-    """Trains on a number of processes and returns the output folder; each place once."""
+    """Trains alone, or on two processes as a file of accelerate_configs/ says, and returns the output folder; each
+    once."""
 
     @cache
-    def train(place: str, processes: int, *more: str) -> Path:
-        output = tmp_path_factory.mktemp(place)
-        launch = ["--config_file", f"accelerate_configs/{place}.yaml", "--num_processes", str(processes)]
-        launch += ["--main_process_port", "0", "--mixed_precision", "no"]
-        script = SHARDED if place == "fsdp2" else ON_A_CPU
-        files = ["--train_file", str(corpus), "--output_dir", str(output)]
-        batch = ["--per_device_train_batch_size", str(GLOBAL_BATCH // processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *launch, *script, *RUN, *files, *batch, *more],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def train(place: str | None, *more: str) -> Path:
+        output = tmp_path_factory.mktemp(place or "alone")
+        arguments = [*RUN, "--train_file", str(corpus), "--output_dir", str(output), *more]
+        if place is None:
+            run_mlm.main([*arguments, "--use_cpu", "--per_device_train_batch_size", str(GLOBAL_BATCH)])
+            return output
+        script = [*(SHARDED if place == "fsdp2" else ON_A_CPU), *arguments]
+        script += ["--per_device_train_batch_size", str(GLOBAL_BATCH // 2)]
+        flags = ["--num_processes", "2", "--mixed_precision", "no"]
+        done = launch_forked(place, script, *flags, ACCELERATE_TORCH_DEVICE="cpu")
         assert done.returncode == 0, done.stderr[-3000:]
         return output
 
@@ -68,7 +59,7 @@ def logged(folder: Path, name: str) -> list[float]:
 
 @pytest.mark.parametrize("place", ["two_cpu_processes", "fsdp2"])
 def test_losses_and_weights_do_not_depend_on_the_number_of_processes(place, train):
-    runs = train("single_cpu", 1), train(place, 2)
+    runs = train(None), train(place)
     one, two = (torch.tensor(logged(run, "loss")) for run in runs)
     assert len(one) == STEPS
     torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
@@ -79,15 +70,15 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes(place, trai
 
 def test_the_schedule_advances_once_per_step_whatever_the_number_of_processes(train):
     planned = [1e-3 * min(step / WARMUP, (STEPS - step) / (STEPS - WARMUP)) for step in range(STEPS)]
-    for run in (train("single_cpu", 1), train("two_cpu_processes", 2)):
+    for run in (train(None), train("two_cpu_processes")):
         assert logged(run, "learning_rate") == pytest.approx(planned, abs=1e-12)
 
 
 def test_a_warm_start_is_calibrated_as_by_a_single_process_on_sharded_weights_too(train, corpus, tmp_path):
-    base = train("single_cpu", 1)
+    base = train(None)
     more = ["--model_name_or_path", str(base), "--config_overrides", "amplitude_scale=6.0", "--max_steps", "1"]
     more += ["--spike_batches", "0", "--do_train"]
-    sharded = train("fsdp2", 2, *more)
+    sharded = train("fsdp2", *more)
     run_mlm.main([*RUN, "--use_cpu", "--train_file", str(corpus), *more, "--output_dir", str(tmp_path / "alone")])
     one, two = (
         {name: value for name, value in load_file(run / "model.safetensors").items() if name.endswith("amplitude")}

@@ -1,10 +1,7 @@
 """Whatever flags a command has, it ends with results, or with one line and a folder that it has not touched."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +19,7 @@ import run_glue
 import run_mlm
 from experiment.preemption import StopOnSigterm
 from modeling_spikelm import SpikeLMForMaskedLM
+from tests.forked_processes import launch_forked
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"run_mlm": run_mlm, "run_glue": run_glue}
@@ -177,16 +175,8 @@ run_mlm.main()
 
 def test_no_process_waits_for_one_whose_trial_fails(inputs, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING_ON_ONE)
-    launch = ["--config_file", "accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(tmp_path / "failing.py")]
-        + command(run_mlm, inputs, tmp_path / "run"),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    failing = [str(tmp_path / "failing.py"), *command(run_mlm, inputs, tmp_path / "run")]
+    done = launch_forked("two_cpu_processes", failing)
     assert done.returncode != 0
     assert "error: TypeError: only here (The first" in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 SAVE_STEPS = 4
 STEPS_PER_EPOCH = 10
 STEPS = 24
-TWO_PROCESSES = ["accelerate.commands.launch", "--config_file", "accelerate_configs/two_cpu_processes.yaml"]
+TWO_PROCESSES = ["--config_file", "accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0"]
 
 
 def arguments(corpus: Path, folder: Path, steps: int, *more: str) -> list[str]:
@@ -57,7 +57,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 
 
 def killable(corpus: Path, folder: Path, steps: int = STEPS, *more: str, **environment: str) -> Command:
-    argv = [sys.executable, "run_mlm.py", *arguments(corpus, folder / "run", steps, "--save_total_limit", "1", *more)]
+    argv = ["run_mlm.py", *arguments(corpus, folder / "run", steps, "--save_total_limit", "1", *more)]
     return Command(argv, folder / "run", folder / "scratch", STEPS_PER_EPOCH, environment)
 
 
@@ -154,8 +154,7 @@ def test_two_processes_over_a_stream_go_on_at_the_exact_example(corpus, tmp_path
     def command(name: str, *more: str) -> Command:
         folder = tmp_path / name / "run"
         script = ["run_mlm.py", *arguments(corpus, folder, steps, *shared, *more)]
-        argv = [sys.executable, "-m", *TWO_PROCESSES, "--main_process_port", "0", *script]
-        return Command(argv, folder, tmp_path / name / "scratch", steps_per_epoch=steps)
+        return Command(script, folder, tmp_path / name / "scratch", steps_per_epoch=steps, launch=TWO_PROCESSES)
 
     whole = command("whole", "--save_steps", "1")
     assert whole.run().code == 0
@@ -165,7 +164,7 @@ def test_two_processes_over_a_stream_go_on_at_the_exact_example(corpus, tmp_path
     assert life.code != 0 and repeated <= SAVE_STEPS
     for rank in ("1", ""):
         end = partial(cut.signal, signal.SIGTERM, rank)
-        life, repeated = next_life(cut, whole.folder, until=cut.has_logged(1), end=end)
+        life, repeated = next_life(cut, whole.folder, until=cut.has_logged(1), end=end, from_shell=not rank)
         # The launcher has a code of its own, and of the processes it names those that ended before it ended them.
         assert life.code == 1 and repeated == 0
         assert life.steps[-1] < steps
@@ -207,7 +206,7 @@ def test_a_full_disk_is_one_error_and_the_checkpoints_before_it_are_gone_on_from
             mount -o remount,size=100m {disk} && {json.dumps(sys.executable)} "$@" && cp -r {disk}/run {tmp_path}/ended
         """
         done = subprocess.run(
-            [*mount, script, "sh", *command.argv[1:]],
+            [*mount, script, "sh", *command.argv],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -252,7 +251,8 @@ def test_fifty_kills_at_any_moment_cost_at_most_save_steps_each_and_no_bit_of_th
             command = killable(corpus, tmp_path / str(rounds), steps, *push, **environment)
             while True:
                 how = {} if len(repeats) == kills else moment(command, chance, steps)
-                life, repeated = next_life(command, whole, **how)
+                # The Hub's address is looked up as libraries are imported.
+                life, repeated = next_life(command, whole, from_shell=True, **how)
                 if life.code == 0:
                     break
                 assert life.code == -signal.SIGKILL, life.output[-3000:]

@@ -1,10 +1,7 @@
 """A run goes on with other numbers of devices, accumulation steps and workers, and ends as one nobody interrupted."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,8 @@ from safetensors.torch import load_file
 
 import run_mlm
 from tests.corpus import TINY, write_corpus
+from tests.forked_processes import launch_forked
 
-ROOT = Path(__file__).parent.parent
 SEQUENCES, ROWS, STEPS, CUT_AT = 4, 22, 14, 4  # the last of six steps of an epoch has two rows left
 FEW_ROWS = ["--max_train_samples", str(ROWS)]
 STREAM = ["--streaming", "--shuffle_buffer_size", "20"]
@@ -79,16 +76,8 @@ def test_half_the_batch_and_twice_the_accumulation_is_the_same_run(corpus, cut, 
 
 
 def test_half_the_batch_and_twice_the_processes_is_the_same_run(corpus, cut, whole):
-    launch = ["--config_file", "accelerate_configs/two_cpu_processes.yaml", "--main_process_port", "0"]
     script = ["run_mlm.py", *arguments(corpus, cut, SEQUENCES // 2, *FEW_ROWS)]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, *script],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = launch_forked("two_cpu_processes", script)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_ended_alike(cut, whole)
 

@@ -39,6 +39,7 @@ from spike_metrics.counting import count
 from spike_metrics.evaluation import spike_figures
 from tests.carried_code import CODE
 from tests.corpus import TINY, write_corpus
+from tests.forked_processes import launch_forked
 from tests.hub_server import HubServer, check_card, run_client
 
 ROOT = Path(__file__).parent.parent
@@ -275,28 +276,31 @@ def test_what_was_cut_off_after_the_training_is_done_without_training_again(
     assert "| steps | 4 |" in (tmp_path / "README.md").read_text()
 
 
+PUSH_DATA_AND_RUN = """
+from pathlib import Path
+from datasets import Dataset
+import run_mlm
+Dataset.from_dict({{"text": {!r}}}).push_to_hub("tester/docs", "en")
+for command in {!r}:
+    run_mlm.main(command)
+    print("results of", Path(command[command.index("--output_dir") + 1], "train_results.json").stat().st_mtime_ns)
+"""
+
+
 def test_a_finished_run_on_hub_data_is_pushed_when_that_is_asked_for_and_only_once(tmp_path):
     documents = write_corpus(tmp_path / "topics.txt").read_text().split("\n\n")
-    push_data = (
-        f"from datasets import Dataset\nDataset.from_dict({{'text': {documents!r}}}).push_to_hub('tester/docs', 'en')"
-    )
     data = ["--dataset_name", "tester/docs", "--dataset_config_name", "en", "--vocab_size", "600"]
     command = [*data, "--config_overrides", TINY, *SHORT, "--output_dir", str(tmp_path / "run")]
     late = ["--push_to_hub", "--hub_model_id", "tester/late"]
-    trained_at = []
-    said = []
+    commands = [[*command, *more] for more in ([], late, late, [])]
     with HubServer() as hub:
-        assert run_client(hub, tmp_path, push_data).returncode == 0
-        for more in ([], late, late, []):
-            done = run_client(
-                hub, tmp_path, f"import run_mlm\nrun_mlm.main({[*command, *more]!r})", OMP_NUM_THREADS="1"
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            trained_at.append((tmp_path / "run" / "train_results.json").stat().st_mtime_ns)
-            said.append("This run is finished" in done.stdout)
+        done = run_client(hub, tmp_path, PUSH_DATA_AND_RUN.format(documents, commands), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr[-3000:]
         initial, pushed = hub.commits("tester/late")
-    assert said == [False, False, True, True]
-    assert len(set(trained_at)) == 1
+    *runs, rest = re.split(r"^results of (\d+)\n", done.stdout, flags=re.MULTILINE)
+    said, trained_at = runs[::2], runs[1::2]
+    assert ["This run is finished" in text for text in said] == [False, False, True, True]
+    assert len(trained_at) == 4 and len(set(trained_at)) == 1
     assert "model.safetensors" in pushed.files
     card = pushed.files["README.md"].decode()
     assert check_card(card) == ([], [])
@@ -663,11 +667,8 @@ def test_rows_with_labels_are_used_as_they_are(trained, tmp_path, monkeypatch):
             assert {"input_ids": tokens, "labels": labels} in rows
 
 
-def launch(place: str, *arguments: str, may_fail: bool = False) -> subprocess.CompletedProcess:
-    """`accelerate launch` with a configuration of ours, on a port that is free."""
-    configuration = ["--config_file", f"accelerate_configs/{place}.yaml", "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "run_mlm.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def on_two_processes(arguments: list[str], may_fail: bool = False) -> subprocess.CompletedProcess:
+    done = launch_forked("two_cpu_processes", ["run_mlm.py", *arguments])
     assert may_fail or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -676,7 +677,7 @@ def test_a_loss_that_is_not_finite_ends_every_process_and_is_said_once(corpus, t
     unstable = "--learning_rate 1e30 --max_grad_norm 0 --lr_scheduler_type constant --save_steps 1".split()
     command = from_scratch(corpus, *unstable, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path))
     # A process that goes on alone would wait for the other one for half an hour.
-    done = launch("two_cpu_processes", *command, may_fail=True)
+    done = on_two_processes(command, may_fail=True)
     assert done.returncode != 0
     assert done.stderr.count("error: The training stopped in step 2") == 1, done.stderr[-3000:]
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -692,9 +693,9 @@ def test_two_processes_train_what_one_trains_and_then_have_nothing_left_to_do(co
     overrides = f"{TINY},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
     shared = from_scratch(corpus, "--max_grad_norm", "0", "--validation_split_percentage", "20", *more)
     shared[shared.index("--config_overrides") + 1] = overrides
-    launch("single_cpu", *shared, "--output_dir", str(tmp_path / "one"))
+    run_mlm.main([*shared, "--output_dir", str(tmp_path / "one")])
     two = [*shared, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
-    launch("two_cpu_processes", *two)
+    on_two_processes(two)
     one, other = load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-5, msg=name)
@@ -706,20 +707,18 @@ def test_two_processes_train_what_one_trains_and_then_have_nothing_left_to_do(co
     assert results(tmp_path / "two")["eval_firing_rate"] == pytest.approx(
         results(tmp_path / "one")["eval_firing_rate"], rel=1e-3
     )
-    assert launch("two_cpu_processes", *two).stdout.count("This run is finished") == 1
+    assert on_two_processes(two).stdout.count("This run is finished") == 1
 
 
 def test_two_processes_prepare_what_one_prepares(corpus, tmp_path):
-    for place in ("single_cpu", "two_cpu_processes"):
-        launch(place, *from_scratch(corpus, "--prepare_only", "--output_dir", str(tmp_path / place)))
-    one, two = (load_from_disk(tmp_path / place) for place in ("single_cpu", "two_cpu_processes"))
+    command = from_scratch(corpus, "--prepare_only", "--output_dir")
+    run_mlm.main([*command, str(tmp_path / "one")])
+    on_two_processes([*command, str(tmp_path / "two")])
+    one, two = (load_from_disk(tmp_path / name) for name in ("one", "two"))
     assert {name: split[:] for name, split in one.items()} == {name: split[:] for name, split in two.items()}
-    vocabularies = [
-        AutoTokenizer.from_pretrained(tmp_path / place / "tokenizer").get_vocab()
-        for place in ("single_cpu", "two_cpu_processes")
-    ]
+    vocabularies = [AutoTokenizer.from_pretrained(tmp_path / name / "tokenizer").get_vocab() for name in ("one", "two")]
     assert vocabularies[0] == vocabularies[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["single_cpu", "two_cpu_processes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def broken_checkpoint(trained: Path, folder: Path, damage) -> Path:

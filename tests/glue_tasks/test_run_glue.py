@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from run_glue import TaskData, column_results, main
 from spike_metrics.counting import count
 from spike_metrics.evaluation import spike_figures
 from tests.clean_machine import run_on_clean_machine
+from tests.forked_processes import launch_forked
 from tests.hub_server import HubServer, check_card, run_client
 from tests.killing import Command
 
@@ -260,7 +260,7 @@ def test_sigterm_ends_with_its_code_and_the_same_command_as_if_it_had_not_come(w
     tasks = ["--task_name", "rte", "wnli", "--logging_steps", "1", "--save_strategy", "no", "--report_epoch", "last"]
 
     def process(name: str) -> Command:
-        argv = [sys.executable, "run_glue.py", *command(tiny_bert, data, tmp_path / name, *tasks)]
+        argv = ["run_glue.py", *command(tiny_bert, data, tmp_path / name, *tasks)]
         return Command([*argv, "--disable_tqdm", "True"], tmp_path / name, tmp_path / f"{name}-scratch", 10)
 
     assert process("whole").run().code == 0
@@ -465,18 +465,8 @@ def test_sentences_may_be_as_long_as_the_model_takes_whatever_the_tokenizer_says
 
 def test_two_processes_write_once_what_one_would(write_glue, tiny_bert, tmp_path):
     data = write_glue("MNLI", dev=7, test=5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    launch += ["--config_file", str(ROOT / "accelerate_configs" / "two_cpu_processes.yaml"), str(ROOT / "run_glue.py")]
-    run = subprocess.run(
-        [*launch, *command(tiny_bert, data, tmp_path / "out", "--task_name", "mnli")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    argv = ["run_glue.py", *command(tiny_bert, data, tmp_path / "out", "--task_name", "mnli")]
+    run = launch_forked("two_cpu_processes", argv, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("| MNLI-mm |") == 1
     columns = results(tmp_path / "out")["columns"]

@@ -1,18 +1,14 @@
 """Real processes (gloo): every process ends with the amplitudes of one process on the joined batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMForMaskedLM, SpikingNeurons
+from tests.forked_processes import launch_forked
 
-ROOT = Path(__file__).parent.parent.parent
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -52,14 +48,8 @@ dist.destroy_process_group()
 def test_processes_with_unequal_batches_agree_with_one_on_the_joined_batch(how, shares, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(len(shares))]
-    done = subprocess.run(
-        [*command, str(worker), json.dumps([SIZES, how, shares, str(tmp_path)])],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    argv = [str(worker), json.dumps([SIZES, how, shares, str(tmp_path)])]
+    done = launch_forked("two_cpu_processes", argv, "--num_processes", str(len(shares)))
     assert done.returncode == 0, done.stderr[-2000:]
     ranks = [torch.tensor(json.loads((tmp_path / f"rank{rank}.json").read_text())) for rank in range(len(shares))]
     for other in ranks[1:]:
