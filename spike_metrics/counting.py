@@ -8,6 +8,7 @@ BERT is counted by the same hooks.
 Shapes: B sequences of L tokens, T time steps, F features. Spiking modules see `(T * B, L, F)`, time step major.
 """
 
+import copy
 import inspect
 import re
 from collections import deque
@@ -271,7 +272,8 @@ def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: 
     """Runs the model over the batches, in evaluation mode and without gradients, and counts.
 
     Args:
-        model: any of our models or another encoder of Transformers, such as a BERT.
+        model: any of our models or another encoder of Transformers, such as a BERT. One with int8 weights fires the
+            spikes of the float model that these stand for, and that one is counted.
         batches: forward arguments, for instance a DataLoader; shapes may differ.
         include_padding: count padded positions like tokens, as published energies do.
 
@@ -279,6 +281,7 @@ def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: 
         ValueError: there is no batch, an attention mask is not `(B, L)`, or a spiking module emits something else
             than spikes.
     """
+    model = _with_float_spikes(model)
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -423,7 +426,7 @@ class SpikeCounter:
         if not isinstance(output, torch.Tensor):
             raise ValueError(
                 f"{name} ({type(module).__name__}) does not emit its spikes as one tensor, so they cannot be counted; "
-                "a quantised model fires the spikes of the model it was made from: count that one."
+                "of a model with int8 weights call dequantize_weights() first."
             )
         spikes = emitted_spikes(module, output)
         steps = self._counted_steps(spikes)
@@ -536,6 +539,7 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
     """
     if batch["input_ids"].shape[0] != 1:
         raise ValueError(f"record_spikes() takes one sequence, this batch holds {batch['input_ids'].shape[0]}.")
+    model = _with_float_spikes(model)
     spikes: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -554,6 +558,13 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
         for hook in hooks:
             hook.remove()
     return spikes
+
+
+def _with_float_spikes(model: nn.Module) -> nn.Module:
+    """The model, or a float copy of one with int8 weights, whose neurons emit codes, one time step after the other."""
+    if not getattr(getattr(model, "config", None), "int8_weights", False):
+        return model
+    return copy.deepcopy(model).dequantize_weights()  # type: ignore[operator]  # it is one of ours
 
 
 def spiking_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -385,3 +385,21 @@ def test_learned_levels_are_part_of_the_weights_so_what_is_counted_are_signs(neu
     torch.testing.assert_close(by_hand.flatten(0, 1), outputs["dense"], rtol=1e-4, atol=1e-5)
     # One amplitude is a part of the weights as well; later steps need it beside them.
     assert (product.scalings > 0) == (num_time_steps > 1)
+
+
+@pytest.mark.parametrize("neuron", ["elastic", "thrifty"])
+def test_int8_weights_fire_the_spikes_of_the_float_model_that_they_stand_for(neuron):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = SpikeLMModel(SpikeLMConfig(vocab_size=50, num_time_steps=STEPS, neuron=neuron, **sizes))
+    batch = {"input_ids": torch.arange(5, 17)[None]}
+    model.calibrate([batch])
+    quantized = copy.deepcopy(model).quantize_weights(embeddings=True)
+    counted, expected = count(quantized, [batch]), count(copy.deepcopy(quantized).dequantize_weights(), [batch])
+    assert counted.to_dict() == expected.to_dict()
+    assert counted.macs < counted.dense_macs and 0 < counted.firing_rate < 1
+    spikes = record_spikes(quantized, batch)
+    for group in counted.neurons:
+        assert torch.equal((spikes[group.name] > 0).sum(1), group.positive)
+    # The model that was counted is what it was.
+    assert quantized.config.int8_weights and quantized.embeddings.word_embeddings.int8_weight.dtype == torch.int8

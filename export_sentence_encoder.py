@@ -1,0 +1,185 @@
+"""Makes a trained SpikeLM encoder ready to be handed out: int8 weights, sentence embeddings, card, in the Hub's layout.
+
+    python export_sentence_encoder.py --model_name_or_path runs/converted --output_dir my-encoder
+
+What comes out loads with AutoModel and, as a model with mean pooling, with sentence-transformers. With --data_dir its
+card says how well it finds similar sentences, with --teacher_name_or_path next to the dense model that it learned from.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from configuration_spikelm import SpikeLMConfig
+from experiment.reporting import input_errors
+from glue_tasks.loading import load_task
+from glue_tasks.tasks import TASKS
+from modeling_spikelm import SpikeLMModel
+from spike_metrics.counting import count
+from spike_metrics.evaluation import FIGURES, spike_figures
+
+CARD = "README.md"
+SPEARMAN = "Spearman, STS-B validation, without fine-tuning"
+COUNTED_SENTENCES = 64
+# As every release of sentence-transformers reads them, of which the newest writes others.
+MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+
+
+@dataclass
+class ExportArguments:
+    model_name_or_path: str = field(metadata={"help": "The encoder: a folder of run_distill.py, or a name on the Hub."})
+    output_dir: str = field(metadata={"help": "Where it goes; must not exist or be empty."})
+    float_weights: bool = field(
+        default=False, metadata={"help": "Keep float32 weights; otherwise weights and embeddings become int8."}
+    )
+    max_seq_length: int = field(default=256, metadata={"help": "Longer texts are cut to so many tokens."})
+    base_model: str | None = field(default=None, metadata={"help": "For the card: the dense model's name on the Hub."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "For the card: GLUE in its own layout, of which STS-B/dev.tsv is measured."}
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "For the card: the dense model, measured in the same way."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    output = Path(arguments.output_dir)
+    with input_errors():
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"--output_dir {output} is not empty; name another folder.")
+        if arguments.teacher_name_or_path and not arguments.data_dir:
+            raise ValueError("--teacher_name_or_path is measured on --data_dir; name that as well, or leave it out.")
+        pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"] if arguments.data_dir else None
+        model = SpikeLMModel.from_pretrained(arguments.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+        if not arguments.float_weights and not model.config.int8_weights:
+            model.quantize_weights(embeddings=True)
+    # Beside the output, so that a half-written folder never has its name.
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_modules(partial, model.config.hidden_size, arguments.max_seq_length)
+    card_of(arguments, model, tokenizer, partial, pairs).save(partial / CARD)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 1e6:.1f} MB, {model.num_parameters():,} float parameters")
+
+
+def write_modules(folder: Path, width: int, max_seq_length: int) -> None:
+    """Tells sentence-transformers what it makes of the encoder: the mean over tokens, of unit length."""
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(MODULES.items())
+    ]
+    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    pooling |= {f"pooling_mode_{mode}": False for mode in ("cls_token", "max_tokens", "mean_sqrt_len_tokens")}
+    for name, content in (
+        ("modules.json", modules),
+        ("sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False}),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "cosine"}),
+        ("1_Pooling/config.json", pooling),
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def similarity(name: str | Path, pairs: Dataset) -> float:
+    """Spearman's correlation, times 100, of the cosine with the people's scores of STS-B."""
+    encoder = SentenceTransformer(str(name), device="cpu")
+    one, other = (encoder.encode(list(pairs[column])) for column in ("sentence1", "sentence2"))
+    return 100 * spearmanr((one * other).sum(1), pairs["label"]).statistic
+
+
+def card_of(
+    arguments: ExportArguments,
+    model: SpikeLMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    pairs: Dataset | None,
+) -> ModelCard:
+    """The card of the run that trained the encoder, completed by what it is now, or a short one where there is none."""
+    name = Path(arguments.output_dir).resolve().name
+    trained = Path(arguments.model_name_or_path, CARD)
+    card = ModelCard(
+        trained.read_text(encoding="utf-8") if trained.is_file() else f"---\nlicense: apache-2.0\n---\n\n# {name}\n"
+    )
+    card.data.pipeline_tag, card.data.library_name = "sentence-similarity", "sentence-transformers"
+    card.data.tags = sorted({*(card.data.tags or []), "sentence-transformers", "sentence-similarity"})
+    card.data.model_name, card.data.base_model = name, arguments.base_model
+    figures = figures_of(arguments, model, tokenizer, folder, pairs) if pairs is not None else {}
+    if figures:
+        card.data.eval_results = [
+            EvalResult(
+                task_type="sentence-similarity",
+                dataset_type="nyu-mll/glue",
+                dataset_name="STS-B, validation, without fine-tuning",
+                dataset_config="stsb",
+                dataset_split="validation",
+                metric_type="spearmanr",
+                metric_value=float(figures[SPEARMAN]),
+            )
+        ]
+    card.text = _with_section(card.text, name, section(name, arguments, model.config, figures))
+    return card
+
+
+def figures_of(
+    arguments: ExportArguments,
+    model: SpikeLMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    pairs: Dataset,
+) -> dict[str, str]:
+    """For the card: title and value of everything that is measured."""
+    found = {SPEARMAN: f"{similarity(folder, pairs):.1f}"}
+    if arguments.teacher_name_or_path:
+        found["the same of the dense model"] = f"{similarity(arguments.teacher_name_or_path, pairs):.1f}"
+    batch = tokenizer(list(pairs["sentence1"][:COUNTED_SENTENCES]), padding=True, return_tensors="pt")
+    counted = spike_figures(count(model, [batch]))
+    shown = ("firing_rate", "encoder_energy_mj", "encoder_dense_energy_mj", "encoder_energy_ratio")
+    return found | {FIGURES[key][0]: format(counted[key], FIGURES[key][1]) for key in shown}
+
+
+def section(name: str, arguments: ExportArguments, config: SpikeLMConfig, figures: dict[str, str]) -> str:
+    """How to use it, what its weights are, and what was measured."""
+    weights = "Weights and embeddings are int8" if config.int8_weights else "Weights are float32"
+    trained_on = (
+        ": products of spikes and weights are exact integer sums. `model.dequantize_weights()` gives float32 weights, "
+        "which can be trained on; `run_glue.py --model_name_or_path` does so by itself"
+        if config.int8_weights
+        else ""
+    )
+    table = "".join(f"| {title} | {value} |\n" for title, value in figures.items())
+    return (
+        "## Sentences\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f'encoder = SentenceTransformer("{name}", trust_remote_code=True)\n'
+        'vectors = encoder.encode(["A man is playing a guitar.", "Someone plays an instrument."])\n'
+        "print(encoder.similarity(vectors, vectors))\n```\n\n"
+        f"A sentence's vector is the mean over its tokens, of unit length; texts are cut to {arguments.max_seq_length} "
+        f"tokens. {weights}{trained_on}.\n\n" + (f"| | |\n|---|---|\n{table}\n" if figures else "")
+    )
+
+
+def _with_section(text: str, name: str, section: str) -> str:
+    """The card's text under the new name, with the section after its first paragraph."""
+    lines = text.strip().splitlines()
+    old = lines[0].removeprefix("# ")
+    renamed = "\n".join([f"# {name}", *(line.replace(f'"{old}"', f'"{name}"') for line in lines[1:])])
+    begin, heading, rest = renamed.partition("\n## ")
+    return f"{begin.rstrip()}\n\n{section}{heading.lstrip()}{rest}\n" if heading else f"{begin.rstrip()}\n\n{section}"
+
+
+if __name__ == "__main__":
+    main()

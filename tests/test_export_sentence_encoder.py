@@ -1,0 +1,114 @@
+"""A trained encoder becomes a small folder that two libraries load where nobody knows us."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+import export_sentence_encoder
+from modeling_spikelm import SpikeLMModel
+from tests.clean_machine import run_on_clean_machine
+from tests.glue_tasks.conftest import write_tasks
+
+WORDS = "row of train dev test question sentence mark and more".split()
+SENTENCES = ["row of train", "question of dev test and more", "mark"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(str, range(10))]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)).save_pretrained(folder)
+    BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(folder)
+    export_sentence_encoder.write_modules(folder, 32, 32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(bert, tmp_path_factory) -> Path:
+    """What run_distill.py leaves behind: a calibrated encoder, its tokenizer and its card."""
+    folder = tmp_path_factory.mktemp("runs") / "converted"
+    fields = {"neuron": "thrifty", "spike_cost": 0.1, "num_time_steps": 1}
+    model, tokenizer = SpikeLMModel.from_pretrained(bert, **fields), AutoTokenizer.from_pretrained(bert)
+    model.calibrate([tokenizer(SENTENCES, padding=True, return_tensors="pt")])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = (
+        '# converted\n\nA SpikeLM.\n\n## How to load it\n\nfrom_pretrained("converted")\n\n## Training\n\nIt learned.\n'
+    )
+    (folder / "README.md").write_text(f"---\nlicense: apache-2.0\ntags:\n- spikelm\n---\n\n{text}")
+    return folder
+
+
+def test_both_libraries_load_it_where_nobody_knows_us(trained, tmp_path):
+    export_sentence_encoder.main(["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "encoder")])
+    done = run_on_clean_machine(f"""
+import json, torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+folder, sentences = {str(tmp_path / "encoder")!r}, {SENTENCES!r}
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert model.embeddings.word_embeddings.int8_weight.dtype == torch.int8
+encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+print(json.dumps(encoder.encode(sentences).tolist()))
+""")
+    assert done.returncode == 0, done.stderr
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    model, tokenizer = SpikeLMModel.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    states, is_token = model.eval()(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    expected = torch.nn.functional.normalize((states * is_token).sum(1) / is_token.sum(1), dim=-1)
+    # The mean over tokens of the float model, but for int8's rounding, which now and then moves a spike.
+    assert (found * expected).sum(1).min() > 0.98
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+
+
+def test_its_card_keeps_how_it_was_trained_and_says_what_was_measured(trained, bert, tmp_path):
+    flags = [
+        "--data_dir",
+        str(write_tasks(tmp_path / "glue", "STS-B")),
+        "--base_model",
+        "someone/bert",
+        "--max_seq_length",
+        "32",
+    ]
+    flags += ["--teacher_name_or_path", str(bert), "--output_dir", str(tmp_path / "mine")]
+    export_sentence_encoder.main(["--model_name_or_path", str(trained), *flags])
+    card = ModelCard.load(tmp_path / "mine/README.md")
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "someone/bert")
+    assert {"spikelm", "sentence-transformers"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_type == "spearmanr"
+    assert card.text.lstrip().startswith("# mine\n") and 'from_pretrained("mine")' in card.text
+    assert "converted" not in card.text and "## Training\n\nIt learned." in card.text
+    for title in (
+        "without fine-tuning | ",
+        "the same of the dense model | ",
+        "firing rate | ",
+        "dense / this, encoder | ",
+    ):
+        assert f"{title}" in card.text
+    assert "cut to 32 tokens" in card.text
+
+
+def test_float_weights_stay_what_they_are_if_that_is_asked_for(trained, tmp_path):
+    flags = ["--output_dir", str(tmp_path / "float"), "--float_weights"]
+    export_sentence_encoder.main(["--model_name_or_path", str(trained), *flags])
+    weights = SpikeLMModel.from_pretrained(trained).state_dict()
+    for name, value in SpikeLMModel.from_pretrained(tmp_path / "float").state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_a_folder_with_something_in_it_and_a_teacher_without_data_are_refused(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    start = ["--model_name_or_path", str(trained), "--output_dir"]
+    with pytest.raises(SystemExit, match="is not empty; name another folder"):
+        export_sentence_encoder.main([*start, str(tmp_path)])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(SystemExit, match="measured on --data_dir"):
+        export_sentence_encoder.main([*start, str(tmp_path / "new"), "--teacher_name_or_path", str(trained)])
+    assert not (tmp_path / "new").exists()
