@@ -1,9 +1,6 @@
 """A task of the user's own: what kind it is, its labels and its splits, found out from the files themselves."""
 
-import json
 import logging
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,17 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from glue_tasks.encoding import Classifier
 from glue_tasks.loading import SENTENCES
+from glue_tasks.own_labels import (
+    LabelColumn,
+    check_kind,
+    check_variety,
+    class_names,
+    class_numbers,
+    encoded,
+    listed,
+    looks_like,
+    read_labels,
+)
 from glue_tasks.tables import Table, read_table
 from glue_tasks.tasks import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Task
 
@@ -37,13 +45,6 @@ METRICS = {
     MULTI_LABEL: ("micro_f1", "macro_f1", "subset_accuracy"),
 }
 FLAGS = "--text_column_name, and --text_pair_column_name for pairs"
-
-_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
-# Numbers with a zero before them are codes, and no numbers.
-_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_NAMES_SHOWN = 10
-_NO_NUMBERS = ("nan", "inf", "infinity")
-_KINDS = {int: "whole numbers", float: "numbers", str: "text", list: "lists"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +117,21 @@ def load_own_data(files: OwnFiles, classifier: Classifier | None = None) -> tupl
     texts = _text_columns(first, files, label)
     if label in texts:
         raise ValueError(f"{first.path}: the column {label!r} cannot hold both the label and a text.")
-    labels: dict[str, list[Any]] = {}
+    labels: dict[str, LabelColumn] = {}
     for split, table in tables.items():
-        _require(table, [*texts, *([label] if split != "test" else [])], first)
+        _require(table, texts if split == "test" else [*texts, label], first)
         if split != "test":
-            tables[split], labels[split] = _usable_rows(table, texts, label)
-    task = _task(files, tables, labels, label, classifier)
+            tables[split], labels[split] = _usable_rows(table, texts, label, files.problem_type)
+    task = _task(files, labels, classifier)
     if "train" in tables and "validation" in tables:
         _refuse_the_same(tables["train"], tables["validation"], texts)
-    numbers = _class_numbers(task, labels, classifier)
-    splits = DatasetDict()
-    for split, table in tables.items():
-        columns = {
-            name: _texts(table, column, is_test=split == "test") for name, column in zip(SENTENCES, texts, strict=False)
-        }
-        features = dict.fromkeys(columns, Value("string")) | {"idx": Value("int32")}
-        columns["idx"] = list(range(len(table)))
-        if split != "test":
-            columns["label"] = _encoded(task, numbers, table, labels[split], files.train)
-            features["label"] = _label_feature(task)
-        splits[split] = Dataset.from_dict(columns, features=Features(features))
-    return task, splits
+    splits = {
+        split: {name: _texts(table, column, split) for name, column in zip(SENTENCES, texts, strict=False)}
+        for split, table in tables.items()
+    }
+    for split, values in _label_values(task, files, labels, classifier).items():
+        splits[split]["label"] = values
+    return task, DatasetDict({split: _dataset(task, columns) for split, columns in splits.items()})
 
 
 def _label_column(table: Table, files: OwnFiles) -> str:
@@ -180,9 +175,9 @@ def _require(table: Table, names: Sequence[str], first: Table) -> None:
         )
 
 
-def _usable_rows(table: Table, texts: Sequence[str], label: str) -> tuple[Table, list[Any]]:
+def _usable_rows(table: Table, texts: Sequence[str], label: str, problem_type: str | None) -> tuple[Table, LabelColumn]:
     """The rows with a text and a label, and these labels; what is left out is said."""
-    labels = [_read_label(cell, table, place) for cell, place in zip(table.columns[label], table.places, strict=True)]
+    labels = read_labels(table, label, problem_type)
     is_blank = [not any(map(_has_text, cells)) for cells in zip(*(table.columns[name] for name in texts), strict=True)]
     unlabelled = [row for row, value in enumerate(labels) if value is None]
     blank = [row for row, value in enumerate(labels) if value is not None and is_blank[row]]
@@ -199,38 +194,12 @@ def _usable_rows(table: Table, texts: Sequence[str], label: str) -> tuple[Table,
         "%s: %d rows read, %d used, %d dropped%s.",
         *(table.path, len(table), len(used), len(table) - len(used), f": {' and '.join(reasons)}" if reasons else ""),
     )
-    return table.select(used), [labels[row] for row in used]
+    kept = table.select(used)
+    return kept, LabelColumn(table.path, label, kept.places, [labels[row] for row in used])
 
 
 def _has_text(cell: Any) -> bool:
     return cell is not None and (not isinstance(cell, str) or bool(cell.strip()))
-
-
-def _read_label(cell: Any, table: Table, place: str) -> Any:
-    """A cell as an int, a float, a text or a list of these; `None` if there is nothing in it."""
-    if cell is None:
-        return None
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    if isinstance(cell, list):
-        return [_read_label(entry, table, place) for entry in cell]
-    if isinstance(cell, int | float):
-        return cell
-    if not isinstance(cell, str):
-        raise ValueError(f"{place}: {cell!r} is no label: neither a text nor a number nor a list.")
-    text = cell.strip()
-    if not text or table.is_typed:
-        return text or None
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _NUMBER.fullmatch(text):
-        return float(text)
-    if text.startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f'{place}: {text[:50]!r} is no JSON list such as ["a", "b"] ({error}).') from error
-    return text
 
 
 def _refuse_the_same(train: Table, validation: Table, columns: Sequence[str]) -> None:
@@ -252,46 +221,28 @@ def _refuse_the_same(train: Table, validation: Table, columns: Sequence[str]) ->
         )
 
 
-def _task(
-    files: OwnFiles,
-    tables: dict[str, Table],
-    labels: dict[str, list[Any]],
-    label: str | None,
-    classifier: Classifier | None,
-) -> OwnTask:
-    problem_type = files.problem_type
-    if classifier and not files.train:
-        problem_type = problem_type or _its_problem_type(classifier)
-    if problem_type is None and labels:
-        split = next(iter(labels))
-        problem_type = _looks_like(tables[split], labels[split], label)
-    if problem_type is None:
-        problem_type = SINGLE_LABEL
-    for split, values in labels.items():
-        _check_kind(problem_type, tables[split], values, label)
-    names = None
-    if files.train:
-        if len(set(map(repr, labels["train"]))) == 1:
-            raise ValueError(
-                f"{files.train}: every row has the same label, {labels['train'][0]!r}, so there is nothing to learn."
-            )
-        if problem_type != REGRESSION:
-            names = _class_order(labels["train"], classifier)
-    elif classifier is None:
+def _task(files: OwnFiles, labels: dict[str, LabelColumn], classifier: Classifier | None) -> OwnTask:
+    if not files.train and classifier is None:
         raise ValueError(
             "Without --train_file the labels are those of the checkpoint, and it is no classifier yet. Name one that "
             "was fine-tuned with --model_name_or_path, or give --train_file."
         )
-    elif problem_type != REGRESSION:
-        names = classifier.labels
-    metrics = METRICS[problem_type]
-    shown = f"{len(names)} labels: {_listed(names)}" if names else "a score"
-    logger.info("This is a task of the kind %s, with %s.", problem_type, shown)
+    problem_type = files.problem_type or _problem_type(files, labels, classifier)
+    for column in labels.values():
+        check_kind(column, problem_type)
+    names = classifier.labels if classifier else ()
+    if files.train:
+        check_variety(labels["train"])
+        names = () if problem_type == REGRESSION else class_names(labels["train"], classifier)
+    if problem_type == REGRESSION:
+        logger.info("The labels are scores.")
+    else:
+        logger.info("The labels are %d: %s (%s).", len(names), listed(names), problem_type)
     return OwnTask(
         name=NAME,
-        labels=names,
-        metrics=metrics,
-        shown_metric=metrics[0],
+        labels=None if problem_type == REGRESSION else names,
+        metrics=METRICS[problem_type],
+        shown_metric=METRICS[problem_type][0],
         columns=(NAME,),
         is_multi_label=problem_type == MULTI_LABEL,
         train_file=files.train,
@@ -299,121 +250,37 @@ def _task(
     )
 
 
-def _its_problem_type(classifier: Classifier) -> str | None:
-    return classifier.problem_type or (REGRESSION if len(classifier.labels) == 1 else None)
+def _problem_type(files: OwnFiles, labels: dict[str, LabelColumn], classifier: Classifier | None) -> str:
+    """What a classifier that is not trained any more says of itself, or else what the labels look like."""
+    if classifier and not files.train and classifier.problem_type:
+        return classifier.problem_type
+    if classifier and not files.train and len(classifier.labels) == 1:
+        return REGRESSION
+    return looks_like(next(iter(labels.values()))) if labels else SINGLE_LABEL
 
 
-def _looks_like(table: Table, labels: list[Any], column: str | None) -> str:
-    """The kind of task that labels are of: lists, scores, or names and whole numbers of classes."""
-    first_rows: dict[type, int] = {}
-    for row, value in enumerate(labels):
-        first_rows.setdefault(type(value), row)
-    kinds = set(first_rows)
-    if kinds == {list}:
-        return MULTI_LABEL
-    if kinds <= {int, float}:
-        return REGRESSION if float in kinds else SINGLE_LABEL
-    if kinds == {str}:
-        return SINGLE_LABEL
-    if kinds <= {str, int, float}:
-        _refuse_no_numbers(table, labels, column)
-    found = " and ".join(f"{_KINDS[kind]} ({table.places[row]}: {labels[row]!r})" for kind, row in first_rows.items())
-    raise ValueError(
-        f"{table.path}: column {column!r} mixes {found}. Write all labels in one way, or give --problem_type "
-        f"{SINGLE_LABEL} to take each as the name of a class."
-    )
-
-
-def _refuse_no_numbers(table: Table, labels: list[Any], column: str | None) -> None:
-    """Refuses "nan" among numbers, where every text is such a one."""
-    texts = [(row, value) for row, value in enumerate(labels) if isinstance(value, str)]
-    if all(value.lower().lstrip("+-") in _NO_NUMBERS for _, value in texts):
-        row, value = texts[0]
-        raise _no_score(table, row, value, column)
-
-
-def _no_score(table: Table, row: int, value: Any, column: str | None) -> ValueError:
-    return ValueError(
-        f"{table.places[row]}: {value!r} in column {column!r} is no score. A score is a finite number; leave the cell "
-        "empty where there is none, and the row is left out."
-    )
-
-
-def _check_kind(problem_type: str, table: Table, labels: list[Any], column: str | None) -> None:
-    """Refuses the first label that is none of its kind."""
-    for row, value in enumerate(labels):
-        place = f"{table.places[row]}: {value!r} in column {column!r}"
-        if problem_type == REGRESSION:
-            if isinstance(value, str | list) or not math.isfinite(float(str(value))):
-                raise _no_score(table, row, value, column)
-        elif problem_type == MULTI_LABEL:
-            if not isinstance(value, list) or not all(isinstance(entry, str | int) for entry in value):
-                raise ValueError(f"{place} is no list of labels, names or whole numbers, as {MULTI_LABEL} needs it.")
-            if len(set(map(str, value))) < len(value):
-                raise ValueError(f"{place} has a label twice; write the labels that a row has, not 0 and 1 for each.")
-        elif isinstance(value, list):
-            raise ValueError(f"{place} is a list, and a row has one label in {problem_type}.")
-
-
-def _class_order(labels: list[Any], classifier: Classifier | None) -> tuple[str, ...]:
-    entries = _entries(labels)
-    are_numbers = all(isinstance(entry, int) for entry in entries)
-    names = tuple(map(str, sorted(entries))) if are_numbers else tuple(sorted(map(str, entries)))
-    if classifier is None or classifier.is_unnamed:
-        return names
-    are_its_numbers = are_numbers and entries == set(range(len(classifier.labels)))
-    return classifier.labels if are_its_numbers or set(names) == set(classifier.labels) else names
-
-
-def _entries(labels: list[Any]) -> set[Any]:
-    """Every label there is, also within lists."""
-    return {entry for value in labels for entry in (value if isinstance(value, list) else [value])}
-
-
-def _class_numbers(task: OwnTask, labels: dict[str, list[Any]], classifier: Classifier | None) -> dict[str, int]:
-    """The number of every class by what it is called in the files: its name, or the number itself."""
-    names = task.labels or ()
-    entries = _entries(next(iter(labels.values()), []))
-    if classifier and all(isinstance(entry, int) for entry in entries) and not set(map(str, entries)) & set(names):
-        numbered = ", ".join(f"{number} = {name}" for number, name in enumerate(names))
-        logger.info("The labels are taken for the class numbers of %s: %s.", classifier.name, numbered)
-        return {str(number): number for number in range(len(names))}
-    return {name: number for number, name in enumerate(names)}
-
-
-def _encoded(
-    task: OwnTask, numbers: dict[str, int], table: Table, labels: list[Any], train_file: str | None
-) -> list[Any]:
-    """Class numbers, scores, or 0.0 and 1.0 for every label."""
+def _label_values(
+    task: OwnTask, files: OwnFiles, labels: dict[str, LabelColumn], classifier: Classifier | None
+) -> dict[str, list[Any]]:
+    """Of every split with labels, the values of the column `label`."""
     if task.labels is None:
-        return [float(value) for value in labels]
-    those = f"that {train_file} has" if train_file else "of the checkpoint"
-
-    def number_of(entry: Any, row: int) -> int:
-        if str(entry) not in numbers:
-            raise ValueError(
-                f"{table.places[row]}: the label {str(entry)!r} is none of those {those}: {_listed(tuple(numbers))}. "
-                "Correct it, leave the row out, or train on rows that have it."
-            )
-        return numbers[str(entry)]
-
-    if not task.is_multi_label:
-        return [number_of(value, row) for row, value in enumerate(labels)]
-    rows = [{number_of(entry, row) for entry in value} for row, value in enumerate(labels)]
-    return [[float(number in row) for number in range(len(task.labels))] for row in rows]
+        return {split: [float(value) for value in column.values] for split, column in labels.items()}
+    numbers = class_numbers(task.labels, next(iter(labels.values()), None), classifier)
+    source = files.train or "the checkpoint"
+    return {split: encoded(column, numbers, task.is_multi_label, source) for split, column in labels.items()}
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
-
-
-def _label_feature(task: OwnTask) -> Any:
+def _dataset(task: OwnTask, columns: dict[str, list[Any]]) -> Dataset:
+    kinds: dict[str, Any] = {name: Value("string") for name in SENTENCES} | {"idx": Value("int32")}
     if task.labels is None:
-        return Value("float32")
-    return List(Value("float32")) if task.is_multi_label else ClassLabel(names=list(task.labels))
+        kinds["label"] = Value("float32")
+    else:
+        kinds["label"] = List(Value("float32")) if task.is_multi_label else ClassLabel(names=list(task.labels))
+    columns["idx"] = list(range(len(columns[SENTENCES[0]])))
+    return Dataset.from_dict(columns, features=Features({name: kinds[name] for name in columns}))
 
 
-def _texts(table: Table, column: str, is_test: bool) -> list[str]:
+def _texts(table: Table, column: str, split: str) -> list[str]:
     texts = []
     for cell, place in zip(table.columns[column], table.places, strict=True):
         if cell is not None and not isinstance(cell, str):
@@ -423,7 +290,7 @@ def _texts(table: Table, column: str, is_test: bool) -> list[str]:
         except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can have it
             raise ValueError(f"{place}: column {column!r} holds no valid text ({error}).") from error
     blank = [row for row, text in enumerate(texts) if not text.strip()]
-    if is_test and blank:
+    if split == "test" and blank:
         logger.warning(
             "%s: %d of %d rows have no text in column %r (first: %s); they get a prediction all the same.",
             *(table.path, len(blank), len(table), column, table.places[blank[0]]),

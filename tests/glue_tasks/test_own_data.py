@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glue_tasks.encoding import Classifier
 from glue_tasks.own_data import OwnFiles, load_own_data
@@ -56,7 +58,8 @@ def test_numbers_with_a_point_are_scores(write):
 
 
 def test_lists_are_several_labels_at_once(write):
-    task, splits = load(write, ['one,"[""b"", ""a""]"', "two,[]", 'three,"[""c""]"'], ['four,"[""a""]"'])
+    """As JSON writes them, or Python."""
+    task, splits = load(write, ["one,\"['b', 'a']\"", "two,[]", 'three,"[""c""]"'], ['four,"[""a""]"'])
     assert (task.labels, task.problem_type) == (("a", "b", "c"), "multi_label_classification")
     assert task.metrics == ("micro_f1", "macro_f1", "subset_accuracy")
     assert splits["train"]["label"][:] == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
@@ -65,6 +68,8 @@ def test_lists_are_several_labels_at_once(write):
 def test_a_flag_decides_where_labels_could_be_several_things(write):
     stars = ["one,1", "two,2", "three,5"], ["four,2"]
     assert load(write, *stars, problem_type="regression")[0].labels is None
+    tags = ["one,[spam]", "two,[ham]"], ["four,[ham]"]
+    assert load(write, *tags, problem_type="single_label_classification")[0].labels == ("[ham]", "[spam]")
     versions = ["one,1.0", "two,two", "three,1.5"], ["four,two"]
     assert load(write, *versions, problem_type="single_label_classification")[0].labels == ("1.0", "1.5", "two")
 
@@ -202,7 +207,7 @@ BAD = {
         "a.csv: every row has the same label, 'good', so there is nothing to learn.",
     ),
     "one score": (["text,label", "a,2.5", "b,2.5"], ["text,label", "c,1.0"], "every row has the same label, 2.5"),
-    "broken list": (["text,label", "one,[1"], GOOD, 'a.csv:2: \'[1\' is no JSON list such as ["a", "b"]'),
+    "broken list": (["text,label", "one,[1"], GOOD, 'a.csv:2: \'[1\' is no list such as ["a", "b"]'),
     "vector": (
         ["text,label", 'one,"[1, 0, 0]"', "two,[1]"],
         GOOD,
@@ -253,6 +258,39 @@ def test_a_file_that_cannot_be_read_is_named(name, content, told, tmp_path, monk
         read_table(name)
 
 
+CELLS = st.one_of(
+    st.sampled_from(
+        ["0", "1", "-0", "1e999", "nan", "", " ", '"', '""', "[", "['a']", "[[1]]", "[" * 300, "{}", "007", "a"]
+    ),
+    st.text(st.characters(codec="utf-8"), max_size=4),
+).map(str.encode)
+LINES = st.lists(st.tuples(CELLS, st.one_of(CELLS, st.just(b"\xff"))).map(b",".join), max_size=5).map(b"\n".join)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["a", "", "\ud800", "1"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["text", "label"]), inner)),
+    max_leaves=8,
+)
+ROWS = st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": JSON, "label": JSON})), max_size=4)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(LINES, ROWS, st.binary(max_size=20)), separator=st.sampled_from([b",", b"\t"]))
+def test_whatever_a_file_holds_are_rows_or_one_line_that_names_a_file(content, separator, write):
+    name = "a.jsonl" if isinstance(content, list) else "a.csv" if separator == b"," else "a.tsv"
+    if isinstance(content, list):
+        content = "\n".join(map(json.dumps, content)).encode()
+    else:
+        content = (b"text,label\n" + content).replace(b",", separator)
+    Path(name).write_bytes(content)
+    try:
+        task, splits = load_own_data(OwnFiles(name, write("b.csv", "text,label", "new,0")))
+    except ValueError as error:
+        assert ("a." in str(error) or "b.csv" in str(error)) and "\n" not in str(error)
+        return
+    assert task.labels is None or len(task.labels) > 0
+    assert len(splits["train"]) > 0 and not splits["train"].data.table["label"].null_count
+
+
 def test_rows_of_the_training_file_among_the_others_are_counted(write, caplog):
     load(write, GOOD[1:], ["two,bad", "three,good"])
     assert "1 of the 2 texts of b.csv are training texts as well" in caplog.text
@@ -290,5 +328,7 @@ def test_without_training_data_the_labels_are_the_classifiers(write):
     score = Classifier("runs/stsb", ("LABEL_0",), "regression")
     with pytest.raises(ValueError, match=r"b.csv:2: 'neutral' in column 'label' is no score"):
         load_own_data(files, score)
+    stars = OwnFiles(validation=write("e.csv", "text,label", "one,4"))
+    assert load_own_data(stars, score)[1]["validation"]["label"][:] == [4.0]
     alone = load_own_data(OwnFiles(test=write("d.csv", "review,label", "two,neutral")), MNLI)[1]
     assert alone["test"]["sentence1"][:] == ["two"]
