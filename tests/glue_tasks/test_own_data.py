@@ -270,7 +270,11 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["text", "label"]), inner)),
     max_leaves=8,
 )
-ROWS = st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": JSON, "label": JSON})), max_size=4)
+NEARLY_GOOD = {"text": st.sampled_from(["a", "b", "", None, "\ud800", 1]), "label": st.sampled_from([0, 1, None])}
+ROWS = st.one_of(
+    st.lists(st.one_of(JSON, st.fixed_dictionaries({"text": JSON, "label": JSON})), max_size=4),
+    st.lists(st.fixed_dictionaries(NEARLY_GOOD), min_size=2, max_size=5),
+)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
