@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
@@ -12,6 +13,7 @@ from transformers import (
 )
 
 from .configuration_spikelm import SpikeLMConfig
+from .configuration_spikelm_llama import SpikeLMLlamaConfig
 from .modeling_spikelm import (
     SpikeLMForMaskedLM,
     SpikeLMForMultipleChoice,
@@ -23,22 +25,26 @@ from .modeling_spikelm import (
     SpikeLMModel,
     SpikeLMPreTrainedModel,
 )
+from .modeling_spikelm_llama import SpikeLMLlamaForCausalLM, SpikeLMLlamaModel, SpikeLMLlamaPreTrainedModel
 from .neurons import SpikingNeurons
 from .reference_checkpoint import convert_reference_state_dict
 
-AutoConfig.register("spikelm", SpikeLMConfig)
-SpikeLMConfig.register_for_auto_class()
-for _auto_class, _model_class in (
-    (AutoModel, SpikeLMModel),
-    (AutoModelForPreTraining, SpikeLMForPreTraining),
-    (AutoModelForMaskedLM, SpikeLMForMaskedLM),
-    (AutoModelForSequenceClassification, SpikeLMForSequenceClassification),
-    (AutoModelForTokenClassification, SpikeLMForTokenClassification),
-    (AutoModelForQuestionAnswering, SpikeLMForQuestionAnswering),
-    (AutoModelForMultipleChoice, SpikeLMForMultipleChoice),
+for _config_class, _auto_class, _model_class in (
+    (SpikeLMConfig, AutoModel, SpikeLMModel),
+    (SpikeLMConfig, AutoModelForPreTraining, SpikeLMForPreTraining),
+    (SpikeLMConfig, AutoModelForMaskedLM, SpikeLMForMaskedLM),
+    (SpikeLMConfig, AutoModelForSequenceClassification, SpikeLMForSequenceClassification),
+    (SpikeLMConfig, AutoModelForTokenClassification, SpikeLMForTokenClassification),
+    (SpikeLMConfig, AutoModelForQuestionAnswering, SpikeLMForQuestionAnswering),
+    (SpikeLMConfig, AutoModelForMultipleChoice, SpikeLMForMultipleChoice),
+    (SpikeLMLlamaConfig, AutoModel, SpikeLMLlamaModel),
+    (SpikeLMLlamaConfig, AutoModelForCausalLM, SpikeLMLlamaForCausalLM),
 ):
-    _auto_class.register(SpikeLMConfig, _model_class)
+    _auto_class.register(_config_class, _model_class)
     _model_class.register_for_auto_class(_auto_class.__name__)
+for _config_class in (SpikeLMConfig, SpikeLMLlamaConfig):
+    AutoConfig.register(_config_class.model_type, _config_class)
+    _config_class.register_for_auto_class()
 
 __all__ = [
     "SpikeLMConfig",
@@ -49,6 +55,10 @@ __all__ = [
     "SpikeLMForQuestionAnswering",
     "SpikeLMForSequenceClassification",
     "SpikeLMForTokenClassification",
+    "SpikeLMLlamaConfig",
+    "SpikeLMLlamaForCausalLM",
+    "SpikeLMLlamaModel",
+    "SpikeLMLlamaPreTrainedModel",
     "SpikeLMModel",
     "SpikeLMPreTrainedModel",
     "SpikingNeurons",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_spikelm import calibration_differences
+from .configuration_spiking import calibration_differences
 from .neurons import HOW_TO_CALIBRATE, SpikingNeurons
 
 logger = logging.get_logger(__name__)

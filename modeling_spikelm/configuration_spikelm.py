@@ -1,6 +1,1 @@
-from configuration_spikelm.configuration_spikelm import (  # noqa: F401  (a checkpoint carries the real file)
-    CALIBRATION_FIELDS,
-    NEURONS,
-    SpikeLMConfig,
-    calibration_differences,
-)
+from configuration_spikelm.configuration_spikelm import SpikeLMConfig  # noqa: F401  (a checkpoint carries the real file)

@@ -29,11 +29,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
-from .layers import SpikeLMLayer, SpikeLMSelfAttention, SpikeLMStepMean
+from .layers import SpikeLMLayer, SpikeLMSelfAttention
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quantization import QuantizedLayer, make_embedding
 from .quick_layers import quick
+from .steps import SpikeLMStepMean, repeat_steps
 
 
 class SpikeLMEmbeddings(nn.Module):
@@ -251,10 +252,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         steps = self.config.num_time_steps
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        # Like repeat(), but no copy for a single step.
-        hidden_states = embeddings.expand(steps, *embeddings.shape).flatten(0, 1)
+        hidden_states = repeat_steps(embeddings, steps)
         if attention_mask is not None:
-            attention_mask = attention_mask.expand(steps, *attention_mask.shape).flatten(0, 1)
+            attention_mask = repeat_steps(attention_mask, steps)
         mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,

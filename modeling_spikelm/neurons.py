@@ -23,12 +23,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
+from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
 from .fast_paths import is_transformed
 from .fitting import AMPLITUDE_FLOOR, fit_amplitude, fit_channels, mean_over, nearest
 from .fused_spikes import spike
 from .learned import Levels, level_spikes
 from .lif import lif
+from .packing import spikes_of
 from .spiking import integrate, kept_share, ternary
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ class SpikingNeurons(nn.Module):
         built_for: the values that the amplitudes are made for, by the name of their field in the configuration.
     """
 
-    # The class of every `SpikeLMConfig.neuron`.
+    # The class of every `SpikingConfig.neuron`.
     kinds: ClassVar[dict[str, type["SpikingNeurons"]]] = {}
     fixed_amplitude: ClassVar[float | None] = None
     amplitude: torch.Tensor
@@ -66,7 +67,7 @@ class SpikingNeurons(nn.Module):
         if neuron is not None:
             SpikingNeurons.kinds[neuron] = cls
 
-    def __init__(self, config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True):
+    def __init__(self, config: SpikingConfig, num_neurons: int, has_membrane: bool = True):
         super().__init__()
         self.num_neurons = num_neurons
         self.built_for = {field: getattr(config, field) for field in CALIBRATION_FIELDS}
@@ -109,6 +110,14 @@ class SpikingNeurons(nn.Module):
     def calibration(self) -> torch.Tensor:
         """All that calibration sets, as one vector whose mean over batches makes sense."""
         return self.amplitude
+
+    def codes(self, spikes: torch.Tensor) -> torch.Tensor:
+        """What spikes `(T * B, L, F)` that these neurons have emitted are: -1, 0 or +1, int8."""
+        return spikes.detach().sign().to(torch.int8)
+
+    def spikes(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The spikes `(T * B, L, F)` that `codes` stand for; of calibrated neurons."""
+        return spikes_of(codes.unflatten(0, (self.num_time_steps, -1)), self.amplitude, None, dtype).flatten(0, 1)
 
     @torch.compiler.disable
     def _first_calibration(self, steps: torch.Tensor) -> torch.Tensor:
@@ -277,7 +286,7 @@ class LearnedNeurons(SpikingNeurons, neuron="learned"):
     shift: nn.Parameter
     price: torch.Tensor
 
-    def __init__(self, config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True):
+    def __init__(self, config: SpikingConfig, num_neurons: int, has_membrane: bool = True):
         super().__init__(config, num_neurons, has_membrane)
         amplitude = self.amplitude
         del self.amplitude
@@ -309,6 +318,14 @@ class LearnedNeurons(SpikingNeurons, neuron="learned"):
     def emit(self, steps: torch.Tensor, calibration: torch.Tensor) -> torch.Tensor:
         """Spikes about the shift, `(T, B, L, F)`, of inputs of that shape."""
         return level_spikes(steps, self.levels(calibration), self.decay, self.reset, self.has_membrane)
+
+    def codes(self, spikes: torch.Tensor) -> torch.Tensor:
+        return self.signs(spikes.detach()).to(torch.int8)
+
+    def spikes(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        levels = self.levels(self.calibration())
+        steps = codes.unflatten(0, (self.num_time_steps, -1))
+        return spikes_of(steps, levels.sizes(), levels.shift, dtype).flatten(0, 1)
 
     def signs(self, spikes: torch.Tensor) -> torch.Tensor:
         """Which spikes `(T * B, L, F)` that these neurons have emitted are: -1, 0 or +1."""
@@ -361,6 +378,6 @@ class ThriftyNeurons(LearnedNeurons, neuron="thrifty"):
         return price / (2 * log_scale.detach()).exp()
 
 
-def make_neurons(config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True) -> SpikingNeurons:
+def make_neurons(config: SpikingConfig, num_neurons: int, has_membrane: bool = True) -> SpikingNeurons:
     """A new group of the neurons that `config.neuron` names; without a membrane for keys and values."""
     return SpikingNeurons.kinds[config.neuron](config, num_neurons, has_membrane)

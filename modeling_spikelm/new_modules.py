@@ -14,6 +14,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .neurons import SpikingNeurons
+
 logger = logging.get_logger(__name__)
 
 
@@ -22,6 +24,8 @@ def watch_new_modules(model: PreTrainedModel, missing_keys: Iterable[str]) -> No
     source = model.config.name_or_path or "its checkpoint"
     for name in {key.rpartition(".")[0] for key in missing_keys if "encoder." not in key}:
         module = model.get_submodule(name)
+        if isinstance(module, SpikingNeurons):
+            continue
         part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
         # A copy, as PEFT makes one of what it trains, is not new any more; its hook has the number of the original.
         warn = partial(_warn_if_frozen, part=part, source=source, number=id(module))

@@ -83,14 +83,20 @@ class _PackedSpikes(NamedTuple):
 def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    signs = saved.codes.clamp(-1, 1)
-    if saved.shift is None:
-        spikes = signs.to(saved.dtype).mul_(per_step(saved.amplitude, saved.codes).to(saved.dtype))
-    else:
-        # Rounded once, as the spikes were.
-        sizes = saved.amplitude.view(len(signs), *(1 for _ in signs.shape[1:-1]), -1)
-        spikes = torch.addcmul(saved.shift, signs.float(), sizes).to(saved.dtype)
+    spikes = spikes_of(saved.codes, saved.amplitude, saved.shift, saved.dtype)
     return spikes.as_strided(saved.size, saved.stride, saved.offset)
+
+
+def spikes_of(
+    codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The spikes `(T, ..., F)` that codes stand for, as they were emitted; arguments as for `SpikePacking.announce`."""
+    signs = codes.clamp(-1, 1)
+    if shift is None:
+        return signs.to(dtype).mul_(per_step(amplitude, codes).to(dtype))
+    # Rounded once, as the spikes were.
+    sizes = amplitude.view(len(signs), *(1 for _ in signs.shape[1:-1]), -1)
+    return torch.addcmul(shift, signs.float(), sizes).to(dtype)
 
 
 def packing(hidden_states: torch.Tensor) -> AbstractContextManager:

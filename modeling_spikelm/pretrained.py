@@ -22,7 +22,7 @@ from .calibration import (
     restore_configuration,
     text_positions,
 )
-from .configuration_spikelm import CALIBRATION_FIELDS, SpikeLMConfig
+from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
 from .neurons import SpikingNeurons
 from .new_modules import watch_new_modules
 from .quantization import (
@@ -39,14 +39,14 @@ from .quantization import (
 class SpikingPreTrainedModel(PreTrainedModel):
     """What every spiking model of this project does, of whatever family: warm start, calibration, int8 on request."""
 
-    config: SpikeLMConfig
+    config: SpikingConfig
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: SpikeLMConfig, *args: Any, **kwargs: Any):
+    def __init__(self, config: SpikingConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         # A fixed amplitude is in no checkpoint, and transformers wants no name that matches nothing.
         has_state = SpikingNeurons.kinds[config.neuron].fixed_amplitude is None
@@ -201,10 +201,15 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
-                wear an adapter, the embeddings are shared, or the configuration was changed since the model was built.
+                wear an adapter, the embeddings are shared, the model has no layers of an encoder, or the configuration
+                was changed since the model was built.
         """
         check_configuration(self)
         stacks = layer_stacks(self)
+        if not stacks:
+            raise ValueError(
+                f"There are int8 weights for an encoder's layers alone, and a {type(self).__name__} has none."
+            )
         check_can_quantize((layer for stack in stacks for layer in stack), self.config)
         if embeddings and self.get_output_embeddings() is not None:
             raise ValueError(

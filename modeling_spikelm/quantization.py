@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_spikelm import NEURONS, SpikeLMConfig
+from .configuration_spiking import NEURONS, SpikingConfig
 from .fast_paths import is_transformed
 from .layers import SpikeLMLayer, SpikeLMSelfAttention
 from .neurons import SpikingNeurons
@@ -120,7 +120,7 @@ class QuantizedEmbedding(Int8Module):
 
 
 def make_embedding(
-    config: SpikeLMConfig, size: int, padding_idx: int | None = None
+    config: SpikingConfig, size: int, padding_idx: int | None = None
 ) -> nn.Embedding | QuantizedEmbedding:
     """A new table of `size` vectors, of the kind that the configuration says."""
     kind = QuantizedEmbedding if config.int8_embeddings else nn.Embedding
@@ -235,7 +235,7 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
     key_neurons: QuantizedNeurons
     value_neurons: QuantizedNeurons
 
-    def __init__(self, config: SpikeLMConfig):
+    def __init__(self, config: SpikingConfig):
         super().__init__(config)
         del self.query, self.key, self.value
         self.step_mean.num_time_steps = 1  # attention runs on one step at a time here
@@ -262,7 +262,7 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
 class QuantizedIntermediate(nn.Module):
     """`SpikeLMIntermediate`, one time step after the other."""
 
-    def __init__(self, config: SpikeLMConfig):
+    def __init__(self, config: SpikingConfig):
         super().__init__()
         self.neurons = make_quantized_neurons(config, config.hidden_size)
         self.dense = QuantizedLinear(config.hidden_size, config.intermediate_size, config.hidden_act)
@@ -275,7 +275,7 @@ class QuantizedIntermediate(nn.Module):
 class QuantizedResidual(nn.Module):
     """`SpikeLMResidual` on the time steps of its input."""
 
-    def __init__(self, config: SpikeLMConfig, input_size: int):
+    def __init__(self, config: SpikingConfig, input_size: int):
         super().__init__()
         self.neurons = make_quantized_neurons(config, input_size)
         self.dense = QuantizedLinear(input_size, config.hidden_size)
@@ -290,7 +290,7 @@ class QuantizedResidual(nn.Module):
 
 
 class QuantizedAttention(nn.Module):
-    def __init__(self, config: SpikeLMConfig):
+    def __init__(self, config: SpikingConfig):
         super().__init__()
         self.self = QuantizedSelfAttention(config)
         self.output = QuantizedResidual(config, config.hidden_size)
@@ -302,7 +302,7 @@ class QuantizedLayer(nn.Module):
     attention: QuantizedAttention
     output: QuantizedResidual
 
-    def __init__(self, config: SpikeLMConfig):
+    def __init__(self, config: SpikingConfig):
         super().__init__()
         self.num_time_steps = config.num_time_steps
         self.intermediate_size = config.intermediate_size
@@ -399,21 +399,21 @@ def replace_embeddings(model: nn.Module, kind: type[nn.Module], make: Callable[[
                 setattr(module, name, make(child))
 
 
-def quantize_layer(layer: SpikeLMLayer, config: SpikeLMConfig) -> QuantizedLayer:
+def quantize_layer(layer: SpikeLMLayer, config: SpikingConfig) -> QuantizedLayer:
     """The int8 counterpart of a calibrated float layer, in evaluation mode, on the layer's device."""
     quantized = QuantizedLayer(config).to(layer.output.dense.weight.device)
     quantized.quantize(layer)
     return quantized.eval()
 
 
-def dequantize_layer(layer: QuantizedLayer, config: SpikeLMConfig) -> SpikeLMLayer:
+def dequantize_layer(layer: QuantizedLayer, config: SpikingConfig) -> SpikeLMLayer:
     """A float layer that computes what an int8 one does, in the same mode, on the same device."""
     float_layer = SpikeLMLayer(config).to(layer.output.dense.bias.device)
     layer.dequantize(float_layer)
     return float_layer.train(layer.training)
 
 
-def check_can_quantize(layers: Iterable[nn.Module], config: SpikeLMConfig) -> None:
+def check_can_quantize(layers: Iterable[nn.Module], config: SpikingConfig) -> None:
     """
     Raises:
         ValueError: a layer is quantised already, not float32, not calibrated or wears an adapter, or its neurons are

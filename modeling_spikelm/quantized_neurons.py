@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import initialization as init
 
-from .configuration_spikelm import SpikeLMConfig
+from .configuration_spiking import SpikingConfig
 from .fast_paths import is_transformed
 from .learned import Levels, next_above, spike_threshold
 from .neurons import LearnedNeurons, SpikingNeurons
@@ -138,7 +138,7 @@ class QuantizedLearnedNeurons(QuantizedNeurons):
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True):
+    def __init__(self, config: SpikingConfig, num_neurons: int, has_membrane: bool = True):
         super().__init__(config, num_neurons, has_membrane)
         self.register_buffer("scale", torch.ones(num_neurons))
         self.register_buffer("shift", torch.zeros(num_neurons))
@@ -196,7 +196,7 @@ class QuantizedThriftyNeurons(QuantizedLearnedNeurons):
 
     cost: torch.Tensor
 
-    def __init__(self, config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True):
+    def __init__(self, config: SpikingConfig, num_neurons: int, has_membrane: bool = True):
         super().__init__(config, num_neurons, has_membrane)
         self.register_buffer("cost", torch.zeros(num_neurons))
 
@@ -229,6 +229,6 @@ KINDS = {
 }
 
 
-def make_quantized_neurons(config: SpikeLMConfig, num_neurons: int, has_membrane: bool = True) -> QuantizedNeurons:
+def make_quantized_neurons(config: SpikingConfig, num_neurons: int, has_membrane: bool = True) -> QuantizedNeurons:
     """A new group of the counterparts of the neurons that `config.neuron` names."""
     return KINDS[config.neuron](config, num_neurons, has_membrane)

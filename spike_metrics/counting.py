@@ -23,6 +23,7 @@ from torch import nn
 WHY_NOT_COUNTED = {
     "embedding lookups": "memory reads, no arithmetic",
     "LayerNorm": "the convention counts matrix products only",
+    "RMSNorm": "the convention counts matrix products only",
     "activation functions": "the convention counts matrix products only (only activations that are modules are seen)",
     "softmax": "the convention counts matrix products only (scaling and masking of the scores included)",
     "neuron updates": "the convention counts matrix products only (membrane, comparison and reset of each neuron)",
@@ -30,6 +31,11 @@ WHY_NOT_COUNTED = {
 }
 NO_RULE = "no rule for this module"
 _ACTIVATION_LIBRARIES = ("transformers.activations", "torch.nn.modules.activation")
+# What a layer of attention calls its projections: as in a BERT, or as in a Llama.
+_PROJECTIONS = (
+    {"query": "query", "key": "key", "value": "value"},
+    {"query": "q_proj", "key": "k_proj", "value": "v_proj"},
+)
 _LAYER = re.compile(r"\.(\d+)\.(.+)")
 
 
@@ -375,14 +381,17 @@ class SpikeCounter:
     def _watch_products(self) -> None:
         for name, module in self.model.named_modules():
             children = dict(module.named_children())
-            if {"query", "key", "value"} <= children.keys():
-                self._watch(module, self._count_attention, name)
-                for role in ("query", "key", "value"):
-                    self._watch(children[role], self._keep_operand(name, role), name)
+            for projections in _PROJECTIONS:
+                if set(projections.values()) <= children.keys():
+                    self._watch(module, self._count_attention, name)
+                    for role, projection in projections.items():
+                        self._watch(children[projection], self._keep_operand(name, role), name)
             if isinstance(module, nn.Linear):
                 self._watch(module, self._count_linear, name)
             elif isinstance(module, nn.LayerNorm):
                 self._watch(module, self._skip, "LayerNorm")
+            elif type(module).__name__.endswith("RMSNorm"):
+                self._watch(module, self._skip, "RMSNorm")
             elif isinstance(module, nn.Embedding):
                 self._watch(module, self._skip, "embedding lookups")
             elif type(module).__module__ in _ACTIVATION_LIBRARIES and not children:
@@ -446,9 +455,10 @@ class SpikeCounter:
         has_membrane = getattr(module, "has_membrane", True)
         self._neurons[name] = NeuronCount(name, positions, positive, negative, largest, has_membrane)
         self._not_counted["neuron updates"] = self._not_counted.get("neuron updates", 0) + steps.numel()
-        for operands in self._operands.values():
+        for attention, operands in self._operands.items():
             for role, operand in operands.items():
-                if operand is args[0]:
+                # A key that was turned to its position in between is another tensor, of which the name tells.
+                if operand is args[0] or name == f"{attention}.{role}_neurons":
                     operands[role] = spikes
         # The products that take them come next.
         self._emitted.append((output, spikes))
@@ -481,17 +491,18 @@ class SpikeCounter:
         return observe
 
     def _count_attention(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """q k^T and probs v, whatever function computes them: every token of a sequence meets every other one."""
+        """q k^T and probs v, whatever function computes them: every token of a sequence meets those that it sees."""
         operands = self._operands.pop(name)
         width = operands["query"].shape[-1]
         heads = getattr(getattr(self.model, "config", None), "num_attention_heads", 1)
-        lengths = self._is_counted.sum(1)
-        pairs, tokens = int((lengths**2).sum()), int(lengths.sum())
+        seen_by = self._seen_by(module)
+        pairs, tokens = int(seen_by.sum()), int(self._is_counted.sum())
         for suffix, role, outputs, real_inputs in (
             (".q k^T", "key", pairs * heads, tokens * width),
             (".probs v", "value", tokens * width, pairs * heads),
         ):
-            operand = operands[role].detach().unflatten(0, (-1, len(lengths)))
+            operand = operands[role].detach().unflatten(0, (-1, len(self._is_counted)))
+            shared_width = operand.shape[-1]
             product = self._product(name + suffix, operand.shape[0])
             product.dense_macs += pairs * width
             product.outputs += outputs * product.steps
@@ -499,15 +510,24 @@ class SpikeCounter:
             amplitude = self._amplitude_of(operand[:, self._is_counted])
             if amplitude is None:
                 product.macs += pairs * width * product.steps
-                product.real_inputs += tokens * width * product.steps
+                product.real_inputs += tokens * shared_width * product.steps
             else:
-                # A spike of a key or value enters one sum for every query of its sequence.
-                spikes = ((operand != 0) & self._is_counted[..., None]).sum((2, 3))
-                _add(product.accumulates, (spikes * lengths).sum(1).tolist())
+                # A spike of a key or value enters one sum for every query that sees it, of every head that shares it.
+                spikes = (operand != 0).sum(3) * seen_by * (width // shared_width)
+                _add(product.accumulates, spikes.sum((1, 2)).tolist())
                 product.scalings += outputs * _needs_scaling(amplitude)
-                product.spike_inputs += tokens * width * product.steps
+                product.spike_inputs += tokens * shared_width * product.steps
             if role == "key":
                 self._not_counted["softmax"] = self._not_counted.get("softmax", 0) + outputs * product.steps
+
+    def _seen_by(self, attention: nn.Module) -> torch.Tensor:
+        """`(B, L)`: by how many tokens each one is seen; all of its sequence, or itself and those behind it."""
+        lengths = self._is_counted.sum(1, keepdim=True).expand_as(self._is_counted)
+        if getattr(attention, "is_causal", False):
+            lengths = lengths - self._is_counted.cumsum(1) + 1
+            window = getattr(attention, "sliding_window", None)
+            lengths = lengths if window is None else lengths.clamp(max=window)
+        return lengths * self._is_counted
 
     def _amplitude_of(self, steps: torch.Tensor) -> torch.Tensor | None:
         # In a model without neurons nothing is a spike, even where a tensor happens to look like it.

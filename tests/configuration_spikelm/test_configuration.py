@@ -9,8 +9,8 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 import modeling_spikelm
-from configuration_spikelm import AUTO_MAP, SpikeLMConfig
-from configuration_spikelm.configuration_spikelm import ACTIVATIONS
+from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
+from configuration_spikelm.configuration_spiking import ACTIVATIONS
 
 
 def test_defaults_are_the_base_model_of_the_paper():
@@ -115,15 +115,18 @@ def test_json_round_trip_is_exact_and_keeps_unknown_fields(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == first
 
 
-def test_auto_map_names_every_registered_class():
+@pytest.mark.parametrize("config_class", [SpikeLMConfig, SpikeLMLlamaConfig])
+def test_auto_map_names_every_registered_class(config_class):
     offered = {
-        value._auto_class: f"modeling_spikelm.{name}"
-        for name, value in vars(modeling_spikelm).items()
-        if inspect.isclass(value) and name.startswith("SpikeLMFor") | (name == "SpikeLMModel") and "Output" not in name
+        value._auto_class: f"{value.__module__.rpartition('.')[2]}.{value.__name__}"
+        for value in vars(modeling_spikelm).values()
+        if inspect.isclass(value)
+        and getattr(value, "config_class", None) is config_class
+        and "_auto_class" in vars(value)
     }
-    offered["AutoConfig"] = "configuration_spikelm.SpikeLMConfig"
-    assert offered == AUTO_MAP
-    assert SpikeLMConfig().auto_map == AUTO_MAP
+    offered["AutoConfig"] = f"{config_class.__module__.rpartition('.')[2]}.{config_class.__name__}"
+    assert len(offered) > 2
+    assert config_class().auto_map == config_class.offered_classes == offered
 
 
 def test_activations_exist_in_transformers():

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils.generic import find_labels
 
 import modeling_spikelm
-from configuration_spikelm.configuration_spikelm import NEURONS
+from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import (
     SpikeLMForMaskedLM,
     SpikeLMForMultipleChoice,

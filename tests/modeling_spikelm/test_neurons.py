@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from transformers import BertConfig, BertForMaskedLM
 
 from configuration_spikelm import SpikeLMConfig
-from configuration_spikelm.configuration_spikelm import NEURONS
+from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikingNeurons, neurons
 from modeling_spikelm.lif import lif, lif_reference
 from modeling_spikelm.neurons import BiSpikingNeurons, LIFNeurons, make_neurons

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM
 
 from configuration_spikelm import SpikeLMConfig
-from configuration_spikelm.configuration_spikelm import NEURONS
+from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import (
     SpikeLMForMaskedLM,
     SpikeLMForMultipleChoice,

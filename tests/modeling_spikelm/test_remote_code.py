@@ -9,8 +9,9 @@ from transformers import BertTokenizer
 
 from configuration_spikelm.configuration_spikelm import AUTO_MAP
 from modeling_spikelm import SpikeLMForMaskedLM
-from tests.carried_code import CODE
+from tests.carried_code import CODE, LLAMA_CODE
 from tests.clean_machine import run_on_clean_machine
+from tests.modeling_spikelm.test_llama import make_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "france", "is", "paris", "."]
 
@@ -135,3 +136,24 @@ print("accuracy", metrics["eval_accuracy"])
     assert "accuracy" in printed.splitlines()[-1]
     assert {path.name for path in saved.glob("*.py")} == CODE.keys()
     assert json.loads((saved / "config.json").read_text())["label2id"] == {"no": 1, "yes": 0}
+
+
+def test_a_decoder_carries_its_code_and_writes_without_us(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "decoder")
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    carried = {path.name: path.read_bytes() for path in (tmp_path / "decoder").glob("*.py")}
+    assert carried == {name: path.read_bytes() for name, path in LLAMA_CODE.items()}
+    printed = clean_run(f"""
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "decoder")!r}, trust_remote_code=True)
+model.save_pretrained({str(tmp_path / "again")!r})
+write = pipeline("text-generation", model={str(tmp_path / "decoder")!r}, trust_remote_code=True)
+assert write("the capital of", max_new_tokens=3)[0]["generated_text"].startswith("the capital of")
+print("tokens", *model.generate(torch.arange(5, 12).unsqueeze(0), max_new_tokens=5, do_sample=False)[0].tolist())
+""")
+    ours = model.generate(torch.arange(5, 12).unsqueeze(0), max_new_tokens=5, do_sample=False)[0].tolist()
+    assert " ".join(map(str, ["tokens", *ours])) in printed.splitlines()
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == LLAMA_CODE.keys()

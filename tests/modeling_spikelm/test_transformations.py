@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.onnx.errors import OnnxExporterError
 
-from configuration_spikelm.configuration_spikelm import NEURONS
+from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
 from modeling_spikelm.learned import Levels, level_spikes
 

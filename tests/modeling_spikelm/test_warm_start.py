@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
 
-from configuration_spikelm import configuration_spikelm
+from configuration_spikelm import configuration_spiking
 from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
 
 SIZES = {
@@ -103,8 +103,8 @@ def test_warm_started_model_trains_saves_and_loads_as_spikelm(tmp_path):
 
 def test_warm_start_says_so_once(tmp_path, caplog):
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
-    configuration_spikelm.logger.warning_once.cache_clear()
-    configuration_spikelm.logger.parent.propagate = True
+    configuration_spiking.logger.warning_once.cache_clear()
+    configuration_spiking.logger.parent.propagate = True
     for _ in range(2):
         SpikeLMModel.from_pretrained(tmp_path)
     notices = [record.message for record in caplog.records if "warm start" in record.message]

@@ -1,0 +1,38 @@
+"""Keys and values of the tokens before, kept as spikes: in the caches of transformers, a byte for each."""
+
+import torch
+from transformers.cache_utils import Cache
+
+from .neurons import SpikingNeurons
+
+
+def with_past(
+    cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor, neurons: tuple[SpikingNeurons, SpikingNeurons]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds the keys and values of a forward to a cache, and returns those of all tokens in it.
+
+    What the cache keeps of a spike is its int8 code, -1, 0 or +1; the amplitudes are the neurons' own. It is laid out
+    `(B, T, L, F)`, so that to the cache a time step looks like a head: it grows, is cut, repeated, and reordered by
+    beams like any other. Neurons that are not calibrated have other amplitudes in every forward, so of these the spikes
+    themselves are kept.
+
+    Args:
+        layer: its number in the cache.
+        key, value: `(T * B, L, F)`, spikes.
+        neurons: those that have emitted the keys, and the values.
+
+    Returns:
+        `(T * B, past + L, F)` each, or of the length of a cache that has a fixed one.
+    """
+    is_coded = all(group.is_calibrated for group in neurons)
+    num_time_steps = neurons[0].num_time_steps
+    spikes = (key, value)
+    new = [group.codes(x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
+    kept = cache.update(*(x.unflatten(0, (num_time_steps, -1)).transpose(0, 1) for x in new), layer)
+    if kept[0].shape[2] == key.shape[1]:
+        # There is nothing else in it; and what has a gradient keeps it.
+        return key, value
+    kept_key, kept_value = (x.transpose(0, 1).flatten(0, 1) for x in kept)
+    if not is_coded:
+        return kept_key, kept_value
+    return neurons[0].spikes(kept_key, key.dtype), neurons[1].spikes(kept_value, value.dtype)

@@ -1,0 +1,115 @@
+"""`generate()` of a spiking decoder: transformers' own, with a cache of spikes."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from configuration_spikelm.configuration_spiking import NEURONS
+from tests.modeling_spikelm.test_llama import make_model
+
+STEPS = pytest.mark.parametrize("num_time_steps", [1, 2, 4], ids="T{}".format)
+PROMPT = torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(1))
+# Whatever it says, it goes on.
+GOES_ON = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+
+
+def token_by_token(model, input_ids, cache, **options):
+    logits = [
+        model(input_ids[:, [i]], past_key_values=cache, use_cache=True, **options).logits
+        for i in range(input_ids.shape[1])
+    ]
+    return torch.cat(logits, dim=1)
+
+
+@STEPS
+def test_a_cache_changes_no_logit(num_time_steps):
+    model = make_model(num_time_steps)
+    input_ids = torch.randint(3, 61, (3, 12))
+    with torch.no_grad():
+        wanted = model(input_ids, use_cache=False).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+            torch.testing.assert_close(token_by_token(model, input_ids, cache), wanted, rtol=0, atol=1e-5)
+        # A part of the prompt at once, and more than one token after it.
+        first = model(input_ids[:, :5])
+        second = model(input_ids[:, 5:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(second.logits, wanted[:, 5:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_the_cache_keeps_a_byte_for_each_spike(neuron):
+    model = make_model(2, neuron=neuron)
+    with torch.no_grad():
+        cache = model(PROMPT, use_cache=True).past_key_values
+        wanted = model(PROMPT, use_cache=False).logits
+        for layer in cache.layers:
+            assert layer.keys.dtype == layer.values.dtype == torch.int8
+            # Two heads of eight, in two time steps.
+            assert layer.keys.shape == layer.values.shape == (1, 2, 9, 16)
+            assert layer.keys.unique().tolist() == ([0, 1] if neuron == "lif" else [-1, 0, 1])
+        found = token_by_token(model, PROMPT, DynamicCache(config=model.config))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_window_has_a_cache_of_its_size():
+    model = make_model(2, sliding_window=4, layer_types=["full_attention", "sliding_attention"])
+    input_ids = torch.randint(3, 61, (2, 12))
+    with torch.no_grad():
+        wanted = model(input_ids, use_cache=False).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+            torch.testing.assert_close(token_by_token(model, input_ids, cache), wanted, rtol=0, atol=1e-5)
+            assert cache.layers[1].keys.shape[2] <= 4
+
+
+def test_a_model_that_is_not_calibrated_caches_its_spikes():
+    model = make_model(calibrated=False)
+    cache = model.generate(PROMPT, return_dict_in_generate=True, **GOES_ON).past_key_values
+    assert cache.layers[0].keys.dtype == torch.float32
+
+
+@STEPS
+def test_a_prompt_alone_and_in_a_padded_batch_gets_the_same_tokens(num_time_steps):
+    model = make_model(num_time_steps)
+    alone = model.generate(PROMPT, **GOES_ON)[0, 9:]
+    longer = torch.randint(3, 61, (1, 14))
+    padded = torch.cat((torch.nn.functional.pad(PROMPT, (5, 0)), longer))
+    mask = (padded != 0).long()
+    for cache in (None, "static"):
+        together = model.generate(padded, attention_mask=mask, cache_implementation=cache, **GOES_ON)
+        assert together[0, 14:].tolist() == alone.tolist()
+        assert together[1, 14:].tolist() == model.generate(longer, **GOES_ON)[0, 14:].tolist()
+    # So does a forward that is told nothing but what is padding.
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits[0, 5:], model(PROMPT).logits[0], rtol=0, atol=1e-5
+    )
+
+
+def test_greedy_takes_the_best_token_of_every_forward():
+    model = make_model()
+    tokens = PROMPT
+    for _ in range(8):
+        logits = model(tokens).logits[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(PROMPT, **GOES_ON, **options), tokens), options
+
+
+def test_beams_and_samples_are_the_same_with_and_without_a_cache():
+    model = make_model()
+    for options in ({"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}):
+        found = []
+        for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            torch.manual_seed(2)
+            found.append(model.generate(PROMPT, **GOES_ON | options, **cache))
+        assert found[0].shape == (3, 17)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), options
+        assert len(found[0].unique(dim=0)) == 3
+
+
+def test_training_behind_a_cache_keeps_the_gradient():
+    gradients = []
+    for use_cache in (False, True):
+        model = make_model().train()
+        model(PROMPT, labels=PROMPT, use_cache=use_cache).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    assert gradients[0].any() and torch.equal(*gradients)

@@ -1,0 +1,72 @@
+"""Counting a causal decoder, whose tokens see those before them alone and whose heads share keys and values."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from configuration_spikelm import SpikeLMLlamaConfig
+from modeling_spikelm import SpikeLMLlamaForCausalLM
+from spike_metrics.counting import count, record_spikes
+
+HIDDEN, WIDE, HEADS, SHARED, LAYERS, WORDS = 16, 24, 4, 2, 2, 60
+SIZES = {
+    "vocab_size": WORDS,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": SHARED,
+    "intermediate_size": WIDE,
+}
+
+
+@pytest.fixture
+def llama_batch(batch) -> dict[str, torch.Tensor]:
+    """The batch, padded on the left."""
+    return {name: values.flip(1) for name, values in batch.items()}
+
+
+@pytest.fixture
+def decoder(llama_batch) -> SpikeLMLlamaForCausalLM:
+    torch.manual_seed(0)
+    model = SpikeLMLlamaForCausalLM(SpikeLMLlamaConfig(**SIZES, num_time_steps=2, initializer_range=0.3))
+    model.calibrate(llama_batch)
+    return model
+
+
+def test_multiply_accumulates_of_a_llama_by_hand(llama_batch):
+    counted = count(LlamaForCausalLM(LlamaConfig(**SIZES)), [llama_batch])
+    lengths = (7, 6, 5)
+    a_layer = 2 * HIDDEN**2 + 2 * HIDDEN * HIDDEN * SHARED // HEADS + 3 * HIDDEN * WIDE
+    attention = LAYERS * 2 * HIDDEN * sum(n * (n + 1) // 2 for n in lengths)
+    assert counted.macs == sum(lengths) * (LAYERS * a_layer + HIDDEN * WORDS) + attention
+    counted.check_is_complete()
+
+
+def test_a_spiking_decoder_is_the_same_network_with_spikes_in_every_layer(decoder, llama_batch):
+    spiking = count(decoder, [llama_batch])
+    dense = count(LlamaForCausalLM(LlamaConfig(**SIZES)), [llama_batch])
+    assert {p.name: p.dense_macs for p in spiking.products} == {p.name: p.macs for p in dense.products}
+    assert {product.name for product in spiking.products if not product.sees_spikes} == {"lm_head"}
+    assert 0 < spiking.firing_rate < 1
+    assert len(spiking.neurons) == LAYERS * 6
+    spiking.check_is_complete()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_accumulates_of_attention_are_those_of_every_pair_that_meets(decoder, window):
+    for layer in decoder.model.layers:
+        layer.self_attn.sliding_window = window  # read by the count alone
+    ids = torch.randint(0, WORDS, (1, 6))
+    counted = {product.name: product for product in count(decoder, [{"input_ids": ids}]).products}
+    spikes = record_spikes(decoder, {"input_ids": ids})
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}.self_attn"
+        for suffix, role in ((".q k^T", "key"), (".probs v", "value")):
+            expected = [0, 0]
+            for query in range(6):
+                for key in range(query + 1):
+                    if window is None or query - key < window:
+                        for step in range(2):
+                            fired = spikes[f"{name}.{role}_neurons"][step, key].count_nonzero()
+                            expected[step] += int(fired) * HEADS // SHARED
+            assert counted[name + suffix].accumulates == expected
