@@ -12,6 +12,7 @@ CONVERTED ?= runs/converted
 .PHONY: demo convert test lint clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
+	@python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; python3 is " + sys.version.split()[0])'
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -3,20 +3,30 @@
     python draw_spikes.py --model_name_or_path runs/base --text "A sentence." --output_dir pictures
     python draw_spikes.py --model_name_or_path runs/base --text_file texts/ --output_dir pictures
 
-The raster shows the first sequence, the other pictures the mean over all, without padding.
+sentence.png and the rasters show the first sequence, the other pictures the mean over all, without padding.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from configuration_spikelm.configuration_spiking import NEURONS, SpikingConfig
 from experiment.reporting import input_errors
 from experiment.written_files import WrittenFiles
 from spike_metrics.counting import SpikeCount, count, record_spikes
 from spike_metrics.energy import compute_energy
 from spike_metrics.inputs import InputArguments, load_inputs
-from spike_metrics.pictures import draw_amplitudes, draw_energy, draw_firing_rates, draw_raster, write_pictures
+from spike_metrics.pictures import (
+    draw_amplitudes,
+    draw_energy,
+    draw_firing_rates,
+    draw_raster,
+    draw_sentence,
+    write_pictures,
+)
 
 
 @dataclass
@@ -50,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         layers = chosen_layers(counted, pictures.raster_layers)
         written = WrittenFiles(pictures.output_dir)
         rasters = [f"raster_layer_{layer}" for layer in layers]
-        files = [f"{name}.png" for name in (*rasters, "firing_rates", "amplitudes", "energy")] + ["index.html"]
+        files = [f"{name}.png" for name in ("sentence", *rasters, "firing_rates", "amplitudes", "energy")] + [
+            "index.html"
+        ]
         written.refuse_others(*files)
     first = next(iter(batches))
     length = int(first["attention_mask"][0].sum())
@@ -60,18 +72,36 @@ def main(argv: list[str] | None = None) -> None:
     # A dollar would start a formula in a label.
     tokens = [token.replace("$", r"\$") for token in tokens]
     figures = {
-        raster: (
-            f"Spikes of the first sequence in layer {layer}.",
+        "sentence": (
+            "The first sequence, a line for each token: what the neurons at the entrance of a layer fire.",
+            draw_sentence(spikes, tokens, layers, pictures.raster_neurons),
+        )
+    }
+    for layer, raster in zip(layers, rasters, strict=True):
+        figures[raster] = (
+            f"The first sequence in layer {layer}: every group of neurons, in the order in which data flows through "
+            "it. Look for neurons (lines) that always fire or never do, and tokens (columns) that look alike.",
             draw_raster(spikes, tokens, layer, pictures.raster_neurons),
         )
-        for layer, raster in zip(layers, rasters, strict=True)
-    }
-    figures["firing_rates"] = ("Firing rate of every group in each time step.", draw_firing_rates(counted))
-    figures["amplitudes"] = ("Amplitude of the spikes of every group in each time step.", draw_amplitudes(counted))
-    figures["energy"] = ("Energy per sequence by module.", draw_energy(counted))
+    figures["firing_rates"] = (
+        "How often each group fires in each time step, all sequences.",
+        draw_firing_rates(counted),
+    )
+    figures["amplitudes"] = (
+        "How large the spikes of each group are in each time step (learned levels: in units of the first step's).",
+        draw_amplitudes(counted),
+    )
+    figures["energy"] = (
+        "Energy per sequence by module, beside the same network without spikes. Operations are counted and priced "
+        "(docs/energy.md of the project); the moving of data is left out.",
+        draw_energy(counted),
+    )
+    command = shlex.join(["python", "draw_spikes.py", *(sys.argv[1:] if argv is None else argv)])
+    sentence = tokenizer.decode(first["input_ids"][0, :length], skip_special_tokens=True)
+    table = {"first sequence": sentence, **facts(model.config, counted), "made by": command}
     name = Path(inputs.model_name_or_path).name
     with written.writing(*files):
-        page = write_pictures(figures, Path(pictures.output_dir), f"Spikes of {name}", facts(counted))
+        page = write_pictures(figures, Path(pictures.output_dir), f"Spikes of {name}", table)
     print(f"The pictures are in {pictures.output_dir}; open {page}")
 
 
@@ -84,16 +114,18 @@ def chosen_layers(counted: SpikeCount, wanted: list[int]) -> list[int]:
     return sorted({layers[layer] for layer in wanted})
 
 
-def facts(counted: SpikeCount) -> dict[str, str]:
+def facts(config: SpikingConfig, counted: SpikeCount) -> dict[str, str]:
     own, dense = compute_energy(counted.encoder), compute_energy(counted.encoder, dense=True)
+    used = {name: getattr(config, name) for name in ("amplitude_scale", "spike_cost") if name in NEURONS[config.neuron]}
     return {
+        "layers x width": f"{config.num_hidden_layers} x {config.hidden_size}",
+        "neuron": ", ".join([config.neuron, *(f"{name} {value}" for name, value in used.items())]),
+        "time steps": f"{counted.num_time_steps}",
         "sequences": f"{counted.sequences}",
         "tokens per sequence, without padding": f"{counted.tokens / counted.sequences:.1f}",
-        "time steps": f"{counted.num_time_steps}",
         "firing rate": f"{counted.firing_rate:.1%}",
         "encoder, mJ per sequence": f"{own.convention:.4f}",
-        "dense encoder, mJ per sequence": f"{dense.convention:.4f}",
-        "dense / this": f"{dense.convention / own.convention:.2f}",
+        "the same without spikes": f"{dense.convention:.4f}, {dense.convention / own.convention:.2f} times as much",
     }
 
 

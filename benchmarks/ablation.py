@@ -7,6 +7,7 @@ Every model is pre-trained by run_mlm.py and fine-tuned by run_glue.py with the 
 
 from dataclasses import dataclass, field
 
+import project  # noqa: F401
 from cases import list_of
 from report import Row, keep, print_table
 from trainings import (
@@ -26,9 +27,11 @@ from trainings import (
 )
 from transformers import HfArgumentParser
 
+from configuration_spikelm.configuration_spiking import NEURONS
+
 DENSE = "dense"
-NEURONS = (DENSE, "lif", "bi-spiking", "elastic")
-TITLES = {DENSE: "dense BERT", "lif": "LIF", "bi-spiking": "bi-spiking", "elastic": "elastic bi-spiking"}
+PUBLISHED = (DENSE, "lif", "bi-spiking", "elastic")
+TITLES = {DENSE: "dense BERT", "lif": "LIF", "elastic": "elastic bi-spiking"}  # all others have their own names
 RESETS = ("reference", "symmetric")
 # With spikes of 0 and 1 both rules say the same.
 RESETS_OF_LIF = RESETS[:1]
@@ -42,7 +45,7 @@ class Arguments(TrainingsArguments):
         default="recipes/ablation_glue.yaml", metadata={"help": "Budget of run_glue.py, the same for all models."}
     )
     task_name: list[str] = list_of("sst2", "stsb", help="GLUE tasks.")
-    neurons: list[str] = list_of(*NEURONS, choices=NEURONS, help="The models to train.")
+    neurons: list[str] = list_of(*PUBLISHED, choices=(DENSE, *NEURONS), help="The models to train.")
     num_time_steps: list[int] = list_of(1, 2, 4, help="Time steps T of the spiking models.")
 
     def __post_init__(self) -> None:
@@ -114,7 +117,7 @@ def _row(fields: dict, scores: list[Scores]) -> Row:
     neuron, steps = fields.get("neuron", DENSE), fields.get("num_time_steps")
     has_choice = steps is not None and steps > 1 and neuron != "lif"
     return {
-        "model": TITLES[neuron],
+        "model": TITLES.get(neuron, neuron),
         "T": "" if steps is None else str(steps),
         "reset": fields["membrane_reset"] if has_choice else "",
         "masked-LM loss": over_seeds([found.loss for found in scores], ".3f"),

@@ -9,31 +9,24 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from configuration_spikelm import configuration_spikelm, configuration_spikelm_llama
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model, load_tokenizer
 from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 
-AUTO_CLASSES = (
-    AutoModelForPreTraining,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoModelForQuestionAnswering,
-    AutoModelForMultipleChoice,
-)
+HEADS = [
+    getattr(transformers, name)
+    for form in (configuration_spikelm, configuration_spikelm_llama)
+    for name in form.AUTO_MAP
+    if name.startswith("AutoModelFor")
+]
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
@@ -116,7 +109,7 @@ def load_inputs(arguments: InputArguments) -> tuple[PreTrainedModel, PreTrainedT
 def auto_class_of(config: PreTrainedConfig) -> Any:
     """The Auto class that loads what `config.architectures` names; AutoModel for anything else."""
     for saved_as in config.architectures or ():
-        for auto_class in AUTO_CLASSES:
+        for auto_class in HEADS:
             model_class = auto_class._model_mapping.get(type(config), None)
             remote = getattr(config, "auto_map", {}).get(auto_class.__name__, "")
             if saved_as in (getattr(model_class, "__name__", None), remote.rpartition(".")[2]):

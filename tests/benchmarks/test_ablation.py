@@ -59,7 +59,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_every_model_that_differs_is_trained_once():
-    variants = ablation.list_variants(list(ablation.NEURONS), [1, 2, 4])
+    variants = ablation.list_variants(list(ablation.PUBLISHED), [1, 2, 4])
     assert len(variants) == len(set(variants)) == 14
     spiking = [tuple(dict(fields).values()) for model_type, fields in variants if model_type == "spikelm"]
     assert [steps for neuron, steps, _ in spiking if neuron == "lif"] == [1, 2, 4]

@@ -16,7 +16,7 @@ import draw_spikes
 import measure_spikes
 from spike_metrics.counting import count
 from spike_metrics.inputs import auto_class_of
-from spike_metrics.pictures import draw_raster
+from spike_metrics.pictures import draw_amplitudes, draw_energy, draw_firing_rates, draw_raster, draw_sentence
 
 
 @pytest.fixture
@@ -137,13 +137,16 @@ def test_pictures_and_a_page_that_holds_them(checkpoint, tmp_path):
     draw_spikes.main(
         ["--model_name_or_path", str(awkward), *SHORT, "--text", text, SENTENCES[1], "--output_dir", str(folder)]
     )
-    names = {"raster_layer_0.png", "raster_layer_1.png", "firing_rates.png", "amplitudes.png", "energy.png"}
+    names = {"sentence.png", "raster_layer_0.png", "raster_layer_1.png"}
+    names |= {"firing_rates.png", "amplitudes.png", "energy.png"}
     assert {path.name for path in folder.iterdir()} == names | {"index.html", "written_files.json"}
     page = (folder / "index.html").read_text()
     embedded = {base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
     assert embedded == {(folder / name).read_bytes() for name in names}
     assert "<h1>Spikes of a&lt;b&gt;&amp;c</h1>" in page
     assert not re.search(r"<script|<link|https?://", page)
+    assert "the cat &lt;b&gt; $ and $ the dog" in page and "elastic, amplitude_scale 2.0" in page
+    assert "python draw_spikes.py --model_name_or_path" in page and '<meta name="viewport"' in page
     for name in names:
         with Image.open(folder / name) as image:
             assert min(image.size) > 200
@@ -158,6 +161,41 @@ def test_the_raster_shows_every_spike_in_its_place():
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b", "c"]
     with pytest.raises(ValueError, match="Layer 3"):
         draw_raster({"encoder.layer.7.output.neurons": spikes}, ["a", "b", "c"], layer=3)
+
+
+def test_the_raster_has_its_first_neuron_lowest_and_says_what_white_is():
+    figure = draw_raster({"encoder.layer.0.output.neurons": torch.zeros(1, 2, 3, dtype=torch.int8)}, ["a", "b"], 0)
+    low, high = figure.axes[0].get_ylim()
+    assert low < high
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["+ spike", "- spike", "silent"]
+
+
+def test_a_sentence_is_drawn_line_by_line_as_it_enters_its_layers():
+    entrance, other = torch.zeros(2, 1, 3, 5, dtype=torch.int8)
+    entrance[0, 2, 4], other[0, 0, 0] = 1, -1
+    spikes = {"layer.3.attention.self.neurons": entrance, "layer.3.output.neurons": other}
+    (axis,) = draw_sentence(spikes, ["a", "b", "c"], [3], 5).axes
+    assert np.asarray(axis.images[0].get_array()).tolist() == entrance[0].tolist()
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b", "c"]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]
+    assert axis.get_title() == "layer 3: 7% fire"
+
+
+def test_a_large_head_does_not_hide_the_energy_of_the_encoder(model, batch):
+    encoder, behind = draw_energy(count(model, [batch])).axes
+    longest = [max(bar.get_width() for bar in axis.patches) for axis in (encoder, behind)]
+    assert [axis.get_xlim()[1] / bar for axis, bar in zip((encoder, behind), longest, strict=True)] == [
+        pytest.approx(1.12)
+    ] * 2
+    assert "decoder" in " ".join(label.get_text() for label in behind.get_yticklabels())
+    assert "decoder" not in " ".join(label.get_text() for label in encoder.get_yticklabels())
+
+
+def test_colours_of_rates_end_at_all_neurons_and_those_of_amplitudes_at_each_panels_largest(model, batch):
+    counted = count(model, [batch])
+    assert {axis.images[0].get_clim() for axis in draw_firing_rates(counted).axes} == {(0, 100)}
+    for axis in draw_amplitudes(counted).axes:
+        assert axis.images[0].get_clim() == (0, np.asarray(axis.images[0].get_array()).max())
 
 
 @pytest.mark.parametrize(("layers", "message"), [("2", "layers 0 to 1"), ("-3", "layers 0 to 1")])
