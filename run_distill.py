@@ -6,11 +6,8 @@ Without --model_name_or_path the student is a SpikeLM of the teacher's shape tha
 `python run_distill.py --help` lists every flag.
 """
 
-import copy
 import inspect
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,32 +33,26 @@ from distillation.trainer import DistillationTrainer, hidden_state_metrics
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
-from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.model_card import RunCard
 from experiment.models import (
     load_config,
     load_model,
     load_tokenizer,
     longest_input,
-    refuse_other_amplitudes,
-    refuse_pickled_weights,
     saved_by_run,
     weights_digest,
 )
-from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
-from experiment.preemption import StopOnSigterm
-from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
-from experiment.trial_step import try_first_step
+from experiment.run_record import RunRecord
+from experiment.training_run import TrainingRun
 from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator
-from pretraining_data.packing import content_fingerprint, content_numbers, numbered
-from pretraining_data.preparation import check_fit, check_rows, in_order, mask, pack
+from pretraining_data.packing import content_fingerprint, content_numbers
+from pretraining_data.preparation import check_fit, check_rows, masked_data, pack
 from pretraining_data.prepared import prepared_tokenizer
 from pretraining_data.streams import OrderedStream, StreamPasses
 from spike_metrics.callback import log_firing_rate
@@ -107,56 +98,24 @@ def main(argv: list[str] | None = None) -> None:
             "+".join(content_fingerprint(split) for split in splits.values()),
             inputs=local_inputs(argv, student_arguments, data_arguments, teaching, training),
         )
-        checkpoint, pushed_to = None, push_target(training)
-        # What is wrong with the model is said first; a folder of another run is refused after that.
-        with suppress(ValueError):
-            checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
-        refuse_pickled_weights(checkpoint or training.resume_from_checkpoint)
-        refuse_other_amplitudes(checkpoint or training.resume_from_checkpoint, config)
-        if record.has_nothing_left(pushed_to):
-            if training.process_index == 0:
-                print(f"This run is finished; its results are in {Path(training.output_dir, 'all_results.json')}.")
+        run = TrainingRun(record, training, model_arguments.overwrite_output_dir)
+        if not run.is_left_to_do(config):
             return
-        trained = record.trained_model(checkpoint, training)
         auto_class = AutoModelForMaskedLM if teacher.kind == "tokens" else AutoModel
-        model = load_model(auto_class, saved_by_run(student_arguments, trained), config)
+        model = load_model(auto_class, saved_by_run(student_arguments, run.trained), config)
         inputs = inspect.signature(model.forward).parameters
-        validation, collator = mask(splits["validation"], tokenizer, inputs, data_arguments, training)
-        rows = numbered(splits["train"]) if training.do_train else None
-        if data_arguments.streaming:
-            rows, validation = in_order(rows, validation, collator, data_arguments, training)
-        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching)
-        try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
-        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
-        repository = take_over_pushing(training)
-        record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        rows, validation, collator = masked_data(splits, tokenizer, inputs, data_arguments, training)
+        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)
+        run.claim(make, model, given)
 
     card = make_card(model, auto_class, training, data_arguments, student_arguments, teaching)
-    keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
-    # A checkpoint is pushed when it is complete.
-    trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
-    if spikes.spike_batches:
-        log_firing_rate(trainer)
-    stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
-    if trained:
-        restore_state(trainer, trained)
-    elif training.do_train:
-        with preemption, number_errors():
-            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        save_metrics(trainer, "train", metrics)
-    if training.do_train and not record.is_trained:
-        save_finished_model(trainer)
-        record.record_training()
-        keeper.keep_best_only(trainer)
+    trainer = run.train(
+        make, model, card, [EpochCallback(collator)], content_numbers if data_arguments.streaming else None
+    )
     results = {}
     if training.do_eval:
         results = trainer.evaluate() | evaluate_spikes(trainer, validation, spikes)
-        save_metrics(trainer, "eval", results)
-        if training.process_index == 0:
-            print(json.dumps({name: float(f"{value:.6g}") for name, value in results.items()}, indent=2))
-    if training.do_train:
-        publisher.publish(trainer, results)
-    record.record_end(pushed_to)
+    run.finish(trainer, results)
 
 
 def check_flags(
@@ -169,8 +128,7 @@ def check_flags(
         raise ValueError(
             f"--objective {data.objective}: a teacher says nothing of pairs of sentences here; leave the flag out."
         )
-    if data.streaming and training.do_train and training.max_steps <= 0:
-        raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+    data.check_stream(training)
     if training.label_smoothing_factor:
         raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
     set_direction(training, given, {"loss": False, "hidden_error": False})
@@ -198,6 +156,7 @@ def make_trainer(
     model_arguments: ModelArguments,
     teacher: Teacher,
     teaching: DistillationArguments,
+    spikes: SpikeArguments,
     model: PreTrainedModel,
     training: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
@@ -214,6 +173,8 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     calibrate_before_training(trainer, model_arguments.calibration_batches)
+    if spikes.spike_batches:
+        log_firing_rate(trainer)
     return trainer
 
 
@@ -225,9 +186,6 @@ def make_card(
     student_arguments: ModelArguments,
     teaching: DistillationArguments,
 ) -> RunCard:
-    names = data_arguments.dataset_name or data_arguments.train_file or []
-    # Local data by its file names only, for paths say nothing to a stranger.
-    sources = ", ".join(f"`{Path(name).resolve().name}`" if Path(name).exists() else name for name in names)
     teacher = teaching.teacher_name_or_path
     teacher = Path(teacher).resolve().name if Path(teacher).exists() else teacher
     return RunCard(
@@ -237,9 +195,9 @@ def make_card(
         auto_class=auto_class.__name__,
         training_data=(
             f"Learned the hidden states{' and logits' if auto_class is AutoModelForMaskedLM else ''} of {teacher} from "
-            f"the text of {sources}, in rows of {data_arguments.max_seq_length} tokens."
+            f"the text of {data_arguments.sources}, in rows of {data_arguments.max_seq_length} tokens."
         ),
-        datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
+        datasets=data_arguments.hub_datasets,
         metrics=METRICS,
         figures=FIGURES,
         dataset_for_results="the validation split",

@@ -6,13 +6,10 @@
 `python run_mlm.py --help` lists every flag.
 """
 
-import copy
 import inspect
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,26 +34,20 @@ from transformers import (
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
-from experiment.checkpoints import CheckpointKeeper, save_finished_model
 from experiment.model_card import RunCard
 from experiment.models import (
     load_config,
     load_model,
     load_tokenizer,
     longest_input,
-    refuse_other_amplitudes,
-    refuse_pickled_weights,
     saved_by_run,
     weights_digest,
 )
-from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
-from experiment.preemption import StopOnSigterm
-from experiment.publishing import Publisher, push_target, take_over_pushing
 from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
-from experiment.trial_step import try_first_step
+from experiment.run_record import RunRecord
+from experiment.training_run import TrainingRun
 from experiment.whole_steps import WholeStepsTrainer
 from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
@@ -65,10 +56,9 @@ from pretraining_data.masking import EpochCallback, MaskingCollator
 from pretraining_data.packing import (
     content_fingerprint,
     content_numbers,
-    numbered,
 )
 from pretraining_data.packing import unigram_loss as unigram_cross_entropy
-from pretraining_data.preparation import check_fit, check_rows, in_order, mask, pack, train_tokenizer
+from pretraining_data.preparation import check_fit, check_rows, masked_data, pack, train_tokenizer
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
 from pretraining_data.streams import OrderedStream, StreamPasses
 from spike_metrics.callback import log_firing_rate
@@ -146,69 +136,36 @@ def main(argv: list[str] | None = None) -> None:
             "+".join(content_fingerprint(split) for split in splits.values()),
             inputs=local_inputs(argv, model_arguments, data_arguments, training),
         )
-        checkpoint, pushed_to = None, push_target(training)
-        # What is wrong with the model is said first; a folder of another run is refused after that.
-        with suppress(ValueError):
-            checkpoint = record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
-        refuse_pickled_weights(checkpoint or training.resume_from_checkpoint)
-        refuse_other_amplitudes(checkpoint or training.resume_from_checkpoint, config)
-        if record.has_nothing_left(pushed_to):
-            if training.process_index == 0:
-                print(f"This run is finished; its results are in {Path(training.output_dir, 'all_results.json')}.")
+        run = TrainingRun(record, training, model_arguments.overwrite_output_dir)
+        if not run.is_left_to_do(config):
             return
-        trained = record.trained_model(checkpoint, training)
         auto_class = AutoModelForPreTraining if data_arguments.objective == "mlm_nsp" else AutoModelForMaskedLM
-        model = load_model(auto_class, saved_by_run(model_arguments, trained), config)
+        model = load_model(auto_class, saved_by_run(model_arguments, run.trained), config)
         inputs = inspect.signature(model.forward).parameters
         if data_arguments.objective == "mlm_nsp" and "next_sentence_label" not in inputs:
             raise ValueError(
                 f"{type(model).__name__} has no next-sentence head; choose --objective mlm or another --model_type."
             )
-        validation, collator = mask(splits["validation"], tokenizer, inputs, data_arguments, training)
-        rows = numbered(splits["train"]) if training.do_train else None
-        if data_arguments.streaming:
-            rows, validation = in_order(rows, validation, collator, data_arguments, training)
-        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments)
-        try_first_step(make, copy.deepcopy(model), training, given, trains=training.do_train and not trained)
-        record.check(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
-        repository = take_over_pushing(training)
-        record.open(model_arguments.overwrite_output_dir, training.resume_from_checkpoint)
+        rows, validation, collator = masked_data(splits, tokenizer, inputs, data_arguments, training)
+        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, spikes)
+        run.claim(make, model, given)
 
     card = make_card(model, auto_class, training, documents["validation"], model_arguments, data_arguments, tokenizer)
-    keeper, preemption, publisher = CheckpointKeeper(card, training), StopOnSigterm(), Publisher(card, repository)
-    # A checkpoint is pushed when it is complete.
-    trainer = make(model, training, [EpochCallback(collator), ProgressNote(record), preemption, keeper, publisher])
-    if spikes.spike_batches:
-        log_firing_rate(trainer)
-    stop_when_not_finite(trainer, content_numbers if data_arguments.streaming else None)
-    if trained:
-        restore_state(trainer, trained)
-    elif training.do_train:
-        with preemption, number_errors():
-            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        save_metrics(trainer, "train", metrics)
-    if training.do_train and not record.is_trained:
-        save_finished_model(trainer)
-        record.record_training()
-        keeper.keep_best_only(trainer)
+    trainer = run.train(
+        make, model, card, [EpochCallback(collator)], content_numbers if data_arguments.streaming else None
+    )
     results = {}
     if training.do_eval:
         results = trainer.evaluate() | unigram_baseline(splits, validation, tokenizer, config)
         results |= evaluate_spikes(trainer, validation, spikes)
-        save_metrics(trainer, "eval", results)
-        if training.process_index == 0:
-            print(json.dumps({name: float(f"{value:.6g}") for name, value in results.items()}, indent=2))
-    if training.do_train:
-        publisher.publish(trainer, results)
-    record.record_end(pushed_to)
+    run.finish(trainer, results)
 
 
 def check_streaming(script: ScriptArguments, arguments: DataArguments, training: TrainingArguments) -> None:
     """Refuses what makes no sense for a stream, which has no length and is never written as a whole."""
     if arguments.streaming and script.prepare_only:
         raise ValueError("--prepare_only writes the whole corpus; leave out --streaming.")
-    if arguments.streaming and training.do_train and training.max_steps <= 0:
-        raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+    arguments.check_stream(training)
 
 
 def check_objective(arguments: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> None:
@@ -234,6 +191,7 @@ def make_trainer(
     validation: Dataset | OrderedStream,
     tokenizer: PreTrainedTokenizerBase,
     model_arguments: ModelArguments,
+    spikes: SpikeArguments,
     model: PreTrainedModel,
     training: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
@@ -251,6 +209,8 @@ def make_trainer(
     )
     if model_arguments.model_name_or_path:
         calibrate_before_training(trainer, model_arguments.calibration_batches)
+    if spikes.spike_batches:
+        log_firing_rate(trainer)
     return trainer
 
 
@@ -326,7 +286,7 @@ def make_card(
         pipeline_tag="fill-mask",
         auto_class=auto_class.__name__,
         training_data=describe(data_arguments),
-        datasets=[name for name in data_arguments.dataset_name or [] if not Path(name).exists()],
+        datasets=data_arguments.hub_datasets,
         metrics=METRICS,
         figures=FIGURES,
         dataset_for_results="the validation split",
@@ -350,16 +310,14 @@ def hub_origin(validation: Dataset | IterableDataset, arguments: DataArguments) 
 
 
 def describe(arguments: DataArguments) -> str:
-    """One sentence for the card; local data by its file names only, for paths say nothing to a stranger."""
-    names = arguments.dataset_name or arguments.train_file or []
-    sources = [f"`{Path(name).resolve().name}`" if Path(name).exists() else name for name in names]
+    """One sentence for the card."""
     task = (
         "masked language modelling and next-sentence prediction"
         if arguments.objective == "mlm_nsp"
         else ("masked language modelling")
     )
     return (
-        f"Trained by {task} ({arguments.mlm_probability:.0%} of the tokens) on {', '.join(sources)}, in rows of "
+        f"Trained by {task} ({arguments.mlm_probability:.0%} of the tokens) on {arguments.sources}, in rows of "
         f"{arguments.max_seq_length} tokens."
     )
 

@@ -1,1 +1,1 @@
-"""What run_mlm.py and run_glue.py share: arguments and recipes, loading a model, the record of a run, publishing."""
+"""What the training scripts share: arguments and recipes, loading a model, a run and its record, publishing."""

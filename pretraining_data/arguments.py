@@ -1,7 +1,10 @@
 """The data flags of ``run_mlm.py``."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from transformers import TrainingArguments
 
 
 @dataclass
@@ -134,3 +137,22 @@ class DataArguments:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag} has to be at least 1, got {value}.")
+
+    def check_stream(self, training: TrainingArguments) -> None:
+        """
+        Raises:
+            ValueError: a stream, which has no length, is to be trained on for a number of epochs.
+        """
+        if self.streaming and training.do_train and training.max_steps <= 0:
+            raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+
+    @property
+    def hub_datasets(self) -> list[str]:
+        """Names of the training data that are on the Hub."""
+        return [name for name in self.dataset_name or [] if not Path(name).exists()]
+
+    @property
+    def sources(self) -> str:
+        """The training data for people; those on this disk by file names only, for paths say nothing to a stranger."""
+        names = self.dataset_name or self.train_file or []
+        return ", ".join(f"`{Path(name).resolve().name}`" if Path(name).exists() else name for name in names)

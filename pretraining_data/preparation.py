@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .arguments import DataArguments
 from .masking import MaskingCollator, mask_statically
-from .packing import check_token_ids, pack_documents, take_rows
+from .packing import check_token_ids, numbered, pack_documents, take_rows
 from .streams import OrderedStream, StreamPasses, lanes_of, shuffled, take_over_workers
 from .tokenizers import train_wordpiece
 
@@ -92,6 +92,28 @@ def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: Da
         special_ids=tokenizer.all_special_ids,
     )
     return type(splits)({name: check(split, name=f"{name} rows") for name, split in splits.items()})
+
+
+def masked_data(
+    splits: DatasetDict | IterableDatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Container[str],
+    arguments: DataArguments,
+    training: TrainingArguments,
+) -> tuple[Dataset | StreamPasses | None, Dataset | OrderedStream, MaskingCollator]:
+    """What a Trainer of a masked language model takes: rows to train on, masked rows to validate on, and a collator.
+
+    Args:
+        inputs: names of what the model's forward takes.
+
+    Returns:
+        Training rows (`None` where nothing is trained), validation rows, and the collator that masks the former.
+    """
+    validation, collator = mask(splits["validation"], tokenizer, inputs, arguments, training)
+    rows = numbered(splits["train"]) if training.do_train else None
+    if arguments.streaming:
+        rows, validation = in_order(rows, validation, collator, arguments, training)
+    return rows, validation, collator
 
 
 def mask(

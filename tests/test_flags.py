@@ -17,12 +17,15 @@ from transformers import BertForMaskedLM, BertTokenizer, set_seed
 import run_distill
 import run_glue
 import run_mlm
+from experiment import training_run
 from experiment.preemption import StopOnSigterm
 from modeling_spikelm import SpikeLMForMaskedLM
 from tests.forked_processes import launch_forked
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"run_mlm": run_mlm, "run_glue": run_glue}
+# What tries the first step of a script and trains.
+WHERE_A_RUN_IS = {"run_mlm": training_run, "run_glue": run_glue}
 ALL_SCRIPTS = SCRIPTS | {"run_distill": run_distill}
 WORDS = "the capital of france is paris . rome italy not a city in europe has river".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -136,7 +139,7 @@ def test_the_trial_changes_nothing_of_the_run(name, flags, inputs, tmp_path, mon
     script, trained = SCRIPTS[name], []
     for output in (tmp_path / "tried", tmp_path / "not_tried"):
         script.main([*command(script, inputs, output, flags), *start])
-        monkeypatch.setattr(script, "try_first_step", lambda *args, **kwargs: None)
+        monkeypatch.setattr(WHERE_A_RUN_IS[name], "try_first_step", lambda *args, **kwargs: None)
         files = sorted(path for path in output.rglob("model.safetensors") if "checkpoint-" not in str(path))
         trained.append([load_file(path) for path in files])
     assert len(trained[0]) == len(trained[1]) > 0
@@ -218,7 +221,8 @@ def test_a_folder_belongs_to_a_command_from_its_first_step_on(name, inputs, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "stop_when_not_finite", interrupt)  # the folder is claimed, the training not begun
+        # The folder is claimed, the training not begun.
+        patch.setattr(WHERE_A_RUN_IS[name], "stop_when_not_finite", interrupt)
         script.main(first)
     assert (tmp_path / "run" / "run.json").is_file()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -30,6 +30,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import run_mlm
 from configuration_spikelm import SpikeLMConfig
+from experiment import training_run
 from experiment.publishing import Publisher
 from modeling_spikelm import SpikeLMForMaskedLM
 from pretraining_data.arguments import DataArguments
@@ -227,7 +228,7 @@ def interrupted(command: list[str], owner: type, method: str, when=lambda *args:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "try_first_step", lambda *args, **kwargs: None)  # it evaluates as well
+        patch.setattr(training_run, "try_first_step", lambda *args, **kwargs: None)  # it evaluates as well
         patch.setattr(owner, method, interrupt)
         script.main(command)
 
