@@ -597,6 +597,7 @@ def make_card(
         results_config=task.hub_config,
         results_splits={key: split for key, (_, split) in shown.items()},
         started_from=model_arguments.model_name_or_path,
+        language=None if isinstance(task, OwnTask) else "en",
     )
 
 

@@ -33,6 +33,7 @@ class RunCard:
         results_splits: the splits of that, for the keys of `metrics`.
         started_from: the checkpoint the model started from, if any.
         mask_token: what stands for a masked word.
+        language: code of the data's language, where it is known.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class RunCard:
     results_splits: dict[str, str] = field(default_factory=dict)
     started_from: str | None = None
     mask_token: str = "[MASK]"
+    language: str | None = None
 
     @property
     def model_id(self) -> str:
@@ -71,7 +73,7 @@ class RunCard:
         config = self.model.config
         spiking = config.model_type == "spikelm"
         data = ModelCardData(
-            language="en",
+            language=self.language,
             # Others' checkpoints have licences of their own.
             license="apache-2.0" if spiking else None,
             library_name="transformers",
@@ -113,6 +115,7 @@ class RunCard:
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             started_from=self._started_from(),
             training_data=self.training_data,
+            language=self.language,
             hyperparameters=self._hyperparameters(),
             progress=_progress(state),
             results=shown,

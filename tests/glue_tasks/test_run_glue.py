@@ -95,7 +95,9 @@ def test_a_spikelm_starts_from_its_masked_lm_and_the_kept_model_has_the_shown_sc
     assert f"** | {counted['firing_rate']:.1%} | {counted['model_energy_mj']:.3g} | " in row
     reported = json.loads((output / "mrpc" / "all_results.json").read_text())
     assert reported["eval_firing_rate"] == shown["spikes"]["firing_rate"]["median"]
-    assert f"| MRPC: firing rate | {counted['firing_rate']:.1%} |" in (output / "mrpc" / "README.md").read_text()
+    card = (output / "mrpc" / "README.md").read_text()
+    assert f"| MRPC: firing rate | {counted['firing_rate']:.1%} |" in card
+    assert "language: en\n" in card
 
 
 def test_amplitudes_calibrated_in_pretraining_stay_as_they_are(write_glue, tiny_spikelm, tmp_path):
