@@ -74,7 +74,8 @@ def main() -> None:
         rows, notes, points = build_table(jobs, arguments)
         if rows and arguments.output is not None:
             keep("amplitude_scale", title, rows, device(), arguments.output, notes, arguments.path_names)
-            draw(points, title).savefig(Path(arguments.output, "amplitude_scale.png"), dpi=150)
+            seeds = f"{len(arguments.seeds)} seed{'s' if len(arguments.seeds) > 1 else ''}"
+            draw(points, f"{title}, {seeds}").savefig(Path(arguments.output, "amplitude_scale.png"), dpi=150)
 
     # A sitting that is cut off leaves the table and the curve of what was finished.
     failed = run_all([one for of_scale in jobs.values() for one in of_scale], arguments.jobs, keep_table)
@@ -183,6 +184,8 @@ def draw(points: Sequence[Point], title: str) -> Figure:
             xytext=(0, 13 if number % 2 else -13),
             ha="center",
             va="bottom" if number % 2 else "top",
+            # The curve may run behind a label.
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     found = knee(curve)
     marks = [("knee", found, "o", 170, KNEE)] if found is not None else []
@@ -203,7 +206,7 @@ def draw(points: Sequence[Point], title: str) -> Figure:
     axes.margins(x=0.1, y=0.15)  # room for the labels
     axes.grid(alpha=0.3)
     if marks:
-        axes.legend()
+        axes.legend(markerscale=0.5)
     return figure
 
 

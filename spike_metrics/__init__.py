@@ -1,6 +1,6 @@
 """What spikes a model fires and what they cost: counted with hooks from outside, the models never import this."""
 
-from .counting import NeuronCount, NotCounted, ProductCount, SpikeCount, SpikeCounter, count
+from .counting import NeuronCount, NotCounted, ProductCount, SpikeCount, SpikeCounter, count, record_spikes
 from .energy import DATAFLOWS, EnergyConstants, Joules, compute_energy, energy_with_data_movement, published_convention
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "count",
     "energy_with_data_movement",
     "published_convention",
+    "record_spikes",
 ]

@@ -14,6 +14,8 @@ from transformers import BertConfig, PreTrainedConfig
 
 import draw_spikes
 import measure_spikes
+from configuration_spikelm import SpikeLMLlamaConfig
+from modeling_spikelm import SpikeLMLlamaForCausalLM
 from spike_metrics.counting import count
 from spike_metrics.inputs import auto_class_of
 from spike_metrics.pictures import draw_amplitudes, draw_energy, draw_firing_rates, draw_raster, draw_sentence
@@ -218,6 +220,23 @@ def test_a_checkpoint_is_loaded_as_what_it_was_saved_as(architectures, auto_clas
 def test_code_that_comes_with_a_checkpoint_names_its_own_class():
     config = PreTrainedConfig(architectures=["Other"], auto_map={"AutoModelForMaskedLM": "someone/repo--file.Other"})
     assert auto_class_of(config).__name__ == "AutoModelForMaskedLM"
+
+
+def test_a_decoder_is_counted_with_its_head_and_drawn(tokenizer, tmp_path, capsys):
+    config = SpikeLMLlamaConfig(
+        **{"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_time_steps": 2},
+    )
+    decoder = SpikeLMLlamaForCausalLM(config)
+    decoder.calibrate([{"input_ids": torch.arange(5, 15)[None]}])
+    decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    measure(str(tmp_path / "decoder"), "--text", *SENTENCES)
+    assert "lm_head" in capsys.readouterr().out
+    draw_spikes.main(
+        ["--model_name_or_path", str(tmp_path / "decoder"), *SHORT, "--text", "the cat", "--output_dir", str(tmp_path)]
+    )
+    assert (tmp_path / "sentence.png").is_file() and (tmp_path / "energy.png").is_file()
 
 
 def test_a_dense_model_has_nothing_to_draw(dense_checkpoint, tmp_path):
