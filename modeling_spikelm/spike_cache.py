@@ -23,8 +23,12 @@ def with_past(
 
     Returns:
         `(T * B, past + L, F)` each, or of the length of a cache that has a fixed one.
+
+    Raises:
+        ValueError: the cache holds what is no code of these neurons.
     """
     is_coded = all(group.is_calibrated for group in neurons)
+    _check_holds(cache, layer, is_coded)
     num_time_steps = neurons[0].num_time_steps
     spikes = (key, value)
     new = [group.codes(x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
@@ -36,3 +40,15 @@ def with_past(
     if not is_coded:
         return kept_key, kept_value
     return neurons[0].spikes(kept_key, key.dtype), neurons[1].spikes(kept_value, value.dtype)
+
+
+def _check_holds(cache: Cache, layer: int, codes: bool) -> None:
+    """Refuses a cache of codes where there should be spikes, and the other way round."""
+    held = getattr(cache.layers[layer], "keys", None) if layer < len(cache.layers) else None
+    if held is None or not held.numel() or (held.dtype == torch.int8) == codes:
+        return
+    raise ValueError(
+        f"past_key_values holds {held.dtype}, not the {'codes' if codes else 'spikes'} of this SpikeLM: it was filled "
+        f"{'before' if codes else 'after'} calibration, or by something else, as an adapter's prefix. Begin with an "
+        "empty cache."
+    )

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
+from transformers.generation import CompileConfig
 
 from configuration_spikelm.configuration_spiking import NEURONS
 from tests.modeling_spikelm.test_llama import make_model
@@ -66,6 +68,14 @@ def test_a_model_that_is_not_calibrated_caches_its_spikes():
     assert cache.layers[0].keys.dtype == torch.float32
 
 
+def test_a_cache_from_before_calibration_is_refused():
+    model = make_model(calibrated=False)
+    cache = model(PROMPT).past_key_values
+    model.calibrate({"input_ids": PROMPT})
+    with pytest.raises(ValueError, match="filled before calibration.*Begin with an empty cache"):
+        model(PROMPT, past_key_values=cache)
+
+
 @STEPS
 def test_a_prompt_alone_and_in_a_padded_batch_gets_the_same_tokens(num_time_steps):
     model = make_model(num_time_steps)
@@ -104,6 +114,19 @@ def test_beams_and_samples_are_the_same_with_and_without_a_cache():
         assert found[0].shape == (3, 17)
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), options
         assert len(found[0].unique(dim=0)) == 3
+
+
+def test_a_static_cache_writes_by_one_graph():
+    """As transformers compiles it on a GPU; tracing is the same on a CPU, and code is made of it in its own tests."""
+    model = make_model(1, num_hidden_layers=1)
+    options = {**GOES_ON, "cache_implementation": "static"}
+    wanted = model.generate(PROMPT, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    as_on_a_gpu = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    as_on_a_gpu._compile_all_devices = True
+    assert torch.equal(model.generate(PROMPT, compile_config=as_on_a_gpu, **options), wanted)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_training_behind_a_cache_keeps_the_gradient():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -207,8 +208,26 @@ def test_amplitudes_stay_float32_and_come_back(batch, tmp_path):
         if name.endswith("amplitude"):
             assert torch.equal(loaded.get_buffer(name), buffer)
     assert loaded(**batch).logits.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        written = model.generate(**batch, min_new_tokens=3, max_new_tokens=3, return_dict_in_generate=True)
+    assert written.sequences.shape == (2, 10)
+    assert written.past_key_values.layers[0].keys.dtype == torch.int8
     base = SpikeLMLlamaModel.from_pretrained(tmp_path)
     torch.testing.assert_close(base(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
+
+
+def test_an_adapter_learns_and_becomes_a_part_of_the_weights(batch):
+    model = make_model()
+    before = model(**batch).logits
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=1.0)
+    for _ in range(2):
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    adapted.eval()
+    after = adapted(**batch).logits
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, after, rtol=0, atol=1e-4)
 
 
 def test_int8_weights_are_refused_by_name():
