@@ -26,7 +26,7 @@ convert: $(VENV)/installed
 		--train_file $(TEXT) --output_dir $(CONVERTED)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -23,6 +23,21 @@ if _memory.is_dir() and shutil.disk_usage(_memory).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_memory))
 
 
+TESTS = Path(__file__).resolve().parent
+# Begun first, for a long file that is begun last leaves all processes but one without work.
+LONG_FILES = """
+    test_kill_anywhere.py accelerate_configs/test_accelerate_configs.py test_run_mlm.py glue_tasks/test_run_glue.py
+    benchmarks/test_commands.py benchmarks/test_ablation.py test_flags.py test_hub.py test_run_distill.py test_safety.py
+    test_hub_server.py test_distributed_training.py test_resuming.py modeling_spikelm/test_remote_code.py
+    spike_metrics/test_commands.py
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    places = {(TESTS / name).resolve(strict=True): place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_collection_finish():
     """The Trainer collects garbage several times in a run, and looks through all that was ever imported: half a second
     of a run that takes one. What is there before the first test is there for good, and need not be looked at."""
