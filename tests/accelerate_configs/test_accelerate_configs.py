@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM
 from tests.clean_machine import run_on_clean_machine
 from tests.corpus import TINY, write_corpus
+from tests.forked_processes import launch_forked
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -29,33 +31,27 @@ def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "topics.txt")
 
 
-def start(
-    config: str, corpus: Path, output_dir: Path, *launch: str, processes: int = 2, as_gpu_processes: bool = False
-) -> subprocess.Popen:
-    """`accelerate launch` with a configuration of ours and so many processes in all."""
-    configuration = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(processes), *launch]
-    arguments = ["--train_file", str(corpus), "--output_dir", str(output_dir), *RUN]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    script = "run_mlm.py"
+def arguments(corpus: Path, output_dir: Path) -> list[str]:
+    return ["--train_file", str(corpus), "--output_dir", str(output_dir), *RUN]
+
+
+def launch_from_shell(config: str, argv: list[str], *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run([sys.executable, *launch, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def train(
+    config: str, corpus: Path, output_dir: Path, *flags: str, as_gpu_processes: bool = False, launch=launch_forked
+) -> None:
+    """`accelerate launch` with a configuration of ours and two processes in all."""
+    argv, variables = ["run_mlm.py", *arguments(corpus, output_dir)], {}
     if as_gpu_processes:
-        script = "tests/accelerate_configs/gpu_processes_on_cpu.py"
-        environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-        arguments += ["--use_cpu", "False", "--bf16"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *configuration, script, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(*launches: subprocess.Popen) -> None:
-    for launch in launches:
-        output, _ = launch.communicate(timeout=300)
-        assert launch.returncode == 0, output[-3000:]
+        argv[0] = "tests/accelerate_configs/gpu_processes_on_cpu.py"
+        argv += ["--use_cpu", "False", "--bf16"]
+        variables = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    done = launch(config, argv, "--num_processes", "2", *flags, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_trained(folder: Path, processes: int = 2) -> None:
@@ -100,7 +96,8 @@ def test_fsdp_wraps_a_class_that_the_model_has():
 def test_one_process_computes_in_the_precision_that_its_configuration_names(corpus, tmp_path):
     losses = {}
     for config, precision in [("single_cpu", "float32"), ("one_gpu_bf16", "bf16")]:
-        finish(start(config, corpus, tmp_path / config, processes=1))
+        done = launch_from_shell(config, ["run_mlm.py", *arguments(corpus, tmp_path / config)])
+        assert done.returncode == 0, done.stderr[-3000:]
         assert_trained(tmp_path / config, processes=1)
         assert f"| precision | {precision} |" in (tmp_path / config / "README.md").read_text()
         losses[config] = json.loads((tmp_path / config / "train_results.json").read_text())["train_loss"]
@@ -109,7 +106,7 @@ def test_one_process_computes_in_the_precision_that_its_configuration_names(corp
 
 
 def test_ddp_starts_as_many_processes_as_asked_for(corpus, tmp_path):
-    finish(start("multi_gpu_ddp", corpus, tmp_path / "run", "--main_process_port", "0"))
+    train("multi_gpu_ddp", corpus, tmp_path / "run")
     assert_trained(tmp_path / "run")
 
 
@@ -119,14 +116,15 @@ def test_two_nodes_find_each_other(corpus, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
-    nodes = [start("two_nodes_ddp", corpus, tmp_path / "run", *meeting, rank) for rank in "01"]
-    finish(*nodes)
+    with ThreadPoolExecutor(2) as nodes:
+        list(nodes.map(lambda rank: train("two_nodes_ddp", corpus, tmp_path / "run", *meeting, rank), "01"))
     assert_trained(tmp_path / "run")
 
 
 @pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
 def test_sharded_processes_train_and_save_a_whole_model(config, corpus, tmp_path):
-    finish(start(config, corpus, tmp_path / "run", "--main_process_port", "0", as_gpu_processes=True))
+    launch = launch_from_shell if config == "deepspeed_zero2" else launch_forked
+    train(config, corpus, tmp_path / "run", "--main_process_port", "0", as_gpu_processes=True, launch=launch)
     assert_trained(tmp_path / "run")
     assert "| architecture | SpikeLMForMaskedLM |" in (tmp_path / "run" / "README.md").read_text()
     weights = load_file(tmp_path / "run" / "model.safetensors")
