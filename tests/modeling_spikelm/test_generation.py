@@ -100,7 +100,14 @@ def test_greedy_takes_the_best_token_of_every_forward():
         logits = model(tokens).logits[:, -1]
         logits[:, model.config.eos_token_id] = -torch.inf
         tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
-    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+    in_parts = {"cache_implementation": "static", "prefill_chunk_size": 4}
+    for options in (
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        in_parts,
+        {"prompt_lookup_num_tokens": 2},
+    ):
         assert torch.equal(model.generate(PROMPT, **GOES_ON, **options), tokens), options
 
 
