@@ -35,22 +35,14 @@ def arguments(corpus: Path, output_dir: Path) -> list[str]:
     return ["--train_file", str(corpus), "--output_dir", str(output_dir), *RUN]
 
 
-def launch_from_shell(config: str, argv: list[str], *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run([sys.executable, *launch, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def train(
-    config: str, corpus: Path, output_dir: Path, *flags: str, as_gpu_processes: bool = False, launch=launch_forked
-) -> None:
-    """`accelerate launch` with a configuration of ours and two processes in all."""
+def train(config: str, corpus: Path, output_dir: Path, *flags: str, as_gpu_processes: bool = False) -> None:
+    """`accelerate launch` with a configuration of ours and two processes in all, forked ones."""
     argv, variables = ["run_mlm.py", *arguments(corpus, output_dir)], {}
     if as_gpu_processes:
         argv[0] = "tests/accelerate_configs/gpu_processes_on_cpu.py"
         argv += ["--use_cpu", "False", "--bf16"]
         variables = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    done = launch(config, argv, "--num_processes", "2", *flags, **variables)
+    done = launch_forked(config, argv, "--num_processes", "2", *flags, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -96,7 +88,15 @@ def test_fsdp_wraps_a_class_that_the_model_has():
 def test_one_process_computes_in_the_precision_that_its_configuration_names(corpus, tmp_path):
     losses = {}
     for config, precision in [("single_cpu", "float32"), ("one_gpu_bf16", "bf16")]:
-        done = launch_from_shell(config, ["run_mlm.py", *arguments(corpus, tmp_path / config)])
+        launch = [sys.executable, "-m", "accelerate.commands.launch"]
+        launch += ["--config_file", f"accelerate_configs/{config}.yaml", "run_mlm.py"]
+        done = subprocess.run(
+            [*launch, *arguments(corpus, tmp_path / config)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert_trained(tmp_path / config, processes=1)
         assert f"| precision | {precision} |" in (tmp_path / config / "README.md").read_text()
@@ -123,8 +123,7 @@ def test_two_nodes_find_each_other(corpus, tmp_path):
 
 @pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
 def test_sharded_processes_train_and_save_a_whole_model(config, corpus, tmp_path):
-    launch = launch_from_shell if config == "deepspeed_zero2" else launch_forked
-    train(config, corpus, tmp_path / "run", "--main_process_port", "0", as_gpu_processes=True, launch=launch)
+    train(config, corpus, tmp_path / "run", as_gpu_processes=True)
     assert_trained(tmp_path / "run")
     assert "| architecture | SpikeLMForMaskedLM |" in (tmp_path / "run" / "README.md").read_text()
     weights = load_file(tmp_path / "run" / "model.safetensors")
