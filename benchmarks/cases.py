@@ -28,6 +28,7 @@ TRAINED_SIDES = ("bert", "bert-sparse", "spikelm", "spikelm-dense", "oracle")
 FAST_PATHS = (
     "fused_neurons",
     "cpu_neurons",
+    "triton_neurons",
     "cpu_products",
     "cpu_dropout",
     "cpu_attention",

@@ -1,11 +1,13 @@
 """The spikes of `spike_reference` in less time and memory: the gradient written out, one byte kept for every spike."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .cpu_passes import emit_on_cpu, pass_back_on_cpu
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
+from .kernels import emit, pass_back, runs_in_triton
 from .packing import SpikePacking
 from .spiking import integrate, kept_share, spike_reference, spikes_dtype, ternary
 
@@ -26,8 +28,8 @@ class _Spike(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
     ) -> torch.Tensor:
-        emit = emit_on_cpu if FAST_PATHS.cpu_neurons and is_eager_on_cpu(inputs) else _emit
-        spikes, codes = emit(inputs, amplitude, decay, reset, has_membrane)
+        way = _quickest(inputs, emit, emit_on_cpu, _emit)
+        spikes, codes = way(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
         if not torch.compiler.is_compiling():
@@ -37,11 +39,18 @@ class _Spike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         codes, amplitude = ctx.saved_tensors
-        # Gradients are enabled in here for `create_graph`, which the CPU's in-place passes cannot give.
-        is_quick = FAST_PATHS.cpu_neurons and is_eager_on_cpu(codes) and not torch.is_grad_enabled()
-        pass_back = pass_back_on_cpu if is_quick else _pass_back
-        gradient = pass_back(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype)
+        # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
+        is_plain = torch.is_grad_enabled()
+        way = _pass_back if is_plain else _quickest(codes, pass_back, pass_back_on_cpu, _pass_back)
+        gradient = way(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype)
         return gradient, None, None, None, None
+
+
+def _quickest(tensor: torch.Tensor, in_triton: Callable, on_cpu: Callable, anywhere: Callable) -> Callable:
+    """The one of three ways to the same numbers that is the quickest for this tensor."""
+    if runs_in_triton(tensor):
+        return in_triton
+    return on_cpu if FAST_PATHS.cpu_neurons and is_eager_on_cpu(tensor) else anywhere
 
 
 def _emit(

@@ -34,6 +34,7 @@ import torch
 
 from .cpu_passes import passed_on
 from .fast_paths import FAST_PATHS, is_transformed
+from .kernels import emit, pass_back_levels, runs_in_triton
 from .packing import SpikePacking
 from .spiking import BELOW_ONE, integrate, kept_share, spikes_dtype
 
@@ -131,48 +132,84 @@ class _LevelSpikes(torch.autograd.Function):
         has_membrane: bool,
     ) -> torch.Tensor:
         levels = Levels(amplitude, scale, shift, cost)
-        spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
-        codes = torch.empty_like(inputs, dtype=torch.int8)
-        sizes, begins, ends = levels.sizes(), next_above(levels.thresholds()), next_above(levels.limits())
-        membrane, kept = None, None
-        for step in range(len(inputs)):
-            membrane = integrate((inputs[step].float() - shift).div_(scale), membrane, kept)
-            signs = _fire(membrane, begins[step], ends[step], codes[step])
-            spikes[step] = torch.addcmul(shift, signs, sizes[step])
-            if has_membrane:
-                kept = kept_share(signs, amplitude[step], decay, reset)
+        if runs_in_triton(inputs):
+            spikes, codes = emit(inputs, amplitude, decay, reset, has_membrane, scale, shift, cost)
+        else:
+            spikes, codes = _emit(inputs, levels, decay, reset, has_membrane)
         ctx.save_for_backward(inputs if cost is None else None, codes, amplitude, scale, shift)
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
         if not torch.compiler.is_compiling():
-            SpikePacking.announce(spikes, codes, sizes, shift)
+            SpikePacking.announce(spikes, codes, levels.sizes(), shift)
         return spikes
 
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, codes, amplitude, scale, shift = ctx.saved_tensors
-        # Of each step and channel: the gradient that arrived at spikes, with their signs.
-        signed = torch.stack([_channel_sums(g * c.clamp(-1, 1)) for g, c in zip(spikes_gradient, codes, strict=True)])
+        # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
+        way = pass_back_levels if runs_in_triton(codes) and not torch.is_grad_enabled() else _pass_back
+        gradient, signed, arrived, *of_lsq = way(
+            spikes_gradient, codes, inputs, amplitude, scale, shift, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype
+        )
         amplitude_gradient = (scale * signed).sum(1)
         scale_gradient = (amplitude[:, None] * signed).sum(0)
-        shift_gradient = _channel_sums(spikes_gradient)
-        steps: list[torch.Tensor] = []
-        for step in reversed(range(len(codes))):
-            passed = passed_on(spikes_gradient[step], codes[step]).float()
-            if steps and ctx.has_membrane:
-                kept = kept_share(codes[step].clamp(-1, 1), amplitude[step], ctx.decay, ctx.reset)
-                passed = passed + kept * steps[0]
-            steps.insert(0, passed)
-        gradient = torch.stack(steps)
-        if inputs is not None:
+        shift_gradient = arrived
+        if of_lsq:
             # What LSQ adds: levels that move take the thresholds and the scaled inputs with them.
-            centred = (inputs.float() - shift) / scale
-            membranes = _membranes(centred, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane)
-            at_spikes = torch.stack([passed_on(g, c).float() for g, c in zip(spikes_gradient, codes, strict=True)])
-            moved = torch.stack([_channel_sums(g * m) for g, m in zip(at_spikes, membranes, strict=True)])
+            moved, of_scaled, of_inputs = of_lsq
             amplitude_gradient = amplitude_gradient - (scale * moved).sum(1) / amplitude
-            scale_gradient = scale_gradient - _channel_sums(gradient * centred)
-            shift_gradient = shift_gradient - _channel_sums(gradient)
-        return gradient.to(ctx.dtype), amplitude_gradient, scale_gradient, shift_gradient, None, None, None, None
+            scale_gradient = scale_gradient - of_scaled
+            shift_gradient = shift_gradient - of_inputs
+        return gradient, amplitude_gradient, scale_gradient, shift_gradient, None, None, None, None
+
+
+def _emit(
+    inputs: torch.Tensor, levels: Levels, decay: float, reset: str, has_membrane: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes and their int8 codes, as `_Spike` has them."""
+    spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
+    codes = torch.empty_like(inputs, dtype=torch.int8)
+    sizes, begins, ends = levels.sizes(), next_above(levels.thresholds()), next_above(levels.limits())
+    membrane, kept = None, None
+    for step in range(len(inputs)):
+        membrane = integrate((inputs[step].float() - levels.shift).div_(levels.scale), membrane, kept)
+        signs = _fire(membrane, begins[step], ends[step], codes[step])
+        spikes[step] = torch.addcmul(levels.shift, signs, sizes[step])
+        if has_membrane:
+            kept = kept_share(signs, levels.amplitude[step], decay, reset)
+    return spikes, codes
+
+
+def _pass_back(
+    spikes_gradient: torch.Tensor,
+    codes: torch.Tensor,
+    inputs: torch.Tensor | None,
+    amplitude: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    decay: float,
+    reset: str,
+    has_membrane: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """`pass_back_levels` in torch's own operations."""
+    # Of each step and channel: the gradient that arrived at spikes, with their signs.
+    signed = torch.stack([_channel_sums(g * c.clamp(-1, 1)) for g, c in zip(spikes_gradient, codes, strict=True)])
+    arrived = _channel_sums(spikes_gradient)
+    steps: list[torch.Tensor] = []
+    for step in reversed(range(len(codes))):
+        passed = passed_on(spikes_gradient[step], codes[step]).float()
+        if steps and has_membrane:
+            kept = kept_share(codes[step].clamp(-1, 1), amplitude[step], decay, reset)
+            passed = passed + kept * steps[0]
+        steps.insert(0, passed)
+    gradient = torch.stack(steps)
+    if inputs is None:
+        return gradient.to(dtype), signed, arrived
+    scaled = (inputs.float() - shift) / scale
+    membranes = _membranes(scaled, codes, amplitude, decay, reset, has_membrane)
+    at_spikes = torch.stack([passed_on(g, c).float() for g, c in zip(spikes_gradient, codes, strict=True)])
+    moved = torch.stack([_channel_sums(g * m) for g, m in zip(at_spikes, membranes, strict=True)])
+    return gradient.to(dtype), signed, arrived, moved, _channel_sums(gradient * scaled), _channel_sums(gradient)
 
 
 def level_spikes(
@@ -198,13 +235,13 @@ def _fire(membrane: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, codes:
 
 
 def _membranes(
-    centred: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
+    scaled: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
 ) -> list[torch.Tensor]:
     """The membranes of all steps once more, from the scaled inputs and what was emitted."""
-    membranes = [centred[0]]
+    membranes = [scaled[0]]
     for step in range(1, len(codes)):
         kept = kept_share(codes[step - 1].clamp(-1, 1), amplitude[step - 1], decay, reset) if has_membrane else None
-        membranes.append(integrate(centred[step], membranes[-1], kept))
+        membranes.append(integrate(scaled[step], membranes[-1], kept))
     return membranes
 
 

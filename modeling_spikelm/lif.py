@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .fast_paths import FAST_PATHS, is_transformed
+from .kernels import emit, pass_back, runs_in_triton
 from .spiking import integrate, spikes_dtype
 
 
@@ -45,18 +46,8 @@ class _LIF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, decay: float, has_membrane: bool) -> torch.Tensor:
-        spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
-        # 0: no spike, 1: a spike; 2 and 3: the same with a membrane outside of the window.
-        codes = torch.empty_like(inputs, dtype=torch.int8)
-        membrane, kept = None, None
-        for step in range(inputs.shape[0]):
-            membrane = integrate(inputs[step].float(), membrane, kept)
-            emitted = _binary(membrane)
-            if has_membrane:
-                kept = decay * (1 - emitted)
-            spikes[step] = emitted
-            # Float passes here and below, as those that give or take bool are slow on a CPU.
-            codes[step] = (membrane - membrane.clamp(0, 1)).sign_().abs_().mul_(2).add_(emitted)
+        way = _emit_in_triton if runs_in_triton(inputs) else _emit
+        spikes, codes = way(inputs, decay, has_membrane)
         ctx.save_for_backward(codes)
         ctx.decay, ctx.has_membrane, ctx.dtype = decay, has_membrane, inputs.dtype
         return spikes
@@ -64,17 +55,58 @@ class _LIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (codes,) = ctx.saved_tensors
-        gradient = torch.empty_like(spikes_gradient, dtype=ctx.dtype)
-        later = None
-        for step in reversed(range(codes.shape[0])):
-            code = codes[step].float()
-            is_outside = (code - 1).clamp_(0, 1)
-            passed = spikes_gradient[step].float() * (1 - is_outside)
-            if later is not None and ctx.has_membrane:
-                emitted = code.sub_(is_outside, alpha=2)
-                passed = passed + later * (ctx.decay * (1 - emitted))
-            gradient[step] = later = passed
-        return gradient, None, None
+        # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
+        is_quick = runs_in_triton(codes) and not torch.is_grad_enabled()
+        way = _pass_back_in_triton if is_quick else _pass_back
+        return way(spikes_gradient, codes, ctx.decay, ctx.has_membrane, ctx.dtype), None, None
+
+
+def _emit(inputs: torch.Tensor, decay: float, has_membrane: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes and their int8 codes: -1, 0, 1, 2 for membranes below 0, up to 1/2, up to 1, above."""
+    spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
+    codes = torch.empty_like(inputs, dtype=torch.int8)
+    membrane, kept = None, None
+    for step in range(inputs.shape[0]):
+        membrane = integrate(inputs[step].float(), membrane, kept)
+        emitted = _binary(membrane)
+        if has_membrane:
+            kept = decay * (1 - emitted)
+        spikes[step] = emitted
+        # Float passes here and below, as those that give or take bool are slow on a CPU.
+        codes[step] = (membrane - membrane.clamp(0, 1)).sign_().add_(emitted)
+    return spikes, codes
+
+
+def _emit_in_triton(inputs: torch.Tensor, decay: float, has_membrane: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return emit(inputs, _one_each(inputs), decay, "symmetric", has_membrane, is_binary=True)
+
+
+def _pass_back(
+    spikes_gradient: torch.Tensor, codes: torch.Tensor, decay: float, has_membrane: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """Gradient of the inputs, `(T, ...)` and of their dtype, from that of the spikes."""
+    gradient = torch.empty_like(spikes_gradient, dtype=dtype)
+    later = None
+    for step in reversed(range(codes.shape[0])):
+        code = codes[step].float()
+        emitted = code.clamp(0, 1)
+        passed = spikes_gradient[step].float() * (1 - (code - emitted).abs_())
+        if later is not None and has_membrane:
+            passed = passed + later * (decay * (1 - emitted))
+        gradient[step] = later = passed
+    return gradient
+
+
+def _pass_back_in_triton(
+    spikes_gradient: torch.Tensor, codes: torch.Tensor, decay: float, has_membrane: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    amplitude = _one_each(codes)
+    return pass_back(spikes_gradient, codes, amplitude, decay, "symmetric", has_membrane, dtype, is_binary=True)
+
+
+def _one_each(steps: torch.Tensor) -> torch.Tensor:
+    """The amplitudes of binary spikes, `(T,)`. Either reset says the same of them."""
+    return torch.ones(len(steps), device=steps.device)
 
 
 def _binary(membrane: torch.Tensor) -> torch.Tensor:

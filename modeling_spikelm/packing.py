@@ -8,6 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .fast_paths import FAST_PATHS, is_transformed
+from .kernels import runs_in_triton, unpack
 from .spiking import per_step
 
 
@@ -91,6 +92,9 @@ def spikes_of(
     codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The spikes `(T, ..., F)` that codes stand for, as they were emitted; arguments as for `SpikePacking.announce`."""
+    # Only torch's own operations pass gradients on to what the spikes carry.
+    if runs_in_triton(codes) and not torch.is_grad_enabled():
+        return unpack(codes, amplitude, shift, dtype)
     signs = codes.clamp(-1, 1)
     if shift is None:
         return signs.to(dtype).mul_(per_step(amplitude, codes).to(dtype))

@@ -16,6 +16,8 @@ os.environ["HF_HOME"] = _home
 # Nothing on a hub can be reached from a test, and nothing should try; tests with a Hub of their own say so.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton's interpreter runs the kernels of a GPU on a CPU, for the tests that ask for it; it, too, looks when imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # A run waits for the disk a hundred times, so that what it has written outlives a loss of power. No test takes the
 # power away, so where there is a file system in memory with room (a container's has 64 MB), pytest's folders are there.
 _memory = Path("/dev/shm")

@@ -1,6 +1,7 @@
 """Against numbers of the reference implementation (tests/fixtures, float32, dropout 0)."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import SpikeLMForPreTraining, convert_reference_state_dict
+from modeling_spikelm import SpikeLMForPreTraining, convert_reference_state_dict, kernels
 from modeling_spikelm.fast_paths import FAST_PATHS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -30,12 +31,17 @@ def golden(steps: int, attention: str = "eager"):
     return config, load_file(FIXTURES / f"official_T{steps}.safetensors")
 
 
-@pytest.mark.parametrize("steps", [4, 1], ids=["T4", "T1"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("path", ["default", "oracle"])
+@pytest.mark.parametrize(
+    ("steps", "attention", "path"),
+    [*product((4, 1), ("eager", "sdpa"), ("default", "oracle")), (4, "sdpa", "triton")],
+    ids=lambda value: f"T{value}" if isinstance(value, int) else value,
+)
 def test_two_training_steps_equal_the_reference(steps, attention, path, monkeypatch):
     if path == "oracle":
         monkeypatch.setattr(FAST_PATHS, "fused_neurons", False)
+    if path == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(kernels, "is_eager_on_gpu", lambda tensor: True)
     config, tensors = golden(steps, attention)
     reference = convert_reference_state_dict(part(tensors, "state."), config)
     model = SpikeLMForPreTraining(config)
