@@ -148,7 +148,7 @@ def test_every_page_of_docs_is_named_in_the_readme():
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """On tiny models in place of those on the Hub."""
+    """On the checkpoint that is here, and on tiny models in place of those on the Hub."""
     words = "a man plays the guitar . someone is playing an instrument it rains in rome capital of france".split()
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     sizes = {"vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
@@ -164,6 +164,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         BertTokenizer(vocab=vocabulary, model_input_names=["input_ids", "attention_mask"]).save_pretrained(
             tmp_path / name
         )
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "runs/spiking-minilm/config.json").is_file()

@@ -1,0 +1,131 @@
+"""Attention on spikes: real queries, spiking keys and values, whatever attention of transformers computes it."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_spiking import SpikingConfig
+from .dropout import attention_with_dropout
+from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
+from .steps import SpikeLMStepMean
+
+
+def eager_attention_forward(
+    module: "SpikingAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`dropout(softmax(q k^T * scaling + mask)) v` on `(T * B, heads, L, d)`; heads may share keys and values.
+
+    Returns the context `(T * B, L, heads, d)` and, if asked for, the probabilities averaged over T, `(B, heads, L, L)`.
+    """
+    if module.num_key_value_groups > 1:
+        key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    mean = None
+    if module.config.output_attentions if output_attentions is None else output_attentions:
+        probabilities, mean = module.step_mean(probabilities)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), mean
+
+
+def _is_half_on_cpu(query: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype.itemsize == 2
+
+
+def _attend_in_float32(
+    attention: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention` with its inside in float32, rounded once, to the dtype of the query.
+
+    What torch's own rounds in 16 bits on a CPU depends on how far a sequence is padded. The neurons behind it turn a
+    last bit into other spikes, and these into other logits: what a sentence gets would depend on its batch.
+    """
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        context, probabilities = attention(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
+    return context.to(query.dtype), probabilities
+
+
+class SpikingAttention(nn.Module):
+    """What attentions on spikes share; the neurons and linear layers are a subclass's.
+
+    Args:
+        head_size: d.
+        dropout: probability that a probability is dropped, in training mode.
+        is_causal: whether a token sees none behind it where no mask says so.
+        num_key_value_groups: how many heads of queries share one of keys and values.
+    """
+
+    def __init__(
+        self,
+        config: SpikingConfig,
+        head_size: int,
+        dropout: float,
+        is_causal: bool = False,
+        num_key_value_groups: int = 1,
+    ):
+        super().__init__()
+        self.config = config
+        self.head_size = head_size
+        self.scaling = head_size**-0.5
+        self.attention_dropout = dropout
+        self.is_causal = is_causal
+        self.num_key_value_groups = num_key_value_groups
+        self.step_mean = SpikeLMStepMean(config)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The context of queries `(N, L, heads * d)`, of their shape; and mean probabilities, if asked for.
+
+        Args:
+            key, value: `(N, past + L, heads * d)`, of all heads or of as many as share them.
+        """
+        query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        drops_quickly = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
+        if drops_quickly and 0 < dropout < 1 and is_eager_on_cpu(query):
+            # torch's own is written out on a CPU when it has to drop, and keeps three matrices of probabilities.
+            context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
+            return context.transpose(1, 2).flatten(2), None
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and not self.training and _is_half_on_cpu(query):
+            attention = partial(_attend_in_float32, attention)
+        # Of torch's own attentions, only this one can be differentiated forwards.
+        with sdpa_kernel(SDPBackend.MATH) if is_transformed(query) else nullcontext():
+            context, mean_probabilities = attention(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        return context.flatten(2), mean_probabilities
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)

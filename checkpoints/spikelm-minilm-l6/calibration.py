@@ -1,0 +1,229 @@
+"""The amplitudes of a whole model: how they are made from data, and which values they belong to."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_spiking import calibration_differences
+from .neurons import HOW_TO_CALIBRATE, SpikingNeurons
+
+logger = logging.get_logger(__name__)
+
+# The fields that say how weights are stored, which loading does not change.
+INT8_FIELDS = ("int8_weights", "int8_embeddings")
+
+
+def neuron_groups(model: nn.Module) -> list[SpikingNeurons]:
+    """Every group of neurons, in the order of the network."""
+    return [module for module in model.modules() if isinstance(module, SpikingNeurons)]
+
+
+def calibrated_groups(model: nn.Module) -> list[SpikingNeurons]:
+    """The groups whose amplitudes are calibrated, now or later, and not fixed."""
+    return [neurons for neurons in neuron_groups(model) if neurons.fixed_amplitude is None]
+
+
+class Calibration:
+    """Amplitudes (and levels, where neurons have them) from data, batch by batch: the mean over all that counts.
+
+    Each batch is treated as if it were the first of a training: every group sets its amplitude by the batch at hand
+    before it emits, so that what comes after it sees the spikes of a calibrated model.
+
+    Args:
+        groups: the groups to calibrate; they are left with the amplitudes of the last batch.
+    """
+
+    def __init__(self, groups: list[SpikingNeurons]):
+        self.groups = groups
+        self._is_counted: torch.Tensor | None = None
+        self._sums: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0, dtype=torch.float64))
+        self._weights: dict[SpikingNeurons, int] = defaultdict(int)
+
+    def use(self, model: nn.Module, batch: Mapping[str, Any], is_counted: torch.Tensor | None) -> None:
+        """Runs a batch.
+
+        Args:
+            model: in evaluation mode.
+            batch: its forward arguments.
+            is_counted: `(B, L)` bool, the positions whose membranes count; None for all.
+        """
+        self._is_counted = is_counted
+        hooks = [neurons.register_forward_pre_hook(self._use_inputs) for neurons in self.groups]
+        try:
+            model(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _use_inputs(self, neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
+        steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
+        if self._is_counted is not None:
+            # A membrane depends on its own position alone, so the others can be left out from the start.
+            steps = steps[:, self._is_counted]
+        if not steps.numel():
+            return
+        calibration = neurons.batch_calibration(steps)
+        self._sums[neurons] = self._sums[neurons] + calibration.cpu().double() * steps[0].numel()
+        self._weights[neurons] += steps[0].numel()
+        neurons.set_calibration(calibration)
+
+    def means(self, device: torch.device) -> list[torch.Tensor] | None:
+        """The mean calibration of every group, over all processes (which all have to call); None if nothing counted.
+
+        Args:
+            device: one that the processes can exchange tensors on.
+        """
+        sizes = [len(group.calibration()) for group in self.groups]
+        sums = torch.cat([self._sums[group].expand(size) for group, size in zip(self.groups, sizes, strict=True)])
+        weights = torch.tensor([self._weights[group] for group in self.groups], dtype=torch.float64)
+        if dist.is_available() and dist.is_initialized():
+            sums, weights = sums.to(device), weights.to(device)
+            dist.all_reduce(sums)
+            dist.all_reduce(weights)
+        if not (weights > 0).all():
+            return None
+        return [(total / weight).float() for total, weight in zip(sums.split(sizes), weights, strict=True)]
+
+
+def text_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """The `(B, L)` positions that are no padding, bool, of forward arguments; None where they do not say.
+
+    They say it by a mask of the shape of the tokens: `(B, L)`, or `(B, choices, L)`, which become `(B * choices, L)`.
+    A mask of four dimensions says which positions see each other, not which are padding.
+    """
+    mask, tokens = batch.get("attention_mask"), batch.get("input_ids")
+    if tokens is None and batch.get("inputs_embeds") is not None:
+        tokens = batch["inputs_embeds"][..., 0]
+    if mask is None or tokens is None or mask.shape != tokens.shape:
+        return None
+    return mask.flatten(0, -2) != 0
+
+
+def as_batches(batches: Any) -> Iterable[Any]:
+    """Batches one by one, of an iterable or of a single batch."""
+    return [batches] if isinstance(batches, Mapping) else batches
+
+
+def check_batch(batch: Any) -> None:
+    """
+    Raises:
+        TypeError: it is no mapping of names to tensors, and the message says what to do.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "calibrate() takes a batch, that is a mapping of forward arguments such as a tokenizer makes, or an "
+            f"iterable of batches; what it got as a batch is of type {type(batch).__name__}."
+        )
+    lists = [name for name, value in batch.items() if isinstance(value, list)]
+    if lists:
+        raise TypeError(
+            f"calibrate() takes tensors, but {lists[0]} is a list; call the tokenizer with return_tensors='pt' (and "
+            "padding=True for several texts)."
+        )
+
+
+def forget_amplitudes(model: nn.Module) -> None:
+    """Makes every group that can be calibrated "not calibrated"."""
+    for neurons in calibrated_groups(model):
+        neurons.set_amplitude(torch.zeros_like(neurons.amplitude))
+
+
+def keep_own_amplitudes(model: PreTrainedModel, made_for: Mapping[str, Any], is_incomplete: bool) -> None:
+    """Of the amplitudes that a model was loaded with, keeps those that were made for its configuration.
+
+    Args:
+        model: as loaded; amplitudes that did not come along are 0.
+        made_for: fields of the configuration that they were saved with, as far as it is known.
+        is_incomplete: whether some are missing in the checkpoint.
+    """
+    if not calibrated_groups(model):
+        return
+    source = model.config.name_or_path or "The state dict"
+    differences = calibration_differences(made_for, model.config.to_dict())
+    if differences:
+        forget_amplitudes(model)
+        logger.warning_once(
+            f"{source} was saved with {in_words(differences, 0)} and is loaded with "
+            f"{in_words(differences, 1)}, which its spike amplitudes were not made for: its neurons are not calibrated "
+            f"now. {HOW_TO_CALIBRATE}"
+        )
+    # The configuration has said of a BERT, which has no neuron, that nothing is calibrated.
+    elif is_incomplete and ("neuron" in made_for or not made_for):
+        logger.warning_once(
+            f"{source} has no spike amplitudes for num_time_steps={model.config.num_time_steps}: the neurons are not "
+            f"calibrated. {HOW_TO_CALIBRATE}"
+        )
+
+
+def check_int8_fits(name: Any, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses what int8 weights cannot follow: they and the amplitudes in them are what they are.
+
+    Args:
+        name: of the checkpoint.
+        saved: fields of its configuration, as far as it is known.
+        given: fields that it is to be loaded with.
+
+    Raises:
+        ValueError: only one of both has int8 weights, or the amplitudes would have to be others.
+    """
+    if not saved:
+        return
+    for field in INT8_FIELDS:
+        found, asked_for = saved.get(field, False), given.get(field, False)
+        if found != asked_for:
+            mending = "model.dequantize_weights()" if found else "model.quantize_weights()"
+            raise ValueError(
+                f"{name} has {'' if found else 'no '}{field.replace('_', ' ')}, other than {field}={asked_for} asks "
+                f"for; load it as it is and call {mending}."
+            )
+    differences = calibration_differences(saved, given) if saved.get("int8_weights") else {}
+    if differences:
+        raise ValueError(
+            f"{name} has int8 weights with the amplitudes of {in_words(differences, 0)}, so it cannot be loaded with "
+            f"{in_words(differences, 1)}. Load the float model that it was made of with that, call "
+            "model.calibrate(batches), then model.quantize_weights()."
+        )
+
+
+def check_configuration(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: the configuration was changed since the model was built; the message names the field.
+    """
+    differences = _changed_since_built(model)
+    if differences:
+        raise ValueError(
+            f"This SpikeLM was built with {in_words(differences, 0)}; its configuration was changed to "
+            f"{in_words(differences, 1)} since, which changes nothing in the model. Set it back, and give the value to "
+            "from_pretrained() or to the configuration that a model is built of."
+        )
+
+
+def restore_configuration(model: PreTrainedModel) -> None:
+    """Sets fields that were changed since the model was built back to what its neurons are, with a warning."""
+    differences = _changed_since_built(model)
+    if not differences:
+        return
+    for field, (built_for, _) in differences.items():
+        setattr(model.config, field, built_for)
+    logger.warning(
+        f"This SpikeLM was built with {in_words(differences, 0)}, so config.json says that. Its configuration was "
+        f"changed to {in_words(differences, 1)} since, which changes nothing in the model: give the value to "
+        "from_pretrained() instead."
+    )
+
+
+def _changed_since_built(model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
+    """Fields that were changed after the neurons were built, as (built for, now)."""
+    return calibration_differences(neuron_groups(model)[0].built_for, model.config.to_dict())
+
+
+def in_words(differences: Mapping[str, tuple[Any, Any]], side: int) -> str:
+    """The first or second values of differences as `name=value and name=value`."""
+    return " and ".join(f"{name}={values[side]!r}" for name, values in differences.items())

@@ -1,0 +1,74 @@
+"""What makes SpikeLM quick and small, with a switch for each; none changes a result by more than float rounding.
+
+    from modeling_spikelm.fast_paths import FAST_PATHS
+
+    FAST_PATHS.packed_spikes = False
+
+The masked-LM head on labelled positions alone is `config.sparse_prediction`, off unless asked for, as it changes what a
+model returns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.autograd import forward_ad
+
+
+@dataclass(slots=True)
+class FastPaths:
+    """None serves what `is_transformed`. Those that begin with `cpu_` serve a CPU's tensors in eager mode, `triton_` a
+    GPU's; everywhere else torch's own code runs.
+
+    Attributes:
+        fused_neurons: neurons that keep a byte per spike and have their gradient written out, on every device; else the
+            oracles `spike_reference` and `lif_reference`.
+        cpu_neurons: elastic and bi-spiking neurons without passes that take or give bool, which torch's CPU kernels do
+            one value at a time.
+        triton_neurons: neurons in one kernel for all time steps, forwards and backwards, and spikes unpacked in one,
+            where Triton is installed and works (kernels.py).
+        cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
+        cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
+        cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
+        packed_spikes: what autograd keeps of spikes is their int8 codes, on every device.
+        autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.
+    """
+
+    fused_neurons: bool = True
+    cpu_neurons: bool = True
+    triton_neurons: bool = True
+    cpu_products: bool = True
+    cpu_dropout: bool = True
+    cpu_attention: bool = True
+    packed_spikes: bool = True
+    autocast_spikes: bool = True
+
+
+FAST_PATHS = FastPaths()
+
+
+def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether this is a CPU's tensor that nothing traces or transforms: what the fast paths of a CPU serve."""
+    return tensor.device.type == "cpu" and _is_eager(tensor)
+
+
+def is_eager_on_gpu(tensor: torch.Tensor) -> bool:
+    """The same of a GPU's tensor, NVIDIA's or AMD's (torch calls the latter cuda, too)."""
+    return tensor.device.type == "cuda" and _is_eager(tensor)
+
+
+def _is_eager(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not is_transformed(tensor)
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.jit traces, torch.func transforms, or forward-mode differentiation has come to one of the tensors.
+
+    None of these can look into a gradient that is written out (torch.autograd.Function) or allows what autograd saves
+    to be packed. Then the plain equations run, as they do where a fast path is switched off.
+    """
+    # torch.compile can look into it.
+    return not torch.compiler.is_compiling() and (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    )

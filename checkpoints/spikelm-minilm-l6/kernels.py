@@ -1,0 +1,403 @@
+"""The neurons in Triton, for GPUs: all time steps in one pass over memory, with the membranes in registers.
+
+The same numbers as the equations in spiking.py, learned.py and lif.py give, forwards and backwards: float32 arithmetic
+in their order, each operation rounded by itself (no fused multiply-add, quotients as IEEE 754 has them), so that what
+lies on a threshold falls to the same side. What a GPU waits for here is its memory: a spike costs one read and two
+writes forwards, two reads and one write backwards, where torch's own operations take dozens.
+
+A tensor `(T, ..., F)` is T matrices of rows, which are positions, and F channels. A program has a tile of such a matrix
+and takes it through all steps.
+
+Triton may be missing, or unable to run: `runs_in_triton` says whether these functions may be called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .fast_paths import FAST_PATHS, is_eager_on_gpu
+from .spiking import spikes_dtype
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+logger = logging.get_logger(__name__)
+
+# A row of a tile is 128 bytes of bfloat16: a line of the cache.
+TILE_ROWS, TILE_CHANNELS = 32, 64
+
+
+def _jit(function: Callable) -> Any:
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def runs_in_triton(tensor: torch.Tensor) -> bool:
+    """Whether the neurons of this tensor run in Triton: where it is installed and works, on a GPU, in eager mode."""
+    return HAS_TRITON and FAST_PATHS.triton_neurons and is_eager_on_gpu(tensor) and _triton_works(tensor.device)
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether a first kernel runs. Triton needs a C compiler, which many containers lack, and a GPU that it knows."""
+    try:
+        emit(torch.zeros(1, 1, device=device), torch.ones(1, device=device), 0.0, "symmetric", has_membrane=False)
+    except Exception as error:  # its compilers and drivers raise what they like
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning(
+            f"Triton is installed but does not run on {device} ({type(error).__name__}: {reason}). The spiking neurons "
+            "run in torch's own operations, with the same results, which takes several times as long."
+        )
+        return False
+    return True
+
+
+def emit(
+    inputs: torch.Tensor,
+    amplitude: torch.Tensor,
+    decay: float,
+    reset: str,
+    has_membrane: bool,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    cost: torch.Tensor | None = None,
+    is_binary: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes and their codes, contiguous and of the shape of the inputs.
+
+    Args:
+        inputs: `(T, ..., F)`, any floating dtype and strides.
+        amplitude: `(T,)`.
+        decay, reset, has_membrane: as for `spike_reference`.
+        scale, shift, cost: `(F,)`, as `Levels` has them; None for neurons whose levels are the amplitudes alone.
+        is_binary: spikes are 0 or 1 (lif.py), else -1, 0 or 1 amplitudes.
+
+    Returns:
+        Spikes of the dtype that the products take, and int8 codes. Ternary, 0: no spike (nor of a NaN); +-1: a spike
+        that passes gradient on; +-2: one that does not. Binary, as lif.py has them.
+    """
+    inputs = inputs.contiguous()
+    spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
+    codes = torch.empty_like(inputs, dtype=torch.int8)
+    levels = _parameters(inputs, amplitude, scale, shift, cost)
+    _launch(_emit, codes, inputs, *levels, spikes, codes, decay, reset, has_membrane, is_binary)
+    return spikes, codes
+
+
+def pass_back(
+    spikes_gradient: torch.Tensor,
+    codes: torch.Tensor,
+    amplitude: torch.Tensor,
+    decay: float,
+    reset: str,
+    has_membrane: bool,
+    dtype: torch.dtype,
+    is_binary: bool = False,
+) -> torch.Tensor:
+    """Gradient of the inputs, of this dtype, from that of the spikes and their codes; arguments as for `emit`."""
+    gradient = torch.empty_like(codes, dtype=dtype)
+    levels = _parameters(codes, amplitude)
+    arrived = spikes_gradient.contiguous()
+    _launch(_pass_back, codes, arrived, codes, *levels, gradient, decay, reset, has_membrane, is_binary)
+    return gradient
+
+
+def pass_back_levels(
+    spikes_gradient: torch.Tensor,
+    codes: torch.Tensor,
+    inputs: torch.Tensor | None,
+    amplitude: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    decay: float,
+    reset: str,
+    has_membrane: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """Gradient of the inputs, and sums over all positions from which learned.py makes those of the levels.
+
+    Args:
+        inputs: what `emit` was given, for LSQ's gradient; None for the exact one.
+
+    Returns:
+        The gradient of the inputs, then float32 sums for each channel: `(T, F)`, gradients times the signs of their
+        spikes; `(F,)`, gradients. For LSQ also: `(T, F)`, gradients that spikes pass on times their membranes; `(F,)`,
+        gradients of the inputs times scaled inputs; `(F,)`, gradients of the inputs.
+    """
+    gradient = torch.empty_like(codes, dtype=dtype)
+    steps, rows, channels = _sizes(codes)
+    arrived, inputs = spikes_gradient.contiguous(), None if inputs is None else inputs.contiguous()
+    # Each tile of rows has sums of its own, added up in one order: the same in every run, as atomic additions are not.
+    sums = torch.empty(
+        _tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
+    )
+    levels = _parameters(codes, amplitude, scale, shift)
+    _launch(_pass_back_levels, codes, arrived, codes, inputs, *levels, gradient, sums, decay, reset, has_membrane)
+    sums = sums.sum(0)
+    signed, total = sums[:steps], sums[steps]
+    if inputs is None:
+        return gradient, signed, total
+    return gradient, signed, total, sums[steps + 1 : -2], sums[-2], sums[-1]
+
+
+def unpack(
+    codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The spikes of ternary neurons from their codes: amplitude `(T,)`, or with a shift `(F,)`, sizes `(T, F)`."""
+    spikes = torch.empty_like(codes, dtype=dtype)
+    _launch(_unpack, codes, codes, *_parameters(codes, amplitude, shift), spikes)
+    return spikes
+
+
+def _sizes(steps: torch.Tensor) -> tuple[int, int, int]:
+    """T, rows and channels of `(T, ..., F)`; of `(T,)`, one row and channel."""
+    channels = steps.shape[-1] if steps.dim() > 1 else 1
+    return len(steps), steps.shape[1:-1].numel(), channels
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def _parameters(like: torch.Tensor, *parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Parameters as kernels read them: float32, whatever has cast them since, contiguous, where the tensor is."""
+    return [
+        None if values is None else values.detach().to(like.device, torch.float32).contiguous() for values in parameters
+    ]
+
+
+def _launch(kernel: Any, steps: torch.Tensor, *arguments: Any) -> None:
+    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its last arguments are T and the sizes."""
+    num_steps, rows, channels = _sizes(steps)
+    if not steps.numel():
+        return
+    grid = (_tiles(rows, TILE_ROWS), _tiles(channels, TILE_CHANNELS))
+    sizes = rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS
+    # Triton launches on the current device. Without fusion a product is rounded before it is added, as torch's is.
+    with torch.cuda.device_of(steps):
+        kernel[grid](*arguments, *sizes, enable_fp_fusion=False)
+
+
+@_jit
+def _tile(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tensor:
+    """Offsets in the matrix of a step, the channels' numbers, and what of both is in there."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = channel < channels
+    return row[:, None] * channels + channel[None, :], channel, (row < rows)[:, None] & is_channel[None, :], is_channel
+
+
+@_jit
+def _scaled(inputs: tl.tensor, shift: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    return tl.div_rn(inputs.to(tl.float32) - shift, scale)
+
+
+@_jit
+def _sign(code: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
+    """The sign of the spike that a code says, float32."""
+    return tl.minimum(tl.maximum(code.to(tl.float32), 0.0 if IS_BINARY else -1.0), 1.0)
+
+
+@_jit
+def _passed_on(gradient: tl.tensor, code: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
+    """What a spike passes on of its gradient, the membrane left aside."""
+    return tl.where((code > (-1 if IS_BINARY else -2)) & (code < 2), gradient.to(tl.float32), 0.0)
+
+
+@_jit
+def _kept_share(sign: tl.tensor, amplitude: tl.tensor, decay: tl.tensor, RESET: tl.constexpr) -> tl.tensor:
+    """`kept_share` of spiking.py."""
+    if RESET == "reference":
+        share = decay * (amplitude - amplitude * sign)
+    else:
+        share = decay * (1.0 - tl.abs(sign))
+    return share
+
+
+@_jit
+def _emit(
+    inputs: tl.tensor,
+    amplitude: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    cost: tl.tensor,
+    spikes: tl.tensor,
+    codes: tl.tensor,
+    decay: tl.tensor,
+    RESET: tl.constexpr,
+    HAS_MEMBRANE: tl.constexpr,
+    IS_BINARY: tl.constexpr,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    step_size: tl.tensor,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    if scale is not None:
+        channel_scale = tl.load(scale + channel, is_channel, 1.0)[None, :]
+        channel_shift = tl.load(shift + channel, is_channel, 0.0)[None, :]
+    left = tl.zeros([ROWS, CHANNELS], tl.float32)  # of the membrane, by the step before
+    for step in tl.static_range(STEPS):
+        step_amplitude = tl.load(amplitude + step)
+        threshold = step_amplitude * 0.5
+        if cost is not None:
+            threshold += tl.div_rn(tl.load(cost + channel, is_channel, 0.0)[None, :], step_amplitude * 2.0)
+        limit = threshold + step_amplitude * 0.5
+
+        membrane = tl.load(inputs + offsets, is_inside, 0.0).to(tl.float32)
+        if scale is not None:
+            membrane = _scaled(membrane, channel_shift, channel_scale)
+        if HAS_MEMBRANE:
+            membrane += left
+
+        # Rounding membrane / amplitude half to even says the same as these comparisons, for amplitude / 2 is exact.
+        is_up = membrane > threshold
+        is_down = membrane < (0.0 if IS_BINARY else -threshold)
+        is_outside = (membrane if IS_BINARY else tl.abs(membrane)) > limit
+        direction = is_up.to(tl.int8) - is_down.to(tl.int8)
+        tl.store(codes + offsets, tl.where(is_outside, direction * 2, direction), is_inside)
+
+        sign = tl.where(membrane == membrane, _sign(direction, IS_BINARY), membrane)  # a NaN stays one
+        if scale is not None:
+            spike = channel_shift + sign * (step_amplitude * channel_scale)
+        else:
+            spike = sign * step_amplitude
+        tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
+
+        left = _kept_share(sign, step_amplitude, decay, RESET) * membrane
+        offsets += step_size
+
+
+@_jit
+def _pass_back(
+    spikes_gradient: tl.tensor,
+    codes: tl.tensor,
+    amplitude: tl.tensor,
+    gradient: tl.tensor,
+    decay: tl.tensor,
+    RESET: tl.constexpr,
+    HAS_MEMBRANE: tl.constexpr,
+    IS_BINARY: tl.constexpr,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    step_size: tl.tensor,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    for _step in tl.static_range(STEPS):
+        offsets += step_size
+    later = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for back in tl.static_range(STEPS):
+        offsets -= step_size
+        code = tl.load(codes + offsets, is_inside, 0)
+        passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, IS_BINARY)
+        if HAS_MEMBRANE:
+            step_amplitude = tl.load(amplitude + (STEPS - 1 - back))
+            passed += later * _kept_share(_sign(code, IS_BINARY), step_amplitude, decay, RESET)
+        tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
+        later = passed
+
+
+@_jit
+def _pass_back_levels(
+    spikes_gradient: tl.tensor,
+    codes: tl.tensor,
+    inputs: tl.tensor,
+    amplitude: tl.tensor,
+    scale: tl.tensor,
+    shift: tl.tensor,
+    gradient: tl.tensor,
+    sums: tl.tensor,
+    decay: tl.tensor,
+    RESET: tl.constexpr,
+    HAS_MEMBRANE: tl.constexpr,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    step_size: tl.tensor,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    channel_scale = tl.load(scale + channel, is_channel, 1.0)[None, :]
+    channel_shift = tl.load(shift + channel, is_channel, 0.0)[None, :]
+    num_sums = STEPS + 1 if inputs is None else 2 * STEPS + 3
+    # One row of sums after the other, in the order that the function of this name without the line returns them in.
+    row_of_sums = sums + tl.program_id(0).to(tl.int64) * num_sums * channels + channel
+
+    # Forwards in time, for the membranes of LSQ are made once more.
+    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+    left = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for step in tl.static_range(STEPS):
+        code = tl.load(codes + offsets, is_inside, 0)
+        sign = _sign(code, False)
+        arrived = tl.load(spikes_gradient + offsets, is_inside, 0.0).to(tl.float32)
+        total += arrived
+        tl.store(row_of_sums + step * channels, tl.sum(arrived * sign, 0), is_channel)
+        if inputs is not None:
+            membrane = _scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
+            if HAS_MEMBRANE:
+                membrane += left
+            moved = tl.sum(_passed_on(arrived, code, False) * membrane, 0)
+            tl.store(row_of_sums + (STEPS + 1 + step) * channels, moved, is_channel)
+            left = _kept_share(sign, tl.load(amplitude + step), decay, RESET) * membrane
+        offsets += step_size
+    tl.store(row_of_sums + STEPS * channels, tl.sum(total, 0), is_channel)
+
+    # Backwards in time, for the gradient of the inputs.
+    of_inputs = tl.zeros([ROWS, CHANNELS], tl.float32)
+    of_scaled = tl.zeros([ROWS, CHANNELS], tl.float32)
+    later = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for back in tl.static_range(STEPS):
+        offsets -= step_size
+        code = tl.load(codes + offsets, is_inside, 0)
+        passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, False)
+        if HAS_MEMBRANE:
+            step_amplitude = tl.load(amplitude + (STEPS - 1 - back))
+            passed += later * _kept_share(_sign(code, False), step_amplitude, decay, RESET)
+        tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
+        if inputs is not None:
+            of_inputs += passed
+            of_scaled += passed * _scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
+        later = passed
+    if inputs is not None:
+        tl.store(row_of_sums + (2 * STEPS + 1) * channels, tl.sum(of_scaled, 0), is_channel)
+        tl.store(row_of_sums + (2 * STEPS + 2) * channels, tl.sum(of_inputs, 0), is_channel)
+
+
+@_jit
+def _unpack(
+    codes: tl.tensor,
+    amplitude: tl.tensor,
+    shift: tl.tensor,
+    spikes: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    step_size: tl.tensor,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    for step in tl.static_range(STEPS):
+        sign = _sign(tl.load(codes + offsets, is_inside, 0), False)
+        if shift is None:
+            spike = sign * tl.load(amplitude + step)
+        else:
+            size = tl.load(amplitude + step * channels + channel, is_channel, 0.0)[None, :]
+            spike = tl.load(shift + channel, is_channel, 0.0)[None, :] + sign * size
+        tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
+        offsets += step_size

@@ -1,0 +1,115 @@
+"""Spikes that autograd keeps for a backward pass, kept as their int8 codes."""
+
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .fast_paths import FAST_PATHS, is_transformed
+from .kernels import runs_in_triton, unpack
+from .spiking import per_step
+
+
+class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
+    """Within this context, spikes that autograd keeps for a backward pass are kept as their int8 codes.
+
+    The tensors themselves, and every module that takes them, see ordinary floats: only what autograd saves is looked
+    up here. A saved tensor is packed if it is (a view of) one that neurons announced and nobody has written since.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, _unpack)
+        self._announced: dict[int, _Announcement] = {}
+
+    def __enter__(self) -> None:
+        self._token = _PACKING.set(self)
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        _PACKING.reset(self._token)
+        super().__exit__(*error)
+
+    @staticmethod
+    def announce(
+        spikes: torch.Tensor, codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> None:
+        """Tells the innermost context, if there is one, what `spikes` `(T, ..., F)` are made of.
+
+        Args:
+            codes: int8, of the same shape; their sign, by 0, is that of the spike.
+            amplitude: `(T,)` or `(T, F)`, what a sign is multiplied by.
+            shift: `(F,)`, what is added then.
+        """
+        packing = _PACKING.get()
+        if packing is None or not spikes.is_contiguous():
+            return
+        # Codes of spikes that are gone would be kept for nothing; of a checkpointed layer, all are.
+        alive = {number: entry for number, entry in packing._announced.items() if not entry.storage.expired()}
+        # As long as the weak reference lives, no other storage can have its number.
+        storage = StorageWeakRef(spikes.untyped_storage())
+        packing._announced = alive | {storage.cdata: _Announcement(storage, spikes._version, codes, amplitude, shift)}
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _PackedSpikes":
+        announced = self._announced.get(tensor.untyped_storage()._cdata)
+        if announced is None or tensor._version != announced.version:
+            return tensor
+        layout = tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        return _PackedSpikes(announced.codes, announced.amplitude, announced.shift, tensor.dtype, *layout)
+
+
+# Of each thread and task its own: replicas of torch.nn.DataParallel run side by side.
+_PACKING: ContextVar[SpikePacking | None] = ContextVar("packing", default=None)
+
+
+class _Announcement(NamedTuple):
+    storage: StorageWeakRef
+    version: int
+    codes: torch.Tensor
+    amplitude: torch.Tensor
+    shift: torch.Tensor | None
+
+
+class _PackedSpikes(NamedTuple):
+    codes: torch.Tensor
+    amplitude: torch.Tensor
+    shift: torch.Tensor | None
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
+    if isinstance(saved, torch.Tensor):
+        return saved
+    spikes = spikes_of(saved.codes, saved.amplitude, saved.shift, saved.dtype)
+    return spikes.as_strided(saved.size, saved.stride, saved.offset)
+
+
+def spikes_of(
+    codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The spikes `(T, ..., F)` that codes stand for, as they were emitted; arguments as for `SpikePacking.announce`."""
+    # Only torch's own operations pass gradients on to what the spikes carry.
+    if runs_in_triton(codes) and not torch.is_grad_enabled():
+        return unpack(codes, amplitude, shift, dtype)
+    signs = codes.clamp(-1, 1)
+    if shift is None:
+        return signs.to(dtype).mul_(per_step(amplitude, codes).to(dtype))
+    # Rounded once, as the spikes were.
+    sizes = amplitude.view(len(signs), *(1 for _ in signs.shape[1:-1]), -1)
+    return torch.addcmul(shift, signs.float(), sizes).to(dtype)
+
+
+def packing(hidden_states: torch.Tensor) -> AbstractContextManager:
+    """The context for a forward on `hidden_states`: a `SpikePacking` where something is kept and can be packed."""
+    # torch.compile decides by itself what to keep and what to compute again from the codes.
+    packs = (
+        FAST_PATHS.packed_spikes
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_transformed(hidden_states)
+    )
+    return SpikePacking() if packs else nullcontext()

@@ -1,0 +1,275 @@
+"""What every spiking pre-trained model does, of whatever family."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from .calibration import (
+    INT8_FIELDS,
+    Calibration,
+    as_batches,
+    calibrated_groups,
+    check_batch,
+    check_configuration,
+    check_int8_fits,
+    forget_amplitudes,
+    keep_own_amplitudes,
+    neuron_groups,
+    restore_configuration,
+    text_positions,
+)
+from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
+from .neurons import SpikingNeurons
+from .new_modules import watch_new_modules
+from .quantization import (
+    QuantizedEmbedding,
+    check_can_quantize,
+    check_is_quantized,
+    dequantize_layer,
+    layer_stacks,
+    quantize_layer,
+    replace_embeddings,
+)
+
+
+class SpikingPreTrainedModel(PreTrainedModel):
+    """What every spiking model of this project does, of whatever family: warm start, calibration, int8 on request."""
+
+    config: SpikingConfig
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: SpikingConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # A fixed amplitude is in no checkpoint, and transformers wants no name that matches nothing.
+        has_state = SpikingNeurons.kinds[config.neuron].fixed_amplitude is None
+        self._keep_in_fp32_modules_strict = {"neurons"} if has_state else set()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpikingNeurons):
+            module.init_calibration()
+            # If it can be calibrated, the next forward looks at the buffer, whatever is in it by then.
+            module.is_calibrated = module.fixed_amplitude is not None
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # Amplitudes of another number of time steps are none of this model's, which is no reason to refuse the rest.
+        others = {entry for entry in loading_info.mismatched_keys if entry[0].endswith(".amplitude")}
+        loading_info.mismatched_keys -= others
+        loading_info.missing_keys |= {name for name, *_ in others}
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `PreTrainedModel`; the checkpoint of a dense model that the configuration knows how to translate, such
+        as a BERT, is a warm start: its weights, with neurons not calibrated yet.
+
+        Amplitudes belong to the values that they were made for (`CALIBRATION_FIELDS`). Loaded with others, by keyword
+        or by a configuration, the neurons are not calibrated, and one notice names the fields.
+
+        With `dtype=torch.bfloat16` the amplitudes stay float32. The model is as good on average, but spikes next to
+        their threshold fall otherwise, so that single logits and labels differ from float32's, whichever weights are
+        rounded; docs/precision.md has figures.
+
+        Raises:
+            ValueError: the checkpoint is neither of this family nor a warm start for it; or one of the checkpoint and
+                the configuration has int8 weights and the other has not, or both have and the amplitudes would be
+                others.
+        """
+        name = pretrained_model_name_or_path
+        location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
+        config_class = type(config) if isinstance(config, PreTrainedConfig) else cls.config_class
+        given = _fields_asked_for(config_class, config, kwargs, location)
+        # What the checkpoint's own configuration says matters only beside something else.
+        saved = _fields_of_checkpoint(config_class, name, location) if given else {}
+        check_int8_fits(name, saved, saved | given)
+        loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
+        model, info = loaded
+        # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
+        for neurons in neuron_groups(model):
+            neurons.read_calibration()
+        if model.config.int8_weights:
+            check_is_quantized(model, name)
+        missing = [key for key in info["missing_keys"] if key.endswith(".amplitude")]
+        if not saved and (given or missing):
+            # An adapter's folder has no configuration, but names the model it belongs to.
+            saved = _fields_of_checkpoint(config_class, model.config.name_or_path, location)
+        keep_own_amplitudes(model, saved, bool(missing))
+        watch_new_modules(model, info["missing_keys"])
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`: weights, configuration and code.
+
+        The configuration says what the neurons were built for; fields of it that were changed afterwards are set back,
+        with a warning.
+        """
+        restore_configuration(self)
+        current_class = type(self)
+        # FSDP2 gives the model a class of torch's, made of FSDPModule and ours: the code saved would be torch's.
+        if current_class.__name__.startswith("FSDP"):
+            self.__class__ = current_class.__bases__[-1]
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = current_class
+
+    @torch.no_grad()
+    def calibrate(
+        self, batches: Iterable[Mapping[str, Any]] | Mapping[str, Any], include_padding: bool = False
+    ) -> None:
+        """Sets every amplitude from data, without training; anew if called again.
+
+        Each batch is treated as if it were the first of a training (dropout off), in execution order; an amplitude
+        becomes the mean of its values over the batches, weighted by their number of positions. Padding, where the
+        attention mask has a 0, does not count; without a mask, or with one of four dimensions, every position does.
+        With several processes every one has to call, each with batches of its own, and all end with the same
+        amplitudes. Neurons with a fixed amplitude need none of this and stay as they are.
+
+        Args:
+            batches: forward arguments, for instance `tokenizer(texts, padding=True, return_tensors="pt")`, or an
+                iterable of such batches.
+            include_padding: count padding too, as the first batch of a training does (and the reference).
+
+        Raises:
+            ValueError: there is no batch, or none with anything but padding (on any process); the weights are int8
+                already; or the configuration was changed since the model was built. The amplitudes then stay what they
+                were.
+            TypeError: a batch is no mapping of names to tensors. The amplitudes then stay what they were.
+        """
+        if self.config.int8_weights:
+            raise ValueError("A SpikeLM with int8 weights keeps its amplitudes; calibrate the float model instead.")
+        check_configuration(self)
+        groups = calibrated_groups(self)
+        if not groups:
+            return
+        calibration = Calibration(groups)
+        before = [neurons.calibration().clone() for neurons in groups]
+        was_training = self.training
+        self.eval()
+        try:
+            for batch in as_batches(batches):
+                check_batch(batch)
+                inputs = {name: _to_device(value, self.device) for name, value in batch.items()}
+                calibration.use(self, inputs, None if include_padding else text_positions(inputs))
+        finally:
+            self.train(was_training)
+            for neurons, values in zip(groups, before, strict=True):
+                neurons.set_calibration(values)
+        means = calibration.means(self.device)
+        if means is None:
+            raise ValueError(
+                "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."
+            )
+        for neurons, values in zip(groups, means, strict=True):
+            neurons.set_calibration(values)
+
+    def reset_calibration(self) -> None:
+        """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew.
+
+        Raises:
+            ValueError: the configuration was changed since the model was built.
+        """
+        check_configuration(self)
+        forget_amplitudes(self)
+
+    def quantize_weights(self, embeddings: bool = False) -> "SpikingPreTrainedModel":
+        """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
+
+        Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Levels
+        that the neurons have learned become a part of the weights, before they are rounded, and of the bias. Saved and
+        loaded like any SpikeLM; `config.int8_weights` says so. Pooler and heads stay float32.
+
+        Args:
+            embeddings: make the rows of the embeddings int8 too, which are real values and so are rounded once more:
+                a small model consists of them by half. Not for a model whose head shares their weight.
+
+        Raises:
+            ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
+                wear an adapter, the embeddings are shared, the model has no layers of an encoder, or the configuration
+                was changed since the model was built.
+        """
+        check_configuration(self)
+        stacks = layer_stacks(self)
+        if not stacks:
+            raise ValueError(
+                f"There are int8 weights for an encoder's layers alone, and a {type(self).__name__} has none."
+            )
+        check_can_quantize((layer for stack in stacks for layer in stack), self.config)
+        if embeddings and self.get_output_embeddings() is not None:
+            raise ValueError(
+                "quantize_weights(embeddings=True) is for a model without a masked-LM head, which shares the weight of "
+                "the embeddings; leave the argument out, or quantise the encoder alone (AutoModel)."
+            )
+        for stack in stacks:
+            for number, layer in enumerate(stack):
+                stack[number] = quantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are SpikeLMLayers by now
+        if embeddings:
+            replace_embeddings(self, nn.Embedding, QuantizedEmbedding.of)
+        self.config.int8_weights, self.config.int8_embeddings = True, embeddings
+        return self.eval()
+
+    def dequantize_weights(self) -> "SpikingPreTrainedModel":
+        """Makes int8 weights float32 again, in place, and returns the model, which can then be trained on.
+
+        It computes what it did before: what was rounded stays so. Levels that had become a part of the weights are the
+        neurons' again.
+
+        Raises:
+            ValueError: the weights are not int8.
+        """
+        if not self.config.int8_weights:
+            raise ValueError("dequantize_weights() is for a SpikeLM with int8 weights; this one's are float already.")
+        for stack in layer_stacks(self):
+            for number, layer in enumerate(stack):
+                stack[number] = dequantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are QuantizedLayers
+        replace_embeddings(self, QuantizedEmbedding, QuantizedEmbedding.dequantize)
+        self.config.int8_weights = self.config.int8_embeddings = False
+        return self
+
+
+# Arguments of from_pretrained that say where a checkpoint lies.
+_LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+
+
+def _fields_of_checkpoint(config_class: Any, name: Any, location: dict[str, Any]) -> dict[str, Any]:
+    """Of the configuration that lies with a checkpoint, translated if it is a dense model's; nothing where none lies
+    there."""
+    if not name:
+        return {}
+    try:
+        fields, _ = config_class.get_config_dict(name, **location)
+    except OSError:
+        return {}
+    return fields
+
+
+def _fields_asked_for(
+    config_class: Any, config: Any, kwargs: dict[str, Any], location: dict[str, Any]
+) -> dict[str, Any]:
+    """What the arguments of from_pretrained say, beside the checkpoint, of the fields that its amplitudes or the kind
+    of its weights depend on."""
+    if isinstance(config, PreTrainedConfig):
+        fields = config.to_dict()
+    else:
+        fields = _fields_of_checkpoint(config_class, config, location) | kwargs
+    return {name: fields[name] for name in (*CALIBRATION_FIELDS, *INT8_FIELDS) if name in fields}
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,57 @@
+"""The time steps of a tensor: how `(B, ...)` becomes `(T * B, ...)`, time step major, and how a mean is read off."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_spiking import SpikingConfig
+from .fast_paths import is_transformed
+
+
+def repeat_steps(x: torch.Tensor, num_time_steps: int) -> torch.Tensor:
+    """`(B, ...)` to `(T * B, ...)`: like repeat(), but no copy for a single step."""
+    return x.expand(num_time_steps, *x.shape).flatten(0, 1)
+
+
+class _TapMean(torch.autograd.Function):
+    """`x -> (x, mean over time steps)`, where the mean takes part in the backward pass as if x were mean + deviation.
+
+    So an averaged hidden state or attention retains a gradient, the sum of the gradients of its T steps, while the
+    values and the gradient of x stay exactly what they are without the tap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = gradient.sum(0)
+        return gradient - total / gradient.shape[0], total
+
+
+class SpikeLMStepMean(nn.Module):
+    """Reads the mean over the T steps off a tensor `(T * B, ...)`: returns the tensor unchanged and `(B, ...)`."""
+
+    def __init__(self, config: SpikingConfig):
+        super().__init__()
+        self.num_time_steps = config.num_time_steps
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        steps = x.unflatten(0, (self.num_time_steps, -1))
+        mean = steps.mean(0)
+        if is_transformed(x):
+            return x, mean
+        return _TapMean.apply(steps, mean).flatten(0, 1), mean
+
+
+class SpikeLMSteps(nn.Module):
+    """Repeats `(B, ...)` for every step: returns `(T * B, ...)`, and what came in, for a recorder."""
+
+    def __init__(self, config: SpikingConfig):
+        super().__init__()
+        self.num_time_steps = config.num_time_steps
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return repeat_steps(x, self.num_time_steps), x
