@@ -10,7 +10,6 @@ import datasets
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 # What these say of the data and the run is worth a line each; what libraries say at this level is not.
@@ -76,11 +75,12 @@ def full_disk_errors() -> Iterator[None]:
     """Around a whole script: a disk (or quota) that is full ends it with one line.
 
     Raises:
-        SystemExit: code 1, instead of what Python, safetensors and torch raise where they cannot write.
+        SystemExit: code 1, instead of what Python, safetensors, tokenizers and torch raise where they cannot write.
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    # tokenizers raises an Exception of no kind.
+    except Exception as error:
         if not _is_for_want_of_space(error):
             raise
         sys.exit(
@@ -92,6 +92,6 @@ def full_disk_errors() -> Iterator[None]:
 def _is_for_want_of_space(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors and torch.save raise errors without a code; torch's names its file writer and no reason at all.
+    # The others raise errors without a code; torch's names its file writer and no reason at all.
     codes = (f"os error {code}" for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     return any(code in str(error) for code in codes) or "inline_container" in str(error)

@@ -197,7 +197,9 @@ def test_blank_documents_and_documents_without_a_token_are_counted(tmp_path, val
 
 def test_documents_without_a_token_are_counted_among_pairs_too(tokenizer, caplog):
     documents = Dataset.from_dict({"text": ["the king. a bird. new stone.", "\0", "water and light. old house."]})
-    packed = pack_documents(documents, tokenizer, 16, "mlm_nsp")
+    # Whatever an earlier test in this process has set the level to.
+    with caplog.at_level(logging.WARNING, "pretraining_data"):
+        packed = pack_documents(documents, tokenizer, 16, "mlm_nsp")
     assert caplog.messages == ["1 of 3 documents hold no token and are dropped."]
     assert set(packed.column_names) == {"input_ids", "token_type_ids", "next_sentence_label"}
 
