@@ -13,8 +13,8 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_spikelm import SpikeLMPreTrainedModel
 from modeling_spikelm.calibration import calibrated_groups
+from modeling_spikelm.pretrained import SpikingPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class CalibrationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        if not isinstance(model, SpikeLMPreTrainedModel):
+        if not isinstance(model, SpikingPreTrainedModel):
             return
         if all(neurons.is_calibrated for neurons in calibrated_groups(model)):
             return

@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerState, TrainingArguments
 
+from .models import is_spiking
 from .precision import describe_precision
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
+# What the card calls a model of each of our families.
+FORMS = {
+    "spikelm": "a BERT-shaped encoder",
+    "spikelm_bart": "an encoder and a decoder in BART's form",
+    "spikelm_llama": "a causal decoder in Llama's form",
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -21,7 +28,7 @@ class RunCard:
     Args:
         model: the model that is trained.
         training: the Trainer's arguments.
-        pipeline_tag: the Hub's name of the task, "fill-mask" or "text-classification".
+        pipeline_tag: the Hub's name of the task, "fill-mask" or "text-classification" for instance.
         auto_class: the Auto class that loads the model.
         training_data: one sentence on the data, for people.
         datasets: Hub names of the data sets.
@@ -71,7 +78,7 @@ class RunCard:
         results = {name.removeprefix("eval_"): value for name, value in results.items()}
         model_name = self.model_id.rsplit("/", 1)[-1]
         config = self.model.config
-        spiking = config.model_type == "spikelm"
+        spiking = is_spiking(config)
         data = ModelCardData(
             language=self.language,
             # Others' checkpoints have licences of their own.
@@ -106,6 +113,8 @@ class RunCard:
             model_name=model_name,
             model_id=self.model_id,
             spiking=spiking,
+            form=FORMS.get(config.model_type),
+            layers=_layers(config),
             config=config,
             auto_class=self.auto_class,
             pipeline_tag=self.pipeline_tag,
@@ -151,6 +160,12 @@ class RunCard:
             "seed": training.seed,
             "precision": describe_precision(training),
         }
+
+
+def _layers(config: PreTrainedConfig) -> str:
+    """How many layers, "4", or of an encoder and a decoder "4 + 4"."""
+    decoder = getattr(config, "decoder_layers", None)
+    return f"{config.num_hidden_layers} + {decoder}" if decoder else str(config.num_hidden_layers)
 
 
 def _progress(state: TrainerState | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
+from configuration_spikelm.configuration_spiking import SpikingConfig
 from modeling_spikelm.calibration import INT8_FIELDS, in_words
 
 from .arguments import ModelArguments
@@ -33,13 +35,22 @@ logger = logging.getLogger(__name__)
 
 # What calibration sets.
 _OF_NEURONS = re.compile(r"neurons\.\w+$")
+# The layers of encoders and decoders, which no head has.
+_OF_LAYERS = re.compile(r"\blayers?\.\d+\.")
+# What an encoder reads is put together of these.
+ENCODER_TOKENS = ("pad", "cls", "sep", "mask")
 
 
-def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    arguments: ModelArguments, needed: Sequence[str] = ENCODER_TOKENS
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer of `--tokenizer_name`, or else the checkpoint's; None if neither is named.
 
+    Args:
+        needed: kinds of special tokens that it has to have, as in the names of their attributes.
+
     Raises:
-        ValueError: there is none, or it is no fast tokenizer with pad, [CLS], [SEP] and [MASK] tokens.
+        ValueError: there is none, or it lacks a token that is needed.
     """
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if name is None:
@@ -55,26 +66,39 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase | None:
         raise ValueError(
             f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})"
         ) from error
-    missing = [kind for kind in ("pad", "cls", "sep", "mask") if getattr(tokenizer, f"{kind}_token_id") is None]
+    missing = [kind for kind in needed if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
-        raise ValueError(f"The tokenizer of {name} has no {', '.join(missing)} token; an encoder like this needs it.")
+        raise ValueError(f"The tokenizer of {name} has no {', '.join(missing)} token; a model like this needs it.")
     return tokenizer
 
 
 def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seen: int = 0) -> int:
     """How many tokens a model takes: what the tokenizer saved beside it has to say.
 
-    For SpikeLM and BERT that is the number of positions, whatever the tokenizer, which may come from another model, has
-    said. Other models can have fewer positions to use than their configuration says (RoBERTa), and their tokenizers
+    For our models and BERT that is the number of positions, whatever the tokenizer, which may come from another model,
+    has said. Other models can have fewer positions to use than their configuration says (RoBERTa), and their tokenizers
     know it.
 
     Args:
         seen: so many tokens are known to fit.
     """
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    if config.model_type in (SpikeLMConfig.model_type, BertConfig.model_type):
+    if is_spiking(config) or config.model_type == BertConfig.model_type:
         return positions
     return max(min(positions, tokenizer.model_max_length), seen)
+
+
+def is_spiking(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of one of our models; a checkpoint's own code has a class of its own for it."""
+    return spiking_config_class(config.model_type) is not None
+
+
+def spiking_config_class(model_type: str | None) -> type[SpikingConfig] | None:
+    """The configuration class of one of our families; None of every other model type."""
+    if model_type not in CONFIG_MAPPING:
+        return None
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class if issubclass(config_class, SpikingConfig) else None
 
 
 def load_config(arguments: ModelArguments, trains: bool = False, **fields: Any) -> PreTrainedConfig:
@@ -96,10 +120,10 @@ def load_config(arguments: ModelArguments, trains: bool = False, **fields: Any) 
                 raise ValueError(f"There is no model type {model_type!r}; for instance spikelm or bert.")
             config = CONFIG_MAPPING[model_type](**fields)
         else:
-            # As SpikeLM's own class does it, 'spikelm' turns a BERT into a warm start and refuses everything else.
-            auto = SpikeLMConfig if arguments.model_type == SpikeLMConfig.model_type else AutoConfig
-            remote = {} if auto is SpikeLMConfig else {"trust_remote_code": arguments.trust_remote_code}
-            config = auto.from_pretrained(
+            # A family's own class turns a dense model of its form into a warm start and refuses everything else.
+            spiking = spiking_config_class(arguments.model_type)
+            remote = {} if spiking else {"trust_remote_code": arguments.trust_remote_code}
+            config = (spiking or AutoConfig).from_pretrained(
                 name, cache_dir=arguments.cache_dir, revision=arguments.model_revision, **remote, **fields
             )
         if arguments.config_overrides:
@@ -167,7 +191,7 @@ def load_model(
     is_float_wanted = any(stored.values()) and not getattr(config, "int8_weights", False)
     if is_float_wanted:
         config = type(config).from_dict(config.to_dict() | stored)
-    is_warm_start = arguments.model_type == SpikeLMConfig.model_type
+    is_warm_start = spiking_config_class(arguments.model_type) is not None
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
         options["trust_remote_code"] = arguments.trust_remote_code
@@ -200,15 +224,15 @@ def load_model(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {body[0]} and "
             f"{len(body) - 1} more have another size, and --ignore_mismatched_sizes is about the classifier alone."
         )
-    # Heads and poolers may be new; an encoder that is new means that the weights were those of something else.
-    encoder = [key for key in loaded["missing_keys"] if ".encoder." in key and not _OF_NEURONS.search(key)]
-    if encoder:
+    # Heads and poolers may be new; layers that are new mean that the weights were those of something else.
+    layers = [key for key in loaded["missing_keys"] if _OF_LAYERS.search(key) and not _OF_NEURONS.search(key)]
+    if layers:
         raise ValueError(
             f"The weights of {name} are not those of a model of type {config.model_type!r}, as its config.json says: "
-            f"{encoder[0]} and {len(encoder) - 1} more are missing."
+            f"{layers[0]} and {len(layers) - 1} more are missing."
         )
     without = [key for key in loaded["missing_keys"] if key.endswith(".amplitude")]
-    if without and config.model_type == SpikeLMConfig.model_type and _has_amplitudes_for(arguments, config):
+    if without and is_spiking(config) and _has_amplitudes_for(arguments, config):
         raise ValueError(
             f"{name} is a SpikeLM checkpoint without spike amplitudes ({without[0]} and {len(without) - 1} more are "
             "missing), so it was not saved by a SpikeLM model. Load it in Python, call model.calibrate(batches) and "
@@ -222,7 +246,7 @@ def load_model(
 
 def _int8_fields(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, bool]:
     """How the weights of a SpikeLM checkpoint are stored; nothing of another model's."""
-    if config.model_type != SpikeLMConfig.model_type:
+    if not is_spiking(config):
         return {}
     fields, _ = PreTrainedConfig.get_config_dict(
         arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
@@ -266,11 +290,7 @@ def refuse_other_amplitudes(checkpoint: str | None, config: PreTrainedConfig) ->
     Raises:
         ValueError: names the values.
     """
-    if (
-        checkpoint is None
-        or config.model_type != SpikeLMConfig.model_type
-        or not Path(checkpoint, CONFIG_NAME).is_file()
-    ):
+    if checkpoint is None or not is_spiking(config) or not Path(checkpoint, CONFIG_NAME).is_file():
         return
     fields, _ = PreTrainedConfig.get_config_dict(checkpoint)
     differences = calibration_differences(fields, config.to_dict())
@@ -304,4 +324,5 @@ def _has_amplitudes_for(arguments: ModelArguments, config: PreTrainedConfig) -> 
     fields, _ = PreTrainedConfig.get_config_dict(
         arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
     )
-    return fields.get("model_type") != "bert" and not calibration_differences(fields, config.to_dict())
+    is_own = spiking_config_class(fields.get("model_type")) is not None
+    return is_own and not calibration_differences(fields, config.to_dict())

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from configuration_spikelm import SpikeLMConfig
 from experiment.arguments import ModelArguments
@@ -29,3 +29,22 @@ def test_overrides_that_amplitudes_were_not_made_for_leave_a_model_not_calibrate
     model = load_model(AutoModelForSequenceClassification, arguments, load_config(arguments))
     amplitudes = [m.amplitude for m in model.modules() if isinstance(m, SpikingNeurons)]
     assert all(bool(amplitude.any()) == stays for amplitude in amplitudes)
+
+
+def test_a_model_type_of_ours_takes_the_dense_model_of_its_form_as_a_warm_start_and_no_other(tmp_path):
+    sizes = SIZES | {"num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), model_type="spikelm_llama")
+    model = load_model(AutoModelForCausalLM, arguments, load_config(arguments))
+    assert model.config.model_type == "spikelm_llama"
+    assert torch.equal(model.lm_head.weight, LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), model_type="spikelm")
+    with pytest.raises(ValueError, match="holds a model of type 'llama'"):
+        load_config(arguments)
+
+
+def test_layers_that_a_checkpoint_lacks_are_missed_in_a_decoder_too(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides="num_hidden_layers=2")
+    with pytest.raises(ValueError, match=r"not those of a model of type 'llama'.*model\.layers\.1\."):
+        load_model(AutoModelForCausalLM, arguments, load_config(arguments))
