@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .teacher import Teacher
-from .trainer import LossWeights
+from .weighted_terms import LossWeights
 
 
 @dataclass

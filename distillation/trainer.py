@@ -1,18 +1,15 @@
-"""The Trainer of the scripts with another loss: what a student is told by a teacher, term by term."""
+"""The Trainer of the scripts with another loss: what a BERT's student is told by it, term by term."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import combinations
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction
-
-from experiment.whole_steps import WholeStepsTrainer
 
 from .losses import (
     VARIANCE_FLOOR,
@@ -25,57 +22,23 @@ from .losses import (
     value_relation_loss,
 )
 from .teacher import Teacher
-
-Batch = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """What each term of the loss is multiplied by; one of weight 0 is not computed."""
-
-    hidden: float = 1.0
-    sentence: float = 0.0
-    logits: float = 1.0
-    value_relation: float = 0.0
-    label: float = 0.1
+from .weighted_terms import Batch, WeightedTermsTrainer
 
 
-class DistillationTrainer(WholeStepsTrainer):
-    """Trains `model` on the weighted sum of `distillation.losses`; all else is the Trainer's.
+class DistillationTrainer(WeightedTermsTrainer):
+    """Of an encoder in BERT's form.
+
+    Logits are compared at every token if the teacher has a masked-LM head, else (or in fine-tuning) as class logits or
+    scores; where there is neither, the term is left out.
 
     Evaluation on batches with labels is the Trainer's own. On batches without, what comes out are the sums that
     `hidden_state_metrics` makes exact errors of.
-
-    Args:
-        teacher: runs without gradients, in evaluation mode and in the precision of the training.
-        weights: of the terms. Logits are compared at every token if the teacher has a masked-LM head, else (or in
-            fine-tuning) as class logits or scores; where there is neither, the term is left out.
-        temperature: of the logits.
-        trains_embeddings: otherwise the student's embeddings are frozen.
-        diagnoses: log of every term its value, its gradient's norm and its cosines with the others.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        teacher: Teacher,
-        weights: LossWeights,
-        temperature: float = 1.0,
-        trains_embeddings: bool = False,
-        diagnoses: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        self.model.base_model.embeddings.requires_grad_(trains_embeddings)
+    def __init__(self, *args: Any, teacher: Teacher, **kwargs: Any):
+        super().__init__(*args, teacher=teacher, **kwargs)
         # What the collator makes and the student does not take, such as labels where there is no head.
         self._inputs = inspect.signature(type(self.model).forward).parameters
-        self.teacher = teacher.to(self.args.device)
-        self.weights = weights
-        self.temperature = temperature
-        self.diagnoses = diagnoses
-        # Every term is a mean over the batch, so the Trainer has to average over accumulation steps itself.
-        self.model_accepts_loss_kwargs = False
-        self._figures: dict[str, float] = {}
         # Without labels the Trainer would evaluate without calling `compute_loss`.
         self._is_unlabelled = teacher.kind != "labels"
         if self._is_unlabelled:
@@ -88,21 +51,13 @@ class DistillationTrainer(WholeStepsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if model.training:
-            terms, outputs = self.loss_terms(model, inputs)
-            weighted = {name: getattr(self.weights, name) * term for name, term in terms.items()}
-            if self.diagnoses and (self.state.global_step + 1) % self.state.logging_steps == 0:
-                self._diagnose(model, weighted)
-            loss = torch.stack(list(weighted.values())).sum()
-            return (loss, outputs) if return_outputs else loss
-        if self._is_unlabelled:
+        if not model.training and self._is_unlabelled:
             sums = self._error_sums(model, inputs)
             loss = sums["squared_error"].sum() / sums["tokens"].sum()
             return (loss, {"loss": loss, **sums}) if return_outputs else loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def loss_terms(self, model: nn.Module, inputs: Batch) -> tuple[dict[str, torch.Tensor], Any]:
-        """Every term of a weight above 0, a scalar each, by its name in `LossWeights`; and the student's outputs."""
         inputs = {name: value for name, value in inputs.items() if name in self._inputs}
         is_token = _is_token(inputs)
         wanted = {entry.name for entry in fields(self.weights) if getattr(self.weights, entry.name)}
@@ -151,24 +106,6 @@ class DistillationTrainer(WholeStepsTrainer):
             "target_sum": wished.sum(2),
             "target_square": wished.square().mean(-1).sum(-1),
         }
-
-    def _diagnose(self, model: nn.Module, terms: dict[str, torch.Tensor]) -> None:
-        """Notes what each weighted term contributes to the gradient of this process's batch."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        gradients = {}
-        for name, term in terms.items():
-            parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-            gradients[name] = torch.cat([part.flatten().float() for part in parts])
-        self._figures = {f"{name}_loss": term.item() for name, term in terms.items()}
-        self._figures |= {f"{name}_gradient": gradient.norm().item() for name, gradient in gradients.items()}
-        for (one, first), (other, second) in combinations(gradients.items(), 2):
-            cosine = nn.functional.cosine_similarity(first, second, dim=0)
-            self._figures[f"{one}_{other}_cosine"] = cosine.item()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs, self._figures = logs | self._figures, {}
-        super().log(logs, *args, **kwargs)
 
 
 def hidden_state_metrics(prediction: EvalPrediction) -> dict[str, float]:

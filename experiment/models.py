@@ -41,9 +41,7 @@ _OF_LAYERS = re.compile(r"\blayers?\.\d+\.")
 ENCODER_TOKENS = ("pad", "cls", "sep", "mask")
 
 
-def load_tokenizer(
-    arguments: ModelArguments, needed: Sequence[str] = ENCODER_TOKENS
-) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(arguments: ModelArguments, needed: Sequence[str] = ENCODER_TOKENS) -> PreTrainedTokenizerBase | None:
     """The tokenizer of `--tokenizer_name`, or else the checkpoint's; None if neither is named.
 
     Args:

@@ -15,7 +15,8 @@ from distillation.losses import (
     token_logits_loss,
 )
 from distillation.teacher import load_teacher
-from distillation.trainer import DistillationTrainer, LossWeights, hidden_state_metrics
+from distillation.trainer import DistillationTrainer, hidden_state_metrics
+from distillation.weighted_terms import LossWeights
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
 
 WEIGHTS = LossWeights()

@@ -1,0 +1,99 @@
+"""What every student's Trainer has in common, whatever the form of its model: the weighted sum of a teacher's terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiment.whole_steps import WholeStepsTrainer
+
+from .teacher import Teacher
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each term of the loss is multiplied by; one of weight 0 is not computed."""
+
+    hidden: float = 1.0
+    sentence: float = 0.0
+    logits: float = 1.0
+    value_relation: float = 0.0
+    label: float = 0.1
+
+
+class WeightedTermsTrainer(WholeStepsTrainer):
+    """Trains `model` on the weighted sum of `distillation.losses`; all else is the Trainer's.
+
+    Args:
+        teacher: runs without gradients, in evaluation mode and in the precision of the training.
+        weights: of the terms.
+        temperature: of the logits.
+        trains_embeddings: otherwise the student's embeddings are frozen.
+        diagnoses: log of every term its value, its gradient's norm and its cosines with the others.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher,
+        weights: LossWeights,
+        temperature: float = 1.0,
+        trains_embeddings: bool = False,
+        diagnoses: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        base = self.model.base_model
+        # BERT's are a module of several tables.
+        embeddings = base.embeddings if hasattr(base, "embeddings") else base.get_input_embeddings()
+        embeddings.requires_grad_(trains_embeddings)
+        self.teacher = teacher.to(self.args.device)
+        self.weights = weights
+        self.temperature = temperature
+        self.diagnoses = diagnoses
+        # Every term is a mean over the batch, so the Trainer has to average over accumulation steps itself.
+        self.model_accepts_loss_kwargs = False
+        self._figures: dict[str, float] = {}
+
+    def loss_terms(self, model: nn.Module, inputs: Batch) -> tuple[dict[str, torch.Tensor], Any]:
+        """Every term of a weight above 0, a scalar each, by its name in `LossWeights`; and the student's outputs."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        terms, outputs = self.loss_terms(model, inputs)
+        weighted = {name: getattr(self.weights, name) * term for name, term in terms.items()}
+        if self.diagnoses and (self.state.global_step + 1) % self.state.logging_steps == 0:
+            self._diagnose(model, weighted)
+        loss = torch.stack(list(weighted.values())).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _diagnose(self, model: nn.Module, terms: dict[str, torch.Tensor]) -> None:
+        """Notes what each weighted term contributes to the gradient of this process's batch."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = {}
+        for name, term in terms.items():
+            parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            gradients[name] = torch.cat([part.flatten().float() for part in parts])
+        self._figures = {f"{name}_loss": term.item() for name, term in terms.items()}
+        self._figures |= {f"{name}_gradient": gradient.norm().item() for name, gradient in gradients.items()}
+        for (one, first), (other, second) in combinations(gradients.items(), 2):
+            cosine = nn.functional.cosine_similarity(first, second, dim=0)
+            self._figures[f"{one}_{other}_cosine"] = cosine.item()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs, self._figures = logs | self._figures, {}
+        super().log(logs, *args, **kwargs)
