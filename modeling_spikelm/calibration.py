@@ -41,19 +41,22 @@ class Calibration:
 
     def __init__(self, groups: list[SpikingNeurons]):
         self.groups = groups
-        self._is_counted: torch.Tensor | None = None
+        self._positions: Mapping[SpikingNeurons, torch.Tensor | None] = {}
         self._sums: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0, dtype=torch.float64))
         self._weights: dict[SpikingNeurons, int] = defaultdict(int)
 
-    def use(self, model: nn.Module, batch: Mapping[str, Any], is_counted: torch.Tensor | None) -> None:
+    def use(
+        self, model: nn.Module, batch: Mapping[str, Any], positions: Mapping[SpikingNeurons, torch.Tensor | None]
+    ) -> None:
         """Runs a batch.
 
         Args:
             model: in evaluation mode.
             batch: its forward arguments.
-            is_counted: `(B, L)` bool, the positions whose membranes count; None for all.
+            positions: of every group, the positions of its sequence whose membranes count, `(B, L)` bool; all of them
+                for None, and for a group that is not named.
         """
-        self._is_counted = is_counted
+        self._positions = positions
         hooks = [neurons.register_forward_pre_hook(self._use_inputs) for neurons in self.groups]
         try:
             model(**batch)
@@ -63,9 +66,10 @@ class Calibration:
 
     def _use_inputs(self, neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
         steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
-        if self._is_counted is not None:
+        is_counted = self._positions.get(neurons)
+        if is_counted is not None:
             # A membrane depends on its own position alone, so the others can be left out from the start.
-            steps = steps[:, self._is_counted]
+            steps = steps[:, is_counted]
         if not steps.numel():
             return
         calibration = neurons.batch_calibration(steps)

@@ -1,5 +1,7 @@
 """Keys and values of the tokens before, kept as spikes: in the caches of transformers, a byte for each."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -27,19 +29,39 @@ def with_past(
     Raises:
         ValueError: the cache holds what is no code of these neurons.
     """
-    is_coded = all(group.is_calibrated for group in neurons)
+    is_coded = _is_coded(neurons)
     _check_holds(cache, layer, is_coded)
     num_time_steps = neurons[0].num_time_steps
     spikes = (key, value)
     new = [group.codes(x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
-    kept = cache.update(*(x.unflatten(0, (num_time_steps, -1)).transpose(0, 1) for x in new), layer)
-    if kept[0].shape[2] == key.shape[1]:
+    kept_key, kept_value = cache.update(*(x.unflatten(0, (num_time_steps, -1)).transpose(0, 1) for x in new), layer)
+    if kept_key.shape[2] == key.shape[1]:
         # There is nothing else in it; and what has a gradient keeps it.
         return key, value
-    kept_key, kept_value = (x.transpose(0, 1).flatten(0, 1) for x in kept)
-    if not is_coded:
-        return kept_key, kept_value
-    return neurons[0].spikes(kept_key, key.dtype), neurons[1].spikes(kept_value, value.dtype)
+    return _spikes(kept_key, neurons[0], key.dtype), _spikes(kept_value, neurons[1], value.dtype)
+
+
+def kept(
+    cache: Cache, layer: int, neurons: tuple[SpikingNeurons, SpikingNeurons], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values that `with_past` has put into a cache, `(T * B, L, F)` each.
+
+    Raises:
+        ValueError: as in `with_past`.
+    """
+    _check_holds(cache, layer, _is_coded(neurons))
+    held: Any = cache.layers[layer]
+    return _spikes(held.keys, neurons[0], dtype), _spikes(held.values, neurons[1], dtype)
+
+
+def _is_coded(neurons: tuple[SpikingNeurons, SpikingNeurons]) -> bool:
+    return all(group.is_calibrated for group in neurons)
+
+
+def _spikes(kept: torch.Tensor, neurons: SpikingNeurons, dtype: torch.dtype) -> torch.Tensor:
+    """`(B, T, L, F)` of a cache as `(T * B, L, F)` spikes."""
+    steps = kept.transpose(0, 1).flatten(0, 1)
+    return neurons.spikes(steps, dtype) if kept.dtype == torch.int8 else steps
 
 
 def _check_holds(cache: Cache, layer: int, codes: bool) -> None:

@@ -9,7 +9,7 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 import modeling_spikelm
-from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
+from configuration_spikelm import SpikeLMBartConfig, SpikeLMConfig, SpikeLMLlamaConfig
 from configuration_spikelm.configuration_spiking import ACTIVATIONS
 
 
@@ -115,7 +115,7 @@ def test_json_round_trip_is_exact_and_keeps_unknown_fields(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == first
 
 
-@pytest.mark.parametrize("config_class", [SpikeLMConfig, SpikeLMLlamaConfig])
+@pytest.mark.parametrize("config_class", [SpikeLMConfig, SpikeLMBartConfig, SpikeLMLlamaConfig])
 def test_auto_map_names_every_registered_class(config_class):
     offered = {
         value._auto_class: f"{value.__module__.rpartition('.')[2]}.{value.__name__}"

@@ -301,8 +301,9 @@ def test_amplitudes_by_hand_of_what_is_no_padding(reset, expected):
     calibration = Calibration([model.neurons])
     steps = torch.tensor([[[1.0, -3.0, 100.0]], [[1.0, 1.0, -700.0]]])  # (T, B, L)
     one = torch.tensor([[[100.0, 5.0]], [[0.0, 1.0]]])
-    calibration.use(model.eval(), {"inputs": steps.flatten(0, 1).unsqueeze(-1)}, torch.tensor([[True, True, False]]))
-    calibration.use(model.eval(), {"inputs": one.flatten(0, 1).unsqueeze(-1)}, torch.tensor([[False, True]]))
+    for inputs, is_text in ((steps, [[True, True, False]]), (one, [[False, True]])):
+        batch = {"inputs": inputs.flatten(0, 1).unsqueeze(-1)}
+        calibration.use(model.eval(), batch, {model.neurons: torch.tensor(is_text)})
     (amplitude,) = calibration.means(torch.device("cpu"))
     torch.testing.assert_close(amplitude, torch.tensor(expected, dtype=torch.float32))
 
