@@ -1,37 +1,42 @@
 """What SpikeLM does on one card, in at most four minutes: `python benchmarks/gpu.py --help`.
 
-First parity with the golden tensors on every path, then times and memory against the stock BERT. Needs torch,
-Triton and transformers, and no network. All sides run in this process, one after the other. Results are
-written after each; one that fails says why in its row, and what the time does not suffice for is left out.
+First parity on every path, with the golden tensors and of every neuron with its oracle; then times and memory against
+the stock BERT; what has to be compiled comes last. Needs torch, Triton and transformers, and no network. All sides run
+in this process, one after the other. Each result is printed and written at once; a side that fails says why in its row,
+and so does one that the time does not suffice for.
 """
 
-import project  # noqa: F401  isort:skip
+import project  # isort:skip
+import copy
 import gc
 import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import torch
-from cases import FAST_PATHS, SHAPES, Case, list_of
+from cases import FAST_PATHS, HEADLINE, SHAPES, Case, list_of
 from measuring import ResidentPeak, count_flops, matrix_product_rate, now
 from report import Row, keep, print_table
 from safetensors.torch import load_file
-from sides import build_batch, build_model, calibrate, inference
+from sides import build_batch, build_model, calibrate, checkpoint_activations, inference, training_loss
 from transformers import HfArgumentParser
 from worker import TrainingStep
 
+from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import SpikeLMConfig, SpikeLMForPreTraining, convert_reference_state_dict, fast_paths
+from modeling_spikelm.kernels import runs_in_triton
 
+Work = tuple[Row, Callable[[], Row]]
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 MIB = 2**20
-# In units of the largest value of a tensor.
-FORWARD, GRADIENT = 1e-5, 1e-4
+# In units of the largest value of a tensor: what the model's own tests allow, and what bfloat16 can hold.
+BOUNDS = {"float32": (1e-5, 1e-4), "bf16_autocast": (2**-7, 2**-5)}
 
 
 @dataclass
@@ -41,7 +46,9 @@ class Arguments:
     batch_size: int = field(default=64, metadata={"help": "Sequences per batch; of the long ones, a quarter."})
     length: int = field(default=128, metadata={"help": "Tokens per sequence; of the long ones, four times as many."})
     repeats: int = field(default=5, metadata={"help": "Iterations of a timing, of which there are three."})
-    seconds: float = field(default=240, metadata={"help": "When to stop; what is in progress then is given up."})
+    seconds: float = field(
+        default=240, metadata={"help": "When to stop, counted from the start; what is in progress then is given up."}
+    )
     compiled: bool = field(default=True, metadata={"help": "Also compile, last of all, for as long as there is time."})
     device: Literal["cuda", "cpu"] = field(default="cuda", metadata={"help": "cpu is for trying the command."})
     output: str = field(default="benchmarks/results", metadata={"help": "Folder for gpu.json and gpu.md."})
@@ -49,14 +56,22 @@ class Arguments:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    end = time.monotonic() + arguments.seconds
-    table(arguments, end, "Parity with the reference's numbers", parity_work(arguments))
-    rate = matrix_product_rate(arguments.device, torch.bfloat16)
-    work = [(labels(case), lambda case=case: figures(case, arguments.repeats, rate)) for case in timed_cases(arguments)]
-    table(arguments, end, f"Time and memory, bf16 autocast, dropout 0.1, product at {rate / 1e12:.3g} TFLOP/s", work)
+    end = project.STARTED + arguments.seconds
+    device = arguments.device
+    table(arguments, end, "Parity with the reference's numbers", parity_work(device))
+    table(arguments, end, "Every neuron and its oracle, T = 4", oracle_work(device))
+    rate = matrix_product_rate(device, torch.bfloat16)
+    way = "in Triton" if runs_in_triton(torch.zeros(1, device=device)) else "in torch's own operations"
+    setting = f"bf16 autocast, dropout 0.1, neurons {way}, product at {rate / 1e12:.3g} TFLOP/s"
+    work = timed_work(timed_cases(arguments), arguments.repeats, rate)
+    table(arguments, end, f"Time and memory, {setting}", work)
+    if arguments.compiled:
+        table(arguments, end, "Parity with the reference's numbers, compiled", compiled_parity_work(device))
+        work = timed_work(compiled_cases(arguments), arguments.repeats, rate)
+        table(arguments, end, f"Time and memory, compiled, bf16 autocast, product at {rate / 1e12:.3g} TFLOP/s", work)
 
 
-def table(arguments: Arguments, end: float, title: str, work: list[tuple[Row, Callable[[], Row]]]) -> None:
+def table(arguments: Arguments, end: float, title: str, work: list[Work]) -> None:
     """Does one piece of work after the other, each of which fills a row, and keeps the rows that are there."""
     rows: list[Row] = []
     for names, fill in work:
@@ -67,6 +82,8 @@ def table(arguments: Arguments, end: float, title: str, work: list[tuple[Row, Ca
                 row |= fill()
         except Exception as error:  # whatever it is, the other rows can do without this one
             row["note"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        # Whoever ends this process leaves what has been printed.
+        print(json.dumps(row), flush=True)
         free_memory()
         columns = dict.fromkeys(name for row in rows for name in row)
         # The note stands last.
@@ -78,7 +95,10 @@ def table(arguments: Arguments, end: float, title: str, work: list[tuple[Row, Ca
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in here after so many seconds; at once where there are none."""
+    """Raises TimeoutError in here after so many seconds; at once where there are none.
+
+    It is raised again every two seconds, for what runs at that moment may swallow it, as a finalizer does.
+    """
 
     def stop(*_: object) -> None:
         raise TimeoutError("no time left")
@@ -86,7 +106,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     if seconds <= 0:
         stop()
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 2)
     try:
         yield
     finally:
@@ -103,25 +123,39 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def parity_work(arguments: Arguments) -> list[tuple[Row, Callable[[], Row]]]:
-    paths: dict[str, tuple[str, ...]] = {"default": (), **{f"-{name}": (name,) for name in FAST_PATHS}}
+def parity_work(device: str) -> list[Work]:
+    # Those for a CPU serve no other device.
+    switches = [name for name in FAST_PATHS if device == "cpu" or not name.startswith("cpu_")]
+    paths = {"default": (), **{f"-{name}": (name,) for name in switches}, "oracle": FAST_PATHS, "checkpointing": ()}
     return [
         (
             {"path": path, "T": steps, "attention": attention},
-            lambda steps=steps, attention=attention, off=off: parity(steps, attention, off, arguments.device),
+            lambda steps=steps, attention=attention, path=path, off=off: parity(
+                steps, attention, off, device, checkpoints=path == "checkpointing"
+            ),
         )
         for steps in (4, 1)
         for attention in ("sdpa", "eager")
-        for path, off in (paths | {"oracle": FAST_PATHS}).items()
+        for path, off in paths.items()
         # Attention makes no difference to what the neurons do.
         if attention == "sdpa" or path == "default"
     ]
 
 
-def parity(steps: int, attention: str, without: tuple[str, ...], device: str) -> Row:
+def compiled_parity_work(device: str) -> list[Work]:
+    return [({"path": "fullgraph", "T": 4}, lambda: parity(4, "sdpa", (), device, compiles=True))]
+
+
+def parity(
+    steps: int,
+    attention: str,
+    without: tuple[str, ...],
+    device: str,
+    checkpoints: bool = False,
+    compiles: bool = False,
+) -> Row:
     """Largest errors of two training steps from the golden tensors, in units of each tensor's largest value."""
-    for name in without:
-        setattr(fast_paths.FAST_PATHS, name, False)
+    switch_off(without)
     facts = json.loads((FIXTURES / f"official_T{steps}.json").read_text())
     del facts["encoder_hidden_act"]
     config = SpikeLMConfig(**facts, attn_implementation=attention)
@@ -130,59 +164,121 @@ def parity(steps: int, attention: str, without: tuple[str, ...], device: str) ->
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-        return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
     model = SpikeLMForPreTraining(config).to(device)
     model.load_state_dict(convert_reference_state_dict(part("state."), config))
     model.reset_calibration()
     model.train()
-    forward, gradient = 0.0, 0.0
-    for number in (0, 1):
+    if checkpoints:
+        checkpoint_activations(model)
+    # The first batch calibrates, which is nothing to be compiled.
+    run = torch.compile(model, fullgraph=True) if compiles else model
+    errors = []
+    for number, step in enumerate((model, run)):
         model.zero_grad()
-        output = model(**part(f"step{number}.in."))
+        output = step(**part(f"step{number}.in."))
         output.loss.backward()
         expected = part(f"step{number}.")
         names = ("loss", "prediction_logits", "seq_relationship_logits")
-        forward = max(forward, *(error(output[name], expected[name]) for name in names))
-        parameters = dict(model.named_parameters())
+        forward = max(error(output[name], expected[name]) for name in names)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         wanted = part(f"step{number}.grad.")
-        gradient = max(gradient, *(error(parameters[name].grad, value) for name, value in wanted.items()))
-    holds = forward <= FORWARD and gradient <= GRADIENT
+        errors.append((forward, max(error(gradients[name], value) for name, value in wanted.items())))
+    return verdict(*map(max, zip(*errors, strict=True)), "float32")
+
+
+def oracle_work(device: str) -> list[Work]:
+    return [
+        ({"neuron": neuron, "dtype": dtype}, lambda neuron=neuron, dtype=dtype: beside_oracle(neuron, dtype, device))
+        for dtype in BOUNDS
+        for neuron in NEURONS
+    ]
+
+
+def beside_oracle(neuron: str, dtype: str, device: str) -> Row:
+    """Largest differences of a training step from that of the same model with every switch off."""
+    case = Case("training", "spikelm-dense", "tiny", 4, num_time_steps=4, dropout=0.0, dtype=dtype, device=device)
+    model, batch = build_model(case, neuron=neuron), build_batch(case)
+    calibrate(model, batch)
+    oracle = copy.deepcopy(model)
+    loss = training_loss(case, model)(batch)
+    loss.backward()
+    switch_off(FAST_PATHS)
+    expected = training_loss(case, oracle)(batch)
+    expected.backward()
+    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), oracle.parameters(), strict=True)]
+    wanted = [theirs for _, theirs in pairs if theirs is not None]
+    # The gradient of a shift of all keys is 0, but for rounding: softmax does not see it.
+    least = 1e-6 * max(gradient.abs().max().item() for gradient in wanted)
+    gradient = max(error(ours, theirs, least) for ours, theirs in pairs if theirs is not None)
+    return verdict(error(loss, expected), gradient, dtype)
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor, least: float = 0.0) -> float:
+    """The largest, in units of the largest value, or of `least` where that is more."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=least)).item()
+
+
+def verdict(forward: float, gradient: float, dtype: str) -> Row:
+    of_forward, of_gradient = BOUNDS[dtype]
+    holds = forward <= of_forward and gradient <= of_gradient
     return {"forward error": forward, "gradient error": gradient, "holds": "yes" if holds else "NO"}
 
 
+def switch_off(names: tuple[str, ...]) -> None:
+    for name in names:
+        setattr(fast_paths.FAST_PATHS, name, False)
+
+
 def timed_cases(arguments: Arguments) -> list[Case]:
-    """Training and inference of every shape; of the first also what leaves something out, long texts, and compiled."""
-    times, first = arguments.num_time_steps, arguments.shape[0]
-
-    def sides(measure: str, shape: str, **changes: object) -> list[Case]:
-        common = {
-            "batch_size": arguments.batch_size,
-            "length": arguments.length,
-            "dtype": "bf16_autocast",
-            "device": arguments.device,
-        } | changes
-        spiking = [Case(measure, "spikelm", shape, num_time_steps=steps, **common) for steps in times]
-        return [Case(measure, "bert", shape, **common), *spiking]
-
-    training = sides("training", first)
-    most = training[-1]
-    cases = [
+    """Training and inference of every shape; of the first also what leaves something out, int8, and long texts."""
+    first = arguments.shape[0]
+    training = sides(arguments, "training", first)
+    inference_of = [sides(arguments, "inference", first, batch_size=size) for size in (arguments.batch_size, 1)]
+    long = {"batch_size": max(1, arguments.batch_size // 4), "length": 4 * arguments.length}
+    return [
         *training,
-        replaced(most, without=("triton_neurons",)),
-        replaced(most, side="oracle"),
-        *sides("inference", first),
-        *sides("inference", first, batch_size=1),
-        *sides("training", first, gradient_checkpointing=True),
-        *sides("training", first, batch_size=max(1, arguments.batch_size // 4), length=4 * arguments.length),
-        *(case for shape in arguments.shape[1:] for case in sides("training", shape)),
+        *(case for cases in inference_of for case in cases),
+        replace(training[-1], without=("triton_neurons",)),
+        *(replace(case, side="spikelm-int8") for cases in inference_of for case in cases if case.side != HEADLINE),
+        *sides(arguments, "training", first, gradient_checkpointing=True),
+        *sides(arguments, "training", first, **long),
+        *(case for shape in arguments.shape[1:] for case in sides(arguments, "training", shape)),
+        replace(training[-1], side="oracle"),
     ]
-    return [*cases, *sides("training", first, compile=True)] if arguments.compiled else cases
 
 
-def replaced(case: Case, **changes: object) -> Case:
-    return Case(**{each.name: getattr(case, each.name) for each in fields(case)} | changes)
+def compiled_cases(arguments: Arguments) -> list[Case]:
+    """The most time steps first, BERT last: it needs no proof that it compiles."""
+    first = arguments.shape[0]
+    training = sides(arguments, "training", first, compile=True)
+    inferring = sides(arguments, "inference", first, compile=True)
+    return [training[-1], inferring[-1], *training[:-1], *inferring[:-1]]
+
+
+def sides(arguments: Arguments, measure: str, shape: str, **changes: object) -> list[Case]:
+    """BERT, and a SpikeLM of every number of time steps."""
+    common = {
+        "batch_size": arguments.batch_size,
+        "length": arguments.length,
+        "dtype": "bf16_autocast",
+        "device": arguments.device,
+    } | changes
+    spiking = [Case(measure, "spikelm", shape, num_time_steps=steps, **common) for steps in arguments.num_time_steps]
+    return [Case(measure, HEADLINE, shape, **common), *spiking]
+
+
+def timed_work(cases: list[Case], repeats: int, rate: float) -> list[Work]:
+    # Milliseconds, by what all sides of a comparison have in common.
+    of_bert: dict[tuple, float] = {}
+
+    def fill(case: Case) -> Row:
+        setting = tuple(labels(case).values())[:-1]
+        found = figures(case, repeats, rate)
+        if case.side == HEADLINE:
+            of_bert[setting] = found["ms"]
+        return found | {"ratio to bert": found["ms"] / of_bert[setting] if setting in of_bert else None}
+
+    return [(labels(case), lambda case=case: fill(case)) for case in cases]
 
 
 def labels(case: Case) -> Row:
@@ -207,8 +303,10 @@ def figures(case: Case, repeats: int, rate: float) -> Row:
     else:
         model = build_model(case)
         calibrate(model, batch)
-        forward = inference(case, model)
-        flops = count_flops(lambda: forward(batch))
+        eager = inference(case, model)
+        forward = torch.compile(eager) if case.compile else eager
+        # Products of int8 numbers are no FLOP, and the counter does not know them.
+        flops = 0 if case.is_int8 else count_flops(lambda: eager(batch))
 
         def work() -> None:
             forward(batch)
@@ -230,7 +328,7 @@ def figures(case: Case, repeats: int, rate: float) -> Row:
         "ms": seconds_each * 1e3,
         "tokens per s": case.batch_size * case.length / seconds_each,
         "peak MiB": peak.above_start() / MIB,
-        "share of matrix-product peak": flops / seconds_each / rate,
+        "share of matrix-product peak": flops / seconds_each / rate or None,
         "first s": first,
     }
 

@@ -12,7 +12,7 @@ from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, fa
 LABEL_SHARE = 0.15
 
 
-def build_model(case: Case) -> PreTrainedModel:
+def build_model(case: Case, neuron: str = "elastic") -> PreTrainedModel:
     """The model of a case with random weights, on its device, in training mode: masked LM, or for inference no head."""
     torch.manual_seed(0)
     sizes = {
@@ -26,20 +26,32 @@ def build_model(case: Case) -> PreTrainedModel:
     has_head = case.measure != "inference"
     if case.side.startswith("bert"):
         model_class = BertForMaskedLM if has_head else BertModel
-        model = model_class(BertConfig(**sizes))
+        config = BertConfig(**sizes)
     else:
         for name in FAST_PATHS if case.side == "oracle" else case.without:
             setattr(fast_paths.FAST_PATHS, name, False)
         model_class = SpikeLMForMaskedLM if has_head else SpikeLMModel
         is_sparse = case.side == "spikelm"
-        model = model_class(SpikeLMConfig(**sizes, num_time_steps=case.num_time_steps, sparse_prediction=is_sparse))
+        spiking = {"neuron": neuron, "num_time_steps": case.num_time_steps, "sparse_prediction": is_sparse}
+        config = SpikeLMConfig(**sizes, **spiking)
+    with torch.device(case.device):
+        model = model_class(config)
     if case.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model.to(case.device).train()
+        checkpoint_activations(model)
+    return model.train()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    # The second is what older versions of transformers call it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def build_batch(case: Case, batch_size: int | None = None, length: int | None = None) -> dict[str, torch.Tensor]:
-    """Random tokens `(B, L)` without padding and, unless for inference, labels at 15 % of the positions."""
+    """Random tokens `(B, L)` without padding and, unless for inference, labels at 15 % of the positions.
+
+    The side "spikelm" is told where these are, as run_mlm.py tells it.
+    """
     shape = (batch_size or case.batch_size, length or case.length)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY_SIZES[case.shape], shape, generator=generator)
@@ -49,6 +61,10 @@ def build_batch(case: Case, batch_size: int | None = None, length: int | None = 
         labels = torch.full((tokens.numel(),), -100)
         labels[labelled] = tokens.flatten()[labelled]
         batch["labels"] = labels.view(shape)
+        if case.side == "spikelm":
+            has_no_label = batch["labels"] == -100
+            most = int((~has_no_label).sum(1).max())
+            batch["masked_lm_positions"] = has_no_label.int().argsort(dim=1, stable=True)[:, :most]
     return {name: value.to(case.device) for name, value in batch.items()}
 
 

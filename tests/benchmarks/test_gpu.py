@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from configuration_spikelm.configuration_spiking import NEURONS
+
 ROOT = Path(__file__).resolve().parents[2]
 TOY = "--device cpu --shape tiny --batch_size 4 --length 8 --num_time_steps 2 --repeats 1 --no_compiled".split()
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'evaluate', 'sklearn', 'accelerate')));"
@@ -24,11 +26,17 @@ def test_every_path_keeps_parity_and_every_side_is_timed_with_torch_and_transfor
         timeout=600,
     )
     assert finished.returncode == 0, finished.stderr
-    parity, timed = (run["rows"] for run in json.loads((tmp_path / "gpu.json").read_text()))
-    assert {(row["holds"], row["note"]) for row in parity} == {("yes", None)}
-    assert {"default", "oracle", "-triton_neurons", "-packed_spikes"} <= {row["path"] for row in parity}
+    parity, neurons, timed = (run["rows"] for run in json.loads((tmp_path / "gpu.json").read_text()))
+    assert {(row["holds"], row["note"]) for row in parity + neurons} == {("yes", None)}
+    assert {"default", "oracle", "checkpointing", "-triton_neurons", "-packed_spikes"} <= {r["path"] for r in parity}
+    assert {row["neuron"] for row in neurons} == set(NEURONS)
     assert all(row["ms"] > 0 and row["note"] is None for row in timed), timed
-    assert {row["side"] for row in timed} == {"bert", "spikelm T=2", "spikelm T=2 -triton_neurons", "oracle T=2"}
+    spiking = {"spikelm T=2", "spikelm T=2 -triton_neurons", "spikelm-int8 T=2", "oracle T=2"}
+    assert {row["side"] for row in timed} == {"bert"} | spiking
+    assert all(row["ratio to bert"] is not None for row in timed)
+    # Whoever stops the command before its end has what was printed.
+    printed = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+    assert len(printed) == len(parity + neurons + timed)
     assert {row["work"] for row in timed} == {"training", "training, checkpointing", "inference"}
 
 
