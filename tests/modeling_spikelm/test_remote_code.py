@@ -9,8 +9,9 @@ from transformers import BertTokenizer
 
 from configuration_spikelm.configuration_spikelm import AUTO_MAP
 from modeling_spikelm import SpikeLMForMaskedLM
-from tests.carried_code import CODE, LLAMA_CODE
+from tests.carried_code import BART_CODE, CODE, LLAMA_CODE
 from tests.clean_machine import run_on_clean_machine
+from tests.modeling_spikelm.test_bart import make_model as make_bart
 from tests.modeling_spikelm.test_llama import make_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "france", "is", "paris", "."]
@@ -157,3 +158,25 @@ print("tokens", *model.generate(torch.arange(5, 12).unsqueeze(0), max_new_tokens
     ours = model.generate(torch.arange(5, 12).unsqueeze(0), max_new_tokens=5, do_sample=False)[0].tolist()
     assert " ".join(map(str, ["tokens", *ours])) in printed.splitlines()
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == LLAMA_CODE.keys()
+
+
+def test_an_encoder_and_decoder_carries_its_code_and_writes_without_us(tmp_path):
+    model = make_bart(max_position_embeddings=64)
+    model.save_pretrained(tmp_path / "writer")
+    carried = {path.name: path.read_bytes() for path in (tmp_path / "writer").glob("*.py")}
+    assert carried == {name: path.read_bytes() for name, path in BART_CODE.items()}
+    printed = clean_run(f"""
+import torch
+from transformers import AutoModel, AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path / "writer")!r}, trust_remote_code=True)
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+base = AutoModel.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+print(type(base).__name__, type(again).__name__)
+print("tokens", *again.generate(torch.arange(5, 12).unsqueeze(0), max_new_tokens=5)[0].tolist())
+""")
+    lines = printed.splitlines()
+    assert "SpikeLMBartModel SpikeLMBartForConditionalGeneration" in lines
+    ours = model.generate(torch.arange(5, 12).unsqueeze(0), max_new_tokens=5)[0].tolist()
+    assert " ".join(map(str, ["tokens", *ours])) in lines
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == BART_CODE.keys()
