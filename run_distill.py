@@ -8,9 +8,7 @@ Without --model_name_or_path the student is a SpikeLM of the teacher's shape tha
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         set_up_logging(training)
         check_flags(data_arguments, teaching, training, given)
-        student_arguments = student_of(model_arguments, teaching)
+        student_arguments = teaching.student(model_arguments, SpikeLMConfig.model_type)
         set_seed(training.seed)
         with training.main_process_first(desc="reading and packing the corpus"):
             documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
@@ -134,20 +132,6 @@ def check_flags(
     set_direction(training, given, {"loss": False, "hidden_error": False})
 
 
-def student_of(arguments: ModelArguments, teaching: DistillationArguments) -> ModelArguments:
-    """The arguments of the student: the model named, or else the teacher, in either case as a SpikeLM."""
-    if arguments.config_name or arguments.model_type not in (None, SpikeLMConfig.model_type):
-        flag = "config_name" if arguments.config_name else "model_type"
-        raise ValueError(
-            f"--{flag} {getattr(arguments, flag)}: the student is a SpikeLM that starts with the weights of "
-            "--model_name_or_path, or of its teacher; leave the flag out (--config_overrides sets single fields)."
-        )
-    if arguments.model_name_or_path is None:
-        name, revision = teaching.teacher_name_or_path, teaching.teacher_revision
-        arguments = replace(arguments, model_name_or_path=name, model_revision=revision)
-    return replace(arguments, model_type=SpikeLMConfig.model_type)
-
-
 def make_trainer(
     collator: MaskingCollator,
     rows: Dataset | StreamPasses | None,
@@ -186,16 +170,15 @@ def make_card(
     student_arguments: ModelArguments,
     teaching: DistillationArguments,
 ) -> RunCard:
-    teacher = teaching.teacher_name_or_path
-    teacher = Path(teacher).resolve().name if Path(teacher).exists() else teacher
     return RunCard(
         model=model,
         training=training,
         pipeline_tag="fill-mask" if auto_class is AutoModelForMaskedLM else "feature-extraction",
         auto_class=auto_class.__name__,
         training_data=(
-            f"Learned the hidden states{' and logits' if auto_class is AutoModelForMaskedLM else ''} of {teacher} from "
-            f"the text of {data_arguments.sources}, in rows of {data_arguments.max_seq_length} tokens."
+            f"Learned the hidden states{' and logits' if auto_class is AutoModelForMaskedLM else ''} of "
+            f"{teaching.teacher} from the text of {data_arguments.sources}, in rows of "
+            f"{data_arguments.max_seq_length} tokens."
         ),
         datasets=data_arguments.hub_datasets,
         metrics=METRICS,

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -290,23 +289,10 @@ def make_card(
         metrics=METRICS,
         figures=FIGURES,
         dataset_for_results="the validation split",
-        **hub_origin(validation, data_arguments),
+        **data_arguments.origin_of_results(validation.split, METRICS),
         started_from=model_arguments.model_name_or_path,
         mask_token=tokenizer.mask_token,
     )
-
-
-def hub_origin(validation: Dataset | IterableDataset, arguments: DataArguments) -> dict[str, Any]:
-    """What the card says of where on the Hub the validation documents are from; nothing if it is not one place."""
-    names = arguments.dataset_name or []
-    if len(names) != 1 or arguments.validation_file or Path(names[0]).exists():
-        return {}
-    return {
-        "results_dataset": names[0],
-        "results_config": arguments.dataset_config_name[0] if arguments.dataset_config_name else None,
-        # Documents that were held out are from the training split.
-        "results_splits": dict.fromkeys(METRICS, str(validation.split)),
-    }
 
 
 def describe(arguments: DataArguments) -> str:

@@ -1,9 +1,11 @@
-"""The flags of distillation that `run_distill.py` and `run_glue.py` share."""
+"""The flags of distillation that the scripts share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from experiment.arguments import ModelArguments
 
 from .teacher import Teacher
 from .weighted_terms import LossWeights
@@ -33,7 +35,7 @@ class DistillationArguments:
     )
     logits_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the logits' divergence: at every token if the teacher has a masked-LM head."},
+        metadata={"help": "Weight of the logits' divergence: at every token if the teacher has a head for tokens."},
     )
     value_relation_weight: float = field(
         default=0.0, metadata={"help": "Weight of the divergence of value relations in the last layer (MiniLM)."}
@@ -63,6 +65,12 @@ class DistillationArguments:
             raise ValueError(f"--temperature is {self.temperature}; it has to be a number above 0.")
 
     @property
+    def teacher(self) -> str | None:
+        """The teacher for people: a folder by its name, for the rest of its path says nothing to a stranger."""
+        name = self.teacher_name_or_path
+        return Path(name).resolve().name if name and Path(name).exists() else name
+
+    @property
     def weights(self) -> LossWeights:
         return LossWeights(**{entry.name: getattr(self, f"{entry.name}_weight") for entry in fields(LossWeights)})
 
@@ -75,6 +83,26 @@ class DistillationArguments:
             "trains_embeddings": self.train_embeddings,
             "diagnoses": self.loss_diagnostics,
         }
+
+    def student(self, arguments: ModelArguments, model_type: str) -> ModelArguments:
+        """The arguments of the student: the model named, or else the teacher, in either case as a SpikeLM.
+
+        Args:
+            model_type: of the SpikeLM.
+
+        Raises:
+            ValueError: a model from scratch, or of another type, is asked for.
+        """
+        if arguments.config_name or arguments.model_type not in (None, model_type):
+            flag = "config_name" if arguments.config_name else "model_type"
+            raise ValueError(
+                f"--{flag} {getattr(arguments, flag)}: the student is a SpikeLM that starts with the weights of "
+                "--model_name_or_path, or of its teacher; leave the flag out (--config_overrides sets single fields)."
+            )
+        if arguments.model_name_or_path is None:
+            name, revision = self.teacher_name_or_path, self.teacher_revision
+            arguments = replace(arguments, model_name_or_path=name, model_revision=revision)
+        return replace(arguments, model_type=model_type)
 
     def check_flags(self, given: Mapping[str, Any]) -> None:
         """

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -14,26 +15,29 @@ from transformers import (
 )
 from transformers.modeling_outputs import ModelOutput
 
+from configuration_spikelm import SpikeLMConfig
 from experiment.precision import WEIGHTS, refuse_quantised
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 
 class Teacher(nn.Module):
-    """A frozen BERT that is always in evaluation mode.
+    """A frozen dense model that is always in evaluation mode.
 
     Args:
-        model: with a masked-LM head, a classifier, or neither.
+        model: a BERT with a masked-LM head, a classifier, or neither; or a causal model with its head.
 
     Attributes:
-        kind: what the teacher's logits say something of: "tokens", "labels", or "" where it has none.
+        kind: what the teacher's logits say something of: "tokens", "next tokens", "labels", or "" where it has none.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.kind = kind
-        self.num_heads: int = model.config.num_attention_heads
+        # Of values, which heads of queries may share.
+        heads = model.config.num_attention_heads
+        self.num_heads: int = getattr(model.config, "num_key_value_heads", None) or heads
         super().train(False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -43,13 +47,18 @@ class Teacher(nn.Module):
     @property
     def head(self) -> nn.Module:
         """From last hidden states `(..., H)` to vocabulary logits `(..., V)`."""
-        return self.model.cls
+        return vocabulary_head(self.model)
 
     def forward(self, **inputs: Any) -> ModelOutput:
         """Hidden states of all layers, and logits if they say something of the whole sequence."""
         known = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
         model = self.model if self.kind == "labels" else self.model.base_model
         return model(**known, output_hidden_states=True, return_dict=True)
+
+
+def vocabulary_head(model: PreTrainedModel) -> nn.Module:
+    """What makes vocabulary logits `(..., V)` of last hidden states `(..., H)`: BERT's is more than a linear layer."""
+    return model.cls if hasattr(model, "cls") else model.get_output_embeddings()
 
 
 def load_teacher(
@@ -64,26 +73,29 @@ def load_teacher(
     """The teacher of that name for a student of that configuration, in float32.
 
     Args:
-        name: a BERT checkpoint, on disk or on the Hub.
+        name: a checkpoint, on disk or on the Hub, of a dense model that the student could start from: a BERT, or of a
+            causal student a Llama.
         is_classifier: take it with its classifier, which has to be trained; else with its masked-LM head, if it has
-            one.
+            one, or the head of a causal model, which it has to have.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is quantised, or no BERT, or one whose vocabulary, width, number
-            of layers or labels are not the student's.
+        ValueError: there is no such checkpoint, or it is quantised, or of another kind, or its vocabulary, width,
+            number of layers or labels are not the student's.
     """
+    is_causal = AutoModelForCausalLM.__name__ in getattr(student, "offered_classes", ())
     location: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         config = AutoConfig.from_pretrained(name, **location)
         refuse_quantised(name, config)
         _check_fit(name, config, student, is_classifier)
-        auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForMaskedLM
+        token_class = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
+        auto_class = AutoModelForSequenceClassification if is_classifier else token_class
         options = location | {"dtype": WEIGHTS, "use_safetensors": True, "output_loading_info": True}
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         model, loaded = auto_class.from_pretrained(name, config=config, **options)
-        missing = [key for key in loaded["missing_keys"] if key.startswith(("classifier", "cls."))]
-        if missing and not is_classifier:
+        missing = [key for key in loaded["missing_keys"] if key.startswith(("classifier", "cls.", "lm_head."))]
+        if missing and not (is_classifier or is_causal):
             model, _ = AutoModel.from_pretrained(name, config=config, **options)
     except OSError as error:
         raise ValueError(f"--teacher_name_or_path {name} cannot be loaded: {error}") from error
@@ -92,7 +104,14 @@ def load_teacher(
             f"--teacher_name_or_path {name} has no trained classifier ({missing[0]} is missing); fine-tune it on the "
             "task first, with run_glue.py."
         )
-    return Teacher(model, "labels" if is_classifier else "" if missing else "tokens")
+    if missing and is_causal:
+        raise ValueError(
+            f"--teacher_name_or_path {name} has no head that says which token is next ({missing[0]} is missing); name "
+            "a checkpoint that was saved with it."
+        )
+    if is_classifier:
+        return Teacher(model, "labels")
+    return Teacher(model, "next tokens" if is_causal else "" if missing else "tokens")
 
 
 @torch.no_grad()
@@ -116,10 +135,12 @@ def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher) -> None:
 
 
 def _check_fit(name: str, teacher: PreTrainedConfig, student: PreTrainedConfig, is_classifier: bool) -> None:
-    if teacher.model_type != "bert":
+    possible = getattr(student, "warm_starts", SpikeLMConfig.warm_starts)
+    if teacher.model_type not in possible:
+        kinds = " or ".join(f"{kind} ({model_type!r})" for model_type, kind in possible.items())
         raise ValueError(
-            f"--teacher_name_or_path {name} is of type {teacher.model_type!r}; a SpikeLM has the layers of a BERT, so "
-            "only a BERT ('bert') can be its teacher."
+            f"--teacher_name_or_path {name} is of type {teacher.model_type!r}; the teacher of a SpikeLM has the same "
+            f"layers, so it has to be a {kinds}."
         )
     fields = (*MUST_AGREE, "num_labels") if is_classifier else MUST_AGREE
     for field in fields:

@@ -1,4 +1,4 @@
-"""Command line and recipe files of both scripts."""
+"""Command line and recipe files of the scripts."""
 
 import json
 import math
@@ -59,8 +59,9 @@ class ModelArguments:
     model_type: str | None = field(
         default=None,
         metadata={
-            "help": "Type of a model from scratch (default: spikelm). 'spikelm' with a BERT checkpoint in "
-            "--model_name_or_path is a warm start; without it that checkpoint is trained as the BERT it is."
+            "help": "Type of a model from scratch (default: spikelm, in run_clm.py spikelm_llama). 'spikelm' with a "
+            "BERT checkpoint in --model_name_or_path, 'spikelm_llama' with a Llama's, is a warm start; without it that "
+            "checkpoint is trained as the dense model it is."
         },
     )
     config_name: str | None = field(

@@ -39,6 +39,8 @@ _OF_NEURONS = re.compile(r"neurons\.\w+$")
 _OF_LAYERS = re.compile(r"\blayers?\.\d+\.")
 # What an encoder reads is put together of these.
 ENCODER_TOKENS = ("pad", "cls", "sep", "mask")
+# What tells a causal model that a text is over.
+CAUSAL_TOKENS = ("eos",)
 
 
 def load_tokenizer(arguments: ModelArguments, needed: Sequence[str] = ENCODER_TOKENS) -> PreTrainedTokenizerBase | None:
@@ -99,11 +101,14 @@ def spiking_config_class(model_type: str | None) -> type[SpikingConfig] | None:
     return config_class if issubclass(config_class, SpikingConfig) else None
 
 
-def load_config(arguments: ModelArguments, trains: bool = False, **fields: Any) -> PreTrainedConfig:
+def load_config(
+    arguments: ModelArguments, trains: bool = False, new: type[SpikingConfig] = SpikeLMConfig, **fields: Any
+) -> PreTrainedConfig:
     """The configuration of the checkpoint, of `--config_name` or of a new model, with `--config_overrides` applied.
 
     Args:
         trains: the model is going to be trained, so its weights have to be float, whatever the checkpoint's are.
+        new: of which family a model from scratch is where `--model_type` says none.
         fields: fields to set before the overrides (vocabulary size, labels).
 
     Raises:
@@ -113,9 +118,10 @@ def load_config(arguments: ModelArguments, trains: bool = False, **fields: Any) 
     name = arguments.model_name_or_path or arguments.config_name
     try:
         if name is None:
-            model_type = arguments.model_type or SpikeLMConfig.model_type
+            model_type = arguments.model_type or new.model_type
             if model_type not in CONFIG_MAPPING:
-                raise ValueError(f"There is no model type {model_type!r}; for instance spikelm or bert.")
+                known = f"{new.model_type} or {next(iter(new.warm_starts))}"
+                raise ValueError(f"There is no model type {model_type!r}; for instance {known}.")
             config = CONFIG_MAPPING[model_type](**fields)
         else:
             # A family's own class turns a dense model of its form into a warm start and refuses everything else.
@@ -139,17 +145,29 @@ def load_config(arguments: ModelArguments, trains: bool = False, **fields: Any) 
 
 
 def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
-    if {"dtype", "torch_dtype"} & {part.partition("=")[0].strip() for part in overrides.split(",")}:
+    named = {part.partition("=")[0].strip() for part in overrides.split(",")}
+    if {"dtype", "torch_dtype"} & named:
         raise ValueError(
             f"--config_overrides {overrides}: the scripts train float32 weights; mixed precision is --bf16, evaluation "
             "in 16 bits --bf16_full_eval."
         )
+    derived = _derived_fields(config) - named
     try:
         config.update_from_string(overrides)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config_overrides {overrides}: {error}; write it as name=value,name=value.") from error
-    # Built anew, because only a new configuration is validated as a whole.
-    return type(config).from_dict(config.to_dict(), attn_implementation=config._attn_implementation)
+    # Built anew, because only a new configuration is validated as a whole and derives from its sizes what depends on
+    # them.
+    fields = {name: value for name, value in config.to_dict().items() if name not in derived}
+    return type(config).from_dict(fields, attn_implementation=config._attn_implementation)
+
+
+def _derived_fields(config: PreTrainedConfig) -> set[str]:
+    """Fields that may be left out and have the value that the configuration makes of the others: `head_dim`, say."""
+    fields = config.to_dict()
+    optional = {name for name in fields if getattr(type(config), name, "") is None}
+    derived = type(config).from_dict({name: fields[name] for name in fields.keys() - optional}).to_dict()
+    return {name for name in optional if derived.get(name) == fields[name]}
 
 
 def weights_digest(name: str | None) -> str | None:

@@ -1,19 +1,24 @@
-"""The data flags of ``run_mlm.py``."""
+"""The data flags of the scripts on text."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 
 @dataclass
-class DataArguments:
-    """Where the documents come from and how they become rows of token ids.
+class TextArguments:
+    """Where the documents come from and how they become rows of token ids; on its own, rows for a causal model.
 
     Raises:
         ValueError: at construction, if values are impossible or do not fit together.
     """
+
+    # What the rows are for: "clm" fills them to the last token.
+    objective: ClassVar[str] = "clm"
 
     dataset_name: list[str] | None = field(
         default=None, metadata={"help": "Hub datasets or `save_to_disk` folders, one or several."}
@@ -65,15 +70,6 @@ class DataArguments:
         default=5.0, metadata={"help": "Percentage of documents held out when the data brings no validation split."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Most tokens in a row, special tokens included."})
-    objective: Literal["mlm", "mlm_nsp"] = field(
-        default="mlm",
-        metadata={
-            "help": "'mlm' packs documents into blocks; 'mlm_nsp' builds BERT's segment pairs for next sentence "
-            "prediction as well.",
-            "choices": ["mlm", "mlm_nsp"],
-        },
-    )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
     streaming: bool = field(
         default=False,
         metadata={
@@ -88,14 +84,8 @@ class DataArguments:
     overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data anew, whatever is cached."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad batches to a multiple of this length (8 suits tensor cores)."}
-    )
     vocab_size: int = field(
         default=30_522, metadata={"help": "Vocabulary size of the tokenizer trained when none is named."}
-    )
-    lowercase: bool = field(
-        default=True, metadata={"help": "Whether the tokenizer trained when none is named ignores case."}
     )
 
     def __post_init__(self) -> None:
@@ -119,11 +109,7 @@ class DataArguments:
             raise ValueError(
                 f"--validation_split_percentage has to lie between 0 and 100, got {self.validation_split_percentage}."
             )
-        if self.objective not in ("mlm", "mlm_nsp"):
-            raise ValueError(f"--objective has to be 'mlm' or 'mlm_nsp', got {self.objective!r}.")
-        if not 0 < self.mlm_probability <= 1:
-            raise ValueError(f"--mlm_probability has to lie in (0, 1], got {self.mlm_probability}.")
-        # [CLS] a [SEP] b [SEP] is the shortest pair.
+        # Of encoders, [CLS] a [SEP] b [SEP] is the shortest pair; less says nothing to a decoder either.
         if self.max_seq_length < 5:
             raise ValueError(f"--max_seq_length has to be at least 5, got {self.max_seq_length}.")
         for flag in (
@@ -131,12 +117,14 @@ class DataArguments:
             "preprocessing_num_workers",
             "max_train_samples",
             "max_eval_samples",
-            "pad_to_multiple_of",
             "vocab_size",
         ):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag} has to be at least 1, got {value}.")
+            self._require_at_least_one(flag)
+
+    def _require_at_least_one(self, flag: str) -> None:
+        value = getattr(self, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} has to be at least 1, got {value}.")
 
     def check_stream(self, training: TrainingArguments) -> None:
         """
@@ -147,12 +135,68 @@ class DataArguments:
             raise ValueError("A stream has no length, so --streaming needs --max_steps.")
 
     @property
+    def longest_row(self) -> int:
+        """Most tokens in a row of a batch."""
+        return self.max_seq_length
+
+    @property
     def hub_datasets(self) -> list[str]:
         """Names of the training data that are on the Hub."""
         return [name for name in self.dataset_name or [] if not Path(name).exists()]
+
+    def origin_of_results(self, split: Any, metrics: Iterable[str]) -> dict[str, Any]:
+        """What a card says of where on the Hub the validation documents are from; nothing if it is not one place.
+
+        Args:
+            split: that they are, which is the training split of documents that were held out.
+            metrics: names of the results.
+        """
+        names = self.dataset_name or []
+        if len(names) != 1 or self.validation_file or Path(names[0]).exists():
+            return {}
+        return {
+            "results_dataset": names[0],
+            "results_config": self.dataset_config_name[0] if self.dataset_config_name else None,
+            "results_splits": dict.fromkeys(metrics, str(split)),
+        }
 
     @property
     def sources(self) -> str:
         """The training data for people; those on this disk by file names only, for paths say nothing to a stranger."""
         names = self.dataset_name or self.train_file or []
         return ", ".join(f"`{Path(name).resolve().name}`" if Path(name).exists() else name for name in names)
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """The same, and how the tokens of rows for an encoder are masked."""
+
+    objective: Literal["mlm", "mlm_nsp"] = field(
+        default="mlm",
+        metadata={
+            "help": "'mlm' packs documents into blocks; 'mlm_nsp' builds BERT's segment pairs for next sentence "
+            "prediction as well.",
+            "choices": ["mlm", "mlm_nsp"],
+        },
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this length (8 suits tensor cores)."}
+    )
+    lowercase: bool = field(
+        default=True, metadata={"help": "Whether the tokenizer trained when none is named ignores case."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective not in ("mlm", "mlm_nsp"):
+            raise ValueError(f"--objective has to be 'mlm' or 'mlm_nsp', got {self.objective!r}.")
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"--mlm_probability has to lie in (0, 1], got {self.mlm_probability}.")
+        self._require_at_least_one("pad_to_multiple_of")
+
+    @property
+    def longest_row(self) -> int:
+        """Most tokens in a row of a batch, padding included."""
+        multiple = self.pad_to_multiple_of or 1
+        return math.ceil(self.max_seq_length / multiple) * multiple

@@ -1,4 +1,5 @@
-"""Documents to rows of token ids: blocks for masked language modelling, segment pairs for next sentence prediction."""
+"""Documents to rows of token ids: blocks for masked language modelling, segment pairs for next sentence prediction, and
+rows without a beginning or an end for causal models."""
 
 import hashlib
 import itertools
@@ -6,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -68,9 +69,9 @@ def pack_documents(
 
     Args:
         documents: rows with column "text", or tokenised rows with "input_ids"; map-style or streamed.
-        tokenizer: a fast tokenizer with a classification and a separator token.
+        tokenizer: a fast tokenizer with a classification and a separator token, or for "clm" with an end of a text.
         max_seq_length: most tokens in a row, special tokens included.
-        objective: "mlm" or "mlm_nsp".
+        objective: "mlm", "mlm_nsp" or "clm".
         seed: of the random choices of "mlm_nsp".
         num_proc: processes; not used for a stream.
         overwrite_cache: pack anew even if the same documents were packed the same way before.
@@ -80,51 +81,78 @@ def pack_documents(
 
     Raises:
         ValueError: `max_seq_length` is too short, the tokenizer does not suit the objective, the documents hold no
-            token, or there is only one document where pairs need two.
+            token, or for "clm" too few for a row, or there is only one document where pairs need two.
     """
     if "input_ids" in documents.column_names:
         return documents
-    settings: dict[str, Any] = {
-        "backend": _serialise(tokenizer),
-        "cls_id": _special_id(tokenizer, "cls_token"),
-        "sep_id": _special_id(tokenizer, "sep_token"),
-    }
-    pack: Callable[..., pa.Table]
-    if objective == "mlm":
-        pack, features, special_tokens = _pack_blocks, BLOCK_FEATURES, 2
-    elif objective == "mlm_nsp":
-        pack, features, special_tokens = _pack_pairs, PAIR_FEATURES, 3
-        if "token_type_ids" not in tokenizer.model_input_names:
-            raise ValueError("Objective mlm_nsp needs a tokenizer with token_type_ids, which tell segments apart.")
-        # Partners for a batch that holds one document only: two different ones, as one may be that document.
-        settings |= {"partners": _two_different(documents), "seed": seed}
-    else:
-        raise ValueError(f"objective has to be 'mlm' or 'mlm_nsp', got {objective!r}.")
-    settings["room"] = max_seq_length - special_tokens
-    if settings["room"] < special_tokens - 1:
-        raise ValueError(f"max_seq_length {max_seq_length} leaves no room beside {special_tokens} special tokens.")
+    pack, features, settings = _packing(objective, documents, tokenizer, max_seq_length, seed)
     arguments = {
         "function": pack,
         "batched": True,
         "batch_size": DOCUMENTS_PER_BATCH,
         "remove_columns": ["text"],
         "features": features,
-        "fn_kwargs": settings,
+        "fn_kwargs": {"backend": _serialise(tokenizer), **settings},
     }
     if isinstance(documents, IterableDataset):
-        return documents.with_format("arrow").map(**arguments).with_format(None).remove_columns(BEGINNINGS)
+        stream = documents.with_format("arrow").map(**arguments).with_format(None).remove_columns(BEGINNINGS)
+        _refuse_no_rows(any(True for _ in stream.take(1)), "streamed", objective, max_seq_length)
+        return stream
     arguments |= {"load_from_cache_file": not overwrite_cache, "desc": "Packing documents"}
     packed = map_in_aligned_shards(documents.with_format("arrow"), num_proc, arguments).with_format(None)
-    if not len(packed):
-        raise ValueError(f"None of the {len(documents)} documents holds a token.")
+    _refuse_no_rows(len(packed) > 0, str(len(documents)), objective, max_seq_length)
     tokens = used = 0
     for table in _tables(packed):
         tokens += int(pc.sum(pc.list_value_length(table["input_ids"])).as_py())
         used += int(pc.sum(table[BEGINNINGS]).as_py())
     logger.info("Packed %d documents into %d rows with %d tokens.", used, len(packed), tokens)
     if used < len(documents):
-        logger.warning("%d of %d documents hold no token and are dropped.", len(documents) - used, len(documents))
+        why = "hold no token or lie behind the last whole row, and" if objective == "clm" else "hold no token and"
+        logger.warning("%d of %d documents %s are dropped.", len(documents) - used, len(documents), why)
     return packed.remove_columns(BEGINNINGS)
+
+
+def _refuse_no_rows(has_rows: bool, number: str, objective: str, max_seq_length: int) -> None:
+    if has_rows:
+        return
+    if objective == "clm":
+        raise ValueError(
+            f"Put together, {number} documents do not fill one row of --max_seq_length {max_seq_length} tokens; lower "
+            "it, or give more text."
+        )
+    raise ValueError(f"None of the {number} documents holds a token.")
+
+
+# How rows are packed: a function of a table, its columns, and what it is called with beside the tokenizer.
+Packing: TypeAlias = tuple[Callable[..., pa.Table], Features, dict[str, Any]]
+
+
+def _packing(
+    objective: str, documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, seed: int
+) -> Packing:
+    if objective == "clm":
+        # What a tokenizer puts before every text, without an end that some put behind it.
+        before = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+        settings = {"before": before, "eos_id": _special_id(tokenizer, "eos_token"), "length": max_seq_length}
+        return _pack_endless_rows, BLOCK_FEATURES, settings
+    if objective == "mlm":
+        return _pack_blocks, BLOCK_FEATURES, _between_special_tokens(tokenizer, max_seq_length, 2)
+    if objective == "mlm_nsp":
+        settings = _between_special_tokens(tokenizer, max_seq_length, 3)
+        if "token_type_ids" not in tokenizer.model_input_names:
+            raise ValueError("Objective mlm_nsp needs a tokenizer with token_type_ids, which tell segments apart.")
+        # Partners for a batch that holds one document only: two different ones, as one may be that document.
+        return _pack_pairs, PAIR_FEATURES, settings | {"partners": _two_different(documents), "seed": seed}
+    raise ValueError(f"objective has to be 'mlm', 'mlm_nsp' or 'clm', got {objective!r}.")
+
+
+def _between_special_tokens(tokenizer: PreTrainedTokenizerBase, max_seq_length: int, count: int) -> dict[str, Any]:
+    """An encoder's special tokens, and how many others fit into a row beside `count` of them."""
+    special_ids = {"cls_id": _special_id(tokenizer, "cls_token"), "sep_id": _special_id(tokenizer, "sep_token")}
+    room = max_seq_length - count
+    if room < count - 1:
+        raise ValueError(f"max_seq_length {max_seq_length} leaves no room beside {count} special tokens.")
+    return special_ids | {"room": room}
 
 
 def _serialise(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -198,6 +226,18 @@ def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: 
     if used:
         close_row()
     columns = {"input_ids": _list_array(rows, pa.int32()), BEGINNINGS: pa.array(beginnings, type=pa.int32())}
+    return pa.table(columns, schema=BLOCK_FEATURES.arrow_schema)
+
+
+def _pack_endless_rows(table: pa.Table, backend: str, before: list[int], eos_id: int, length: int) -> pa.Table:
+    beginning, end = np.array(before, dtype=np.int32), np.array([eos_id], dtype=np.int32)
+    tokenised = [token_ids for token_ids in _tokenise(table["text"].to_pylist(), backend) if len(token_ids)]
+    documents = [np.concatenate([beginning, token_ids, end]) for token_ids in tokenised]
+    tokens = np.concatenate([*documents, end[:0]])
+    rows = tokens[: len(tokens) // length * length].reshape(-1, length)
+    starts = np.cumsum([0, *map(len, documents[:-1])]) if documents else np.array([], dtype=np.int64)
+    beginnings = np.bincount(starts[starts < rows.size] // length, minlength=len(rows))
+    columns = {"input_ids": _list_array(list(rows), pa.int32()), BEGINNINGS: pa.array(beginnings, type=pa.int32())}
     return pa.table(columns, schema=BLOCK_FEATURES.arrow_schema)
 
 

@@ -1,7 +1,6 @@
 """Steps from documents to what a Trainer takes, as the flags say: tokenizer, packed rows, masks, streams in order."""
 
 import logging
-import math
 from collections.abc import Container
 from functools import partial
 
@@ -9,31 +8,35 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from .arguments import DataArguments
+from .arguments import DataArguments, TextArguments
+from .causal import CausalCollator
 from .masking import MaskingCollator, mask_statically
 from .packing import check_token_ids, numbered, pack_documents, take_rows
-from .streams import OrderedStream, StreamPasses, lanes_of, shuffled, take_over_workers
-from .tokenizers import train_wordpiece
+from .streams import OrderedStream, Prepare, StreamPasses, lanes_of, shuffled, take_over_workers
+from .tokenizers import train_byte_pairs, train_wordpiece
 
 logger = logging.getLogger(__name__)
 
 
 def train_tokenizer(
-    documents: DatasetDict | IterableDatasetDict, arguments: DataArguments, training: TrainingArguments
+    documents: DatasetDict | IterableDatasetDict, arguments: TextArguments, training: TrainingArguments
 ) -> PreTrainedTokenizerBase:
-    """A WordPiece tokenizer of the training documents, trained by the main process and sent to the others."""
+    """A tokenizer of the training documents, trained by the main process and sent to the others: WordPiece for an
+    encoder, byte pairs, which lose nothing of a text, for a causal model."""
     tokenizer = None
     if training.process_index == 0:
-        tokenizer = train_wordpiece(
-            documents["train"], arguments.vocab_size, arguments.lowercase, model_max_length=arguments.max_seq_length
-        )
+        sizes = {"vocab_size": arguments.vocab_size, "model_max_length": arguments.max_seq_length}
+        if isinstance(arguments, DataArguments):
+            tokenizer = train_wordpiece(documents["train"], lowercase=arguments.lowercase, **sizes)
+        else:
+            tokenizer = train_byte_pairs(documents["train"], **sizes)
     return broadcast_object_list([tokenizer])[0]
 
 
 def pack(
     documents: DatasetDict | IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: DataArguments,
+    arguments: TextArguments,
     training: TrainingArguments,
 ) -> DatasetDict | IterableDatasetDict:
     """Rows of token ids, the training rows of a stream shuffled (the Trainer shuffles the others)."""
@@ -58,13 +61,7 @@ def pack(
     return type(documents)(packed)
 
 
-def longest_row(arguments: DataArguments) -> int:
-    """Most tokens in a row, padding included."""
-    multiple = arguments.pad_to_multiple_of or 1
-    return math.ceil(arguments.max_seq_length / multiple) * multiple
-
-
-def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> None:
+def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: TextArguments) -> None:
     """Refuses a tokenizer with more ids than the model has embeddings, and rows longer than it has positions."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -72,16 +69,18 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, arguments: DataArgumen
             "tokenizer that belongs to the model with --tokenizer_name, or leave vocab_size to the script."
         )
     longest = getattr(config, "max_position_embeddings", None)
-    length = longest_row(arguments)
+    length = arguments.longest_row
     if longest is not None and length > longest:
+        flags = "--max_seq_length"
+        if isinstance(arguments, DataArguments):
+            flags += ", padded to --pad_to_multiple_of"
         raise ValueError(
-            f"Rows of up to {length} tokens (--max_seq_length, padded to --pad_to_multiple_of) are more than the "
-            f"model's max_position_embeddings={longest}; lower it, or raise max_position_embeddings with "
-            "--config_overrides for a model from scratch."
+            f"Rows of up to {length} tokens ({flags}) are more than the model's max_position_embeddings={longest}; "
+            "lower it, or raise max_position_embeddings with --config_overrides for a model from scratch."
         )
 
 
-def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments):
+def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: TextArguments):
     """Refuses token ids that the model has no embedding for, drops rows with nothing to predict (of a stream, as it is
     read)."""
     check = partial(
@@ -112,7 +111,23 @@ def masked_data(
     validation, collator = mask(splits["validation"], tokenizer, inputs, arguments, training)
     rows = numbered(splits["train"]) if training.do_train else None
     if arguments.streaming:
-        rows, validation = in_order(rows, validation, collator, arguments, training)
+        rows, validation = in_order(rows, validation, arguments, training, collator.masked)
+    return rows, validation, collator
+
+
+def causal_data(
+    splits: DatasetDict | IterableDatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: TextArguments,
+    training: TrainingArguments,
+) -> tuple[Dataset | StreamPasses | None, Dataset | OrderedStream, CausalCollator]:
+    """What a Trainer of a causal model takes: rows to train on (`None` where nothing is trained), rows to validate on,
+    and a collator."""
+    # Of a stream, accelerate puts the batches of all processes into one tensor: they have to be of one shape.
+    collator = CausalCollator(tokenizer, arguments.longest_row if arguments.streaming else None)
+    rows, validation = splits["train"] if training.do_train else None, splits["validation"]
+    if arguments.streaming:
+        rows, validation = in_order(rows, validation, arguments, training)
     return rows, validation, collator
 
 
@@ -137,7 +152,7 @@ def mask(
         tokenizer,
         probability,
         seed,
-        longest_row(arguments) if arguments.streaming else arguments.pad_to_multiple_of,
+        arguments.longest_row if arguments.streaming else arguments.pad_to_multiple_of,
         with_positions="masked_lm_positions" in inputs and is_bounded,
     )
     collator.has_token_types &= "token_type_ids" in inputs
@@ -156,12 +171,12 @@ def mask(
 def in_order(
     rows: IterableDataset | None,
     validation: IterableDataset,
-    collator: MaskingCollator,
-    arguments: DataArguments,
+    arguments: TextArguments,
     training: TrainingArguments,
+    prepare: Prepare | None = None,
 ) -> tuple[StreamPasses | None, OrderedStream]:
-    """Streams whose rows come in the same order for any number of workers, which read and mask them; those of training
-    begin again whenever they end."""
+    """Streams whose rows come in the same order for any number of workers, which read and prepare them; those of
+    training begin again whenever they end."""
     workers = take_over_workers(training)
     validation = OrderedStream(validation, lanes_of(validation, arguments.max_eval_samples), workers)
     if rows is None:
@@ -174,4 +189,4 @@ def in_order(
             ordered.lanes,
             workers,
         )
-    return StreamPasses(ordered, prepare=collator.masked), validation
+    return StreamPasses(ordered, prepare), validation

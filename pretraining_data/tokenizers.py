@@ -1,4 +1,4 @@
-"""A WordPiece tokenizer trained on the documents."""
+"""A tokenizer trained on the documents: WordPiece for encoders, byte pairs for causal models."""
 
 import logging
 from collections import Counter
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.trainers import WordPieceTrainer
-from transformers import BertTokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordPiece
+from tokenizers.trainers import BpeTrainer, WordPieceTrainer
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from .documents import AnyDataset
 
@@ -22,6 +22,9 @@ ALPHABET_LIMIT = 1000
 # Words and merges seen once are names and slips.
 LEAST_FREQUENCY = 2
 UNICODE_SIZE = 0x110000
+# Of a causal model: what stands behind every text, and what rows of unequal lengths are filled up with.
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+BYTES = 256
 
 
 def train_wordpiece(
@@ -41,8 +44,7 @@ def train_wordpiece(
     Raises:
         ValueError: the documents are tokenised already, or `vocab_size` has no room for an alphabet.
     """
-    if "text" not in documents.column_names:
-        raise ValueError("A tokenizer cannot be trained on tokenised data; name the one it was made with.")
+    _check_is_text(documents)
     if vocab_size < 2 * len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size has to be at least {2 * len(SPECIAL_TOKENS)}, got {vocab_size}.")
     settings: dict[str, Any] = {"do_lower_case": lowercase, "model_max_length": model_max_length}
@@ -66,6 +68,53 @@ def train_wordpiece(
     trained = BertTokenizer(vocab=tokenizer.get_vocab(), **settings)
     logger.info("Trained a tokenizer of %d entries (%d wanted).", len(trained), vocab_size)
     return trained
+
+
+def train_byte_pairs(documents: AnyDataset, vocab_size: int, model_max_length: int = 512) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on documents that loses nothing of a text: pairs of bytes, as GPT-2's.
+
+    Args:
+        documents: rows with column "text", map-style or streamed (then read to the end).
+        vocab_size: entries wanted; a small corpus may yield fewer.
+        model_max_length: kept in the tokenizer: where it cuts when asked to truncate.
+
+    Returns:
+        A tokenizer with `END_OF_TEXT` (its end and its beginning) and `PADDING` at ids 0 and 1, the bytes after them;
+        the same for the same documents. It adds neither to a text by itself.
+
+    Raises:
+        ValueError: the documents are tokenised already, or `vocab_size` has no room for the bytes.
+    """
+    _check_is_text(documents)
+    special_tokens = [END_OF_TEXT, PADDING]
+    least = BYTES + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size has to be at least {least}, all bytes and two more, got {vocab_size}.")
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=LEAST_FREQUENCY,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(documents), trainer)
+    logger.info("Trained a tokenizer of %d entries (%d wanted).", tokenizer.get_vocab_size(), vocab_size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=model_max_length,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _check_is_text(documents: AnyDataset) -> None:
+    if "text" not in documents.column_names:
+        raise ValueError("A tokenizer cannot be trained on tokenised data; name the one it was made with.")
 
 
 def _texts(documents: AnyDataset) -> Iterator[list[str]]:

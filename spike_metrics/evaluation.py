@@ -28,6 +28,12 @@ FIGURES = {
     "counted_sequences": ("sequences counted", "d"),
 }
 
+# The same of a decoder, which has one head.
+DECODER_FIGURES = {
+    name: (title.replace("encoder", "layers").replace("with pooler and heads", "with the head"), form)
+    for name, (title, form) in FIGURES.items()
+}
+
 # Groups of neurons that a warning names.
 LISTED = 3
 

@@ -14,19 +14,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertTokenizer, set_seed
 
+import run_clm
 import run_distill
 import run_glue
 import run_mlm
 from experiment import training_run
 from experiment.preemption import StopOnSigterm
-from modeling_spikelm import SpikeLMForMaskedLM
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMLlamaForCausalLM
+from modeling_spikelm.pretrained import SpikingPreTrainedModel
 from tests.forked_processes import launch_forked
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"run_mlm": run_mlm, "run_glue": run_glue}
 # What tries the first step of a script and trains.
 WHERE_A_RUN_IS = {"run_mlm": training_run, "run_glue": run_glue}
-ALL_SCRIPTS = SCRIPTS | {"run_distill": run_distill}
+ALL_SCRIPTS = SCRIPTS | {"run_distill": run_distill, "run_clm": run_clm}
 WORDS = "the capital of france is paris . rome italy not a city in europe has river".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -45,10 +47,11 @@ def save_model(folder: Path, model_class: type, **fields) -> None:
     set_seed(0)
     config = model_class.config_class(vocab_size=len(VOCABULARY), max_position_embeddings=64, **SIZES, **fields)
     model = model_class(config)
-    if isinstance(model, SpikeLMForMaskedLM):
+    if isinstance(model, SpikingPreTrainedModel):
         model.calibrate([{"input_ids": torch.arange(5, 21)[None]}])
     model.save_pretrained(folder)
-    BertTokenizer(vocab={word: number for number, word in enumerate(VOCABULARY)}).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(VOCABULARY)}
+    BertTokenizer(vocab=vocabulary, eos_token="[SEP]").save_pretrained(folder)
     return folder
 
 
@@ -58,6 +61,7 @@ def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_model(folder / "model", SpikeLMForMaskedLM, num_time_steps=2)
     save_model(folder / "teacher", BertForMaskedLM)
+    save_model(folder / "decoder", SpikeLMLlamaForCausalLM, num_time_steps=2)
     sentences = [" ".join(WORDS[start : start + 7] * 2) for start in range(9)]
     (folder / "text.txt").write_text("\n\n".join(sentences))
     for task, (row, header) in GLUE_FILES.items():
@@ -69,7 +73,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def command(script: ModuleType, inputs: Path, output: Path, flags: Mapping[str, str] | str = "") -> list[str]:
-    argv = ["--model_name_or_path", str(inputs / "model"), "--output_dir", str(output), "--use_cpu", *SHORT.split()]
+    model = inputs / ("decoder" if script is run_clm else "model")
+    argv = ["--model_name_or_path", str(model), "--output_dir", str(output), "--use_cpu", *SHORT.split()]
     if script is run_distill:
         argv += ["--teacher_name_or_path", str(inputs / "teacher")]
     if script is not run_glue:
@@ -380,6 +385,12 @@ OWN_FLAGS = {
         "streaming": ["True"],
         "teacher_name_or_path": ["absent"],
         "temperature": ["2", "0"],
+    },
+    "run_clm": {
+        "hidden_weight": ["0.5", "-1"],
+        "streaming": ["True"],
+        "teacher_name_or_path": ["absent"],
+        "vocab_size": ["300", "0"],
     },
     "run_glue": {
         "ignore_mismatched_sizes": ["True"],

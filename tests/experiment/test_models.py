@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from configuration_spikelm import SpikeLMConfig
+from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model
 from modeling_spikelm import SpikeLMForMaskedLM, SpikingNeurons
@@ -48,3 +48,21 @@ def test_layers_that_a_checkpoint_lacks_are_missed_in_a_decoder_too(tmp_path):
     arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides="num_hidden_layers=2")
     with pytest.raises(ValueError, match=r"not those of a model of type 'llama'.*model\.layers\.1\."):
         load_model(AutoModelForCausalLM, arguments, load_config(arguments))
+
+
+def test_what_follows_from_sizes_follows_from_the_overridden_ones(tmp_path):
+    """Heads and layer types of a Llama: those that were made of the defaults, or of a checkpoint's sizes."""
+    sizes = "hidden_size=32,num_hidden_layers=2,num_attention_heads=4"
+    config = load_config(ModelArguments(config_overrides=sizes), new=SpikeLMLlamaConfig)
+    assert (config.head_dim, config.num_key_value_heads, len(config.layer_types)) == (8, 4, 2)
+    config.save_pretrained(tmp_path / "made")
+    arguments = ModelArguments(
+        config_name=str(tmp_path / "made"), config_overrides="hidden_size=64,num_hidden_layers=1"
+    )
+    config = load_config(arguments)
+    assert (config.head_dim, len(config.layer_types)) == (16, 1)
+    # What was chosen stays.
+    SpikeLMLlamaConfig(head_dim=12, num_key_value_heads=2, num_attention_heads=4).save_pretrained(tmp_path / "chosen")
+    arguments = ModelArguments(config_name=str(tmp_path / "chosen"), config_overrides="hidden_size=64")
+    config = load_config(arguments)
+    assert (config.head_dim, config.num_key_value_heads) == (12, 2)

@@ -1,3 +1,4 @@
+import copy
 import logging
 import math
 import re
@@ -8,6 +9,7 @@ import pytest
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertTokenizer, DistilBertTokenizer
 
 from pretraining_data import packing
@@ -22,6 +24,7 @@ from pretraining_data.packing import (
     take_rows,
     unigram_loss,
 )
+from pretraining_data.tokenizers import END_OF_TEXT, PADDING, train_byte_pairs
 
 KINDS = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 
@@ -101,9 +104,11 @@ def test_special_tokens_in_the_text_are_text(tokenizer):
     assert row["input_ids"].count(tokenizer.sep_token_id) == 1
 
 
-@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp"])
+@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp", "clm"])
 def test_rows_do_not_depend_on_processes_streaming_or_calls(tokenizer, words, tmp_path, monkeypatch, objective):
     monkeypatch.setattr(packing, "DOCUMENTS_PER_BATCH", 4)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.sep_token
     texts = random_documents(words, 27, 6)
     alone = pack_documents(dataset(texts), tokenizer, 24, objective)[:]
     assert pack_documents(dataset(texts), tokenizer, 24, objective, num_proc=2)[:] == alone
@@ -253,8 +258,8 @@ def test_what_cannot_be_packed_is_refused(tokenizer):
         pack_documents(dataset(["old", "new"]), tokenizer, 4, "mlm_nsp")
     with pytest.raises(ValueError, match="token_type_ids"):
         pack_documents(dataset(["old", "new"]), DistilBertTokenizer(vocab=tokenizer.get_vocab()), 16, "mlm_nsp")
-    with pytest.raises(ValueError, match="'clm'"):
-        pack_documents(dataset(["old", "new"]), tokenizer, 16, "clm")
+    with pytest.raises(ValueError, match="'plm'"):
+        pack_documents(dataset(["old", "new"]), tokenizer, 16, "plm")
 
 
 def test_packing_is_reported(tokenizer, caplog):
@@ -401,3 +406,44 @@ class TestUnigramLoss:
         rows = Dataset.from_dict({"input_ids": [[1]], "labels": [[-100]]})
         with pytest.raises(ValueError, match="predict nothing"):
             unigram_loss(rows, rows, 4)
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """With a token for each of six words."""
+    texts = Dataset.from_dict({"text": [" the king a bird river old"] * 20})
+    return train_byte_pairs(texts, 300)
+
+
+@KINDS
+def test_endless_rows_by_hand(byte_tokenizer, streaming):
+    documents = dataset([" the king", " a bird", "", " river old king", " old"], streaming)
+    words = [" the", " king", " a", " bird", " river", " old"]
+    the, king, a, bird, river, old = (ids[0] for ids in byte_tokenizer(words)["input_ids"])
+    end = byte_tokenizer.eos_token_id
+    packed = pack_documents(documents, byte_tokenizer, 5, "clm")
+    # Every row is full; what fills none (the end of " old") is left out.
+    assert [row["input_ids"] for row in packed] == [[the, king, end, a, bird], [end, river, old, king, end]]
+
+
+def test_endless_rows_have_the_beginning_that_a_tokenizer_gives_every_text(byte_tokenizer):
+    end = byte_tokenizer.eos_token_id
+    with_beginning = copy.deepcopy(byte_tokenizer)
+    with_beginning.bos_token = byte_tokenizer.pad_token
+    begin = with_beginning.bos_token_id
+    with_beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        f"{PADDING} $A {END_OF_TEXT}", special_tokens=[(PADDING, begin), (END_OF_TEXT, end)]
+    )
+    the, a = (ids[1] for ids in with_beginning([" the", " a"])["input_ids"])
+    (row,) = pack_documents(dataset([" the", " a"]), with_beginning, 6, "clm")["input_ids"]
+    assert row == [begin, the, end, begin, a, end]
+
+
+def test_endless_rows_need_text_for_one_row_and_an_end(byte_tokenizer):
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="do not fill one row of --max_seq_length 9"):
+            pack_documents(dataset([" the king"], streaming), byte_tokenizer, 9, "clm")
+    without = copy.deepcopy(byte_tokenizer)
+    without.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        pack_documents(dataset([" the king"]), without, 2, "clm")

@@ -3,7 +3,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, BertTokenizer
 
 from pretraining_data.packing import pack_documents
-from pretraining_data.tokenizers import train_wordpiece
+from pretraining_data.tokenizers import train_byte_pairs, train_wordpiece
 
 # Ties everywhere: without care their order differs from run to run.
 TEXTS = [
@@ -76,3 +76,23 @@ def test_what_it_cannot_be_trained_on_is_refused(documents):
         train_wordpiece(Dataset.from_dict({"input_ids": [[1]]}), 300)
     with pytest.raises(ValueError, match="at least 10, got 5"):
         train_wordpiece(documents, 5)
+
+
+def test_byte_pairs_lose_nothing_and_are_the_same_every_time(documents, tmp_path):
+    trained = train_byte_pairs(documents, 400)
+    assert len(trained) == 400
+    for given in (documents, documents.to_iterable_dataset(num_shards=3)):
+        assert train_byte_pairs(given, 400).get_vocab() == trained.get_vocab()
+    trained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXTS[5], "  Größe\t東京 🙂 'tis  \n\n x", "<|endoftext|> is text"):
+        ids = loaded(text)["input_ids"]
+        assert loaded.decode(ids) == text
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (0, 1) and loaded("")["input_ids"] == []
+
+
+def test_byte_pairs_need_room_for_every_byte_and_text(documents):
+    with pytest.raises(ValueError, match="at least 258, all bytes and two more, got 257"):
+        train_byte_pairs(documents, 257)
+    with pytest.raises(ValueError, match="tokenised data"):
+        train_byte_pairs(Dataset.from_dict({"input_ids": [[1]]}), 300)

@@ -1,0 +1,263 @@
+"""Trains a causal language model, SpikeLM or any other: text -> documents -> whole rows -> Trainer -> checkpoint.
+
+    python run_clm.py --train_file corpus.txt --output_dir runs/decoder
+    python run_clm.py --teacher_name_or_path HuggingFaceTB/SmolLM2-135M --train_file corpus.txt --output_dir out
+
+With a teacher, a Llama, the student is a SpikeLM that starts with its weights and learns its hidden states and logits.
+`python run_clm.py --help` lists every flag.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from configuration_spikelm import SpikeLMLlamaConfig
+from distillation.arguments import DistillationArguments
+from distillation.teacher import Teacher, load_teacher
+from distillation.trainer import DistillationTrainer
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.best_model import set_direction
+from experiment.calibration import calibrate_before_training
+from experiment.model_card import RunCard
+from experiment.models import (
+    CAUSAL_TOKENS,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    saved_by_run,
+    weights_digest,
+)
+from experiment.precision import check_evaluation
+from experiment.recorded_arguments import recorded_arguments
+from experiment.reporting import full_disk_errors, input_errors, set_up_logging
+from experiment.run_record import RunRecord
+from experiment.training_run import TrainingRun
+from experiment.whole_steps import WholeStepsTrainer
+from experiment.written_files import is_output_folder
+from pretraining_data.arguments import TextArguments
+from pretraining_data.causal import CausalCollator
+from pretraining_data.documents import load_documents
+from pretraining_data.packing import content_fingerprint, content_numbers
+from pretraining_data.preparation import causal_data, check_fit, check_rows, pack, train_tokenizer
+from pretraining_data.prepared import prepared_tokenizer
+from pretraining_data.streams import OrderedStream, StreamPasses
+from spike_metrics.callback import log_firing_rate
+from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
+
+METRICS = {"loss": "cross_entropy", "perplexity": "perplexity", "next_token_accuracy": "accuracy"}
+# Metrics that can choose the best model, and whether they are better when greater.
+GREATER_IS_BETTER = {"loss": False, "perplexity": False, "next_token_accuracy": True}
+
+
+@full_disk_errors()
+def main(argv: list[str] | None = None) -> None:
+    # Whatever can be wrong with the command is found in here, before anything is written.
+    with input_errors():
+        model_arguments, data_arguments, teaching, spikes, training, given = parse_arguments(
+            (ModelArguments, TextArguments, DistillationArguments, SpikeArguments, TrainingArguments), argv
+        )
+        set_up_logging(training)
+        check_flags(data_arguments, teaching, training, given)
+        if teaching.teacher_name_or_path:
+            model_arguments = teaching.student(model_arguments, SpikeLMLlamaConfig.model_type)
+        set_seed(training.seed)
+        with training.main_process_first(desc="reading and packing the corpus"):
+            documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
+        tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments, CAUSAL_TOKENS))
+        if tokenizer is None:
+            tokenizer = new_tokenizer(documents, data_arguments, training)
+        fields = {} if model_arguments.model_name_or_path else vocabulary(tokenizer)
+        config = load_config(model_arguments, training.do_train, new=SpikeLMLlamaConfig, **fields)
+        check_fit(config, tokenizer, data_arguments)
+        check_evaluation(training, config)
+        teacher = load_teacher_for(config, model_arguments, teaching)
+        with training.main_process_first(desc="reading and packing the corpus"):
+            splits = pack(documents, tokenizer, data_arguments, training)
+        tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
+        splits = check_rows(splits, config, tokenizer, data_arguments)
+        record = RunRecord(
+            training.output_dir,
+            recorded_arguments(model_arguments, data_arguments, teaching, spikes, training)
+            | {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)}
+            | {"teacher_digest": weights_digest(teaching.teacher_name_or_path)},
+            "+".join(content_fingerprint(split) for split in splits.values()),
+            inputs=local_inputs(argv, model_arguments, data_arguments, teaching, training),
+        )
+        run = TrainingRun(record, training, model_arguments.overwrite_output_dir)
+        if not run.is_left_to_do(config):
+            return
+        model = load_model(AutoModelForCausalLM, saved_by_run(model_arguments, run.trained), config)
+        rows, validation, collator = causal_data(splits, tokenizer, data_arguments, training)
+        make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)
+        run.claim(make, model, given)
+
+    card = make_card(model, training, documents["validation"], model_arguments, data_arguments, teaching)
+    trainer = run.train(make, model, card, row_numbers=content_numbers if data_arguments.streaming else None)
+    results = {}
+    if training.do_eval:
+        results = trainer.evaluate() | evaluate_spikes(trainer, validation, spikes)
+    run.finish(trainer, results)
+
+
+def check_flags(
+    data: TextArguments, teaching: DistillationArguments, training: TrainingArguments, given: Mapping[str, Any]
+) -> None:
+    """Refuses flags that say nothing here."""
+    teaching.check_flags(given)
+    data.check_stream(training)
+    if training.label_smoothing_factor:
+        raise ValueError(
+            "--label_smoothing_factor: the Trainer smooths labels as an encoder has them, not those of the next token; "
+            "leave the flag out."
+        )
+    set_direction(training, given, GREATER_IS_BETTER)
+
+
+def new_tokenizer(documents, arguments: TextArguments, training: TrainingArguments) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ValueError: there is nothing to make one of.
+    """
+    if "train" not in documents:
+        raise ValueError(
+            "There is no training data to make a tokenizer of; name a model with its tokenizer with "
+            "--model_name_or_path, or a tokenizer with --tokenizer_name."
+        )
+    return train_tokenizer(documents, arguments, training)
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    special_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **special_ids}
+
+
+def load_teacher_for(config, arguments: ModelArguments, teaching: DistillationArguments) -> Teacher | None:
+    """The teacher of a student of that configuration, if there is to be one."""
+    if teaching.teacher_name_or_path is None:
+        return None
+    return load_teacher(
+        teaching.teacher_name_or_path,
+        config,
+        is_classifier=False,
+        revision=teaching.teacher_revision,
+        cache_dir=arguments.cache_dir,
+        attn_implementation=arguments.attn_implementation,
+    )
+
+
+def make_trainer(
+    collator: CausalCollator,
+    rows: Dataset | StreamPasses | None,
+    validation: Dataset | OrderedStream,
+    tokenizer: PreTrainedTokenizerBase,
+    model_arguments: ModelArguments,
+    teacher: Teacher | None,
+    teaching: DistillationArguments,
+    spikes: SpikeArguments,
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    kind = partial(DistillationTrainer, **teaching.options(teacher)) if teacher else WholeStepsTrainer
+    trainer = kind(
+        model=model,
+        args=training,
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=next_token_metrics,
+        preprocess_logits_for_metrics=predictions_and_losses,
+        callbacks=list(callbacks),
+    )
+    if model_arguments.model_name_or_path:
+        calibrate_before_training(trainer, model_arguments.calibration_batches)
+    if spikes.spike_batches:
+        log_firing_rate(trainer)
+    return trainer
+
+
+def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the metrics need of each batch, in place of all logits.
+
+    Args:
+        logits: `(B, L, V)`.
+        labels: `(B, L)`, each to be predicted from those before it.
+
+    Returns:
+        "tokens": predicted ids `(B, L)`, each at the place of its label; "token_losses": their cross-entropies, 0 where
+        there is no label. Nothing predicts the first token of a row: both are 0 there.
+    """
+    scores, wanted = logits[:, :-1], labels[:, 1:]
+    # Row by row, for with a large vocabulary every copy of all logits counts.
+    losses = [
+        torch.nn.functional.cross_entropy(row.float(), tokens, reduction="none")
+        for row, tokens in zip(scores, wanted, strict=True)
+    ]
+    found = {"tokens": scores.argmax(-1), "token_losses": torch.stack(losses)}
+    return {name: torch.nn.functional.pad(values, (1, 0)) for name, values in found.items()}
+
+
+def next_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Loss in nats, the exact mean over all predicted tokens of the data, its exponential, and the share met.
+
+    "loss" replaces the Trainer's, a mean over batches of their means.
+    """
+    found, labels = prediction.predictions, prediction.label_ids
+    is_predicted = labels != -100
+    is_predicted[:, 0] = False
+    loss = float(found["token_losses"][is_predicted].mean(dtype=np.float64))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "next_token_accuracy": float((found["tokens"] == labels)[is_predicted].mean()),
+    }
+
+
+def make_card(
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    validation: Dataset | IterableDataset,
+    model_arguments: ModelArguments,
+    data_arguments: TextArguments,
+    teaching: DistillationArguments,
+) -> RunCard:
+    learned = f"Learned the hidden states and logits of {teaching.teacher}" if teaching.teacher else "Trained"
+    return RunCard(
+        model=model,
+        training=training,
+        pipeline_tag="text-generation",
+        auto_class=AutoModelForCausalLM.__name__,
+        training_data=(
+            f"{learned} to predict the next token on {data_arguments.sources}, in rows of "
+            f"{data_arguments.max_seq_length} tokens."
+        ),
+        datasets=data_arguments.hub_datasets,
+        metrics=METRICS,
+        figures=DECODER_FIGURES,
+        dataset_for_results="the validation split",
+        **data_arguments.origin_of_results(validation.split, METRICS),
+        started_from=model_arguments.model_name_or_path,
+    )
+
+
+if __name__ == "__main__":
+    main()
+    PartialState().destroy_process_group()
