@@ -27,6 +27,7 @@ import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
 from configuration_spikelm.configuration_spiking import SpikingConfig
 from modeling_spikelm.calibration import INT8_FIELDS, in_words
+from modeling_spikelm.neurons import LearnedNeurons, SpikingNeurons
 
 from .arguments import ModelArguments
 from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
@@ -41,6 +42,8 @@ _OF_LAYERS = re.compile(r"\blayers?\.\d+\.")
 ENCODER_TOKENS = ("pad", "cls", "sep", "mask")
 # What tells a causal model that a text is over.
 CAUSAL_TOKENS = ("eos",)
+# What says nothing to a model of one time step.
+_OF_SEVERAL_STEPS = ("num_time_steps", "membrane_decay", "membrane_reset")
 
 
 def load_tokenizer(arguments: ModelArguments, needed: Sequence[str] = ENCODER_TOKENS) -> PreTrainedTokenizerBase | None:
@@ -207,6 +210,10 @@ def load_model(
     is_float_wanted = any(stored.values()) and not getattr(config, "int8_weights", False)
     if is_float_wanted:
         config = type(config).from_dict(config.to_dict() | stored)
+    steps_asked_for = {name: getattr(config, name, None) for name in _OF_SEVERAL_STEPS}
+    of_one_step = _fields_of_one_step(arguments, config)
+    if of_one_step:
+        config = type(config).from_dict(config.to_dict() | of_one_step)
     is_warm_start = spiking_config_class(arguments.model_type) is not None
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
@@ -257,6 +264,8 @@ def load_model(
     report_stored_dtypes(name, _weight_files(arguments))
     if is_float_wanted:
         model.dequantize_weights()
+    if of_one_step:
+        model = model.with_time_steps(**steps_asked_for)
     return _with_mean_loss(auto_class, model)
 
 
@@ -268,6 +277,23 @@ def _int8_fields(arguments: ModelArguments, config: PreTrainedConfig) -> dict[st
         arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
     )
     return {name: fields.get(name, False) for name in INT8_FIELDS}
+
+
+def _fields_of_one_step(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
+    """How a checkpoint is to be loaded whose learned levels of one time step are to serve several; else nothing.
+
+    Calibrating such neurons anew, as those of another number of steps are, would forget what they have learned.
+    """
+    if not isinstance(config, SpikingConfig) or config.num_time_steps == 1:
+        return {}
+    fields, _ = PreTrainedConfig.get_config_dict(
+        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
+    )
+    learns = issubclass(SpikingNeurons.kinds[config.neuron], LearnedNeurons)
+    others = set(calibration_differences(fields, config.to_dict())) - set(_OF_SEVERAL_STEPS)
+    if not learns or fields.get("num_time_steps") != 1 or others:
+        return {}
+    return {name: fields[name] for name in _OF_SEVERAL_STEPS}
 
 
 def _weight_files(arguments: ModelArguments) -> list[Path]:

@@ -193,6 +193,45 @@ class SpikingPreTrainedModel(PreTrainedModel):
         check_configuration(self)
         forget_amplitudes(self)
 
+    def with_time_steps(
+        self, num_time_steps: int, membrane_decay: float | None = None, membrane_reset: str | None = None
+    ) -> "SpikingPreTrainedModel":
+        """A model of several time steps that begins where this one of a single step is: a new one, with copied weights.
+
+        Every step has the amplitudes, and the levels, of the only one. The membranes then make the later steps differ,
+        so that their mean says more than the first alone. To calibrate anew would forget what levels have learned.
+
+        Args:
+            num_time_steps: of the new model, at least 1.
+            membrane_decay, membrane_reset: of the new model, since a single step does not know them; by default what
+                this one's configuration says.
+
+        Raises:
+            ValueError: this model has more than one step, is not calibrated, or its weights are int8; or a value is
+                impossible; or the configuration was changed since the model was built.
+        """
+        check_configuration(self)
+        if self.config.num_time_steps != 1 or self.config.int8_weights:
+            found = "int8 weights" if self.config.int8_weights else f"num_time_steps={self.config.num_time_steps}"
+            raise ValueError(
+                f"with_time_steps() is for a float SpikeLM of one time step, and this one has {found}. Begin with a "
+                "model of num_time_steps=1, and call dequantize_weights() if its weights are int8."
+            )
+        groups = {f"{name}.amplitude" for name, part in self.named_modules() if isinstance(part, SpikingNeurons)}
+        if not all(neurons.is_calibrated for neurons in neuron_groups(self)):
+            raise ValueError("with_time_steps() copies amplitudes, and this SpikeLM has none yet. Calibrate it first.")
+        asked_for = {"membrane_decay": membrane_decay, "membrane_reset": membrane_reset}
+        fields = {name: value for name, value in asked_for.items() if value is not None}
+        config = type(self.config).from_dict(self.config.to_dict() | fields | {"num_time_steps": num_time_steps})
+        model = type(self)._from_config(config, attn_implementation=self.config._attn_implementation)
+        model.load_state_dict(
+            {
+                name: values.repeat(num_time_steps) if name in groups else values
+                for name, values in self.state_dict().items()
+            }
+        )
+        return model.to(device=self.device, dtype=self.dtype).train(self.training)
+
     def quantize_weights(self, embeddings: bool = False) -> "SpikingPreTrainedModel":
         """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
 

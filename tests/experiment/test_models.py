@@ -1,11 +1,17 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model
-from modeling_spikelm import SpikeLMForMaskedLM, SpikingNeurons
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel, SpikingNeurons
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
 
@@ -66,3 +72,25 @@ def test_what_follows_from_sizes_follows_from_the_overridden_ones(tmp_path):
     arguments = ModelArguments(config_name=str(tmp_path / "chosen"), config_overrides="hidden_size=64")
     config = load_config(arguments)
     assert (config.head_dim, config.num_key_value_heads) == (12, 2)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+def test_learned_levels_of_one_step_serve_several(is_int8, tmp_path):
+    torch.manual_seed(0)
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=1, neuron="thrifty"))
+    model.calibrate({"input_ids": torch.randint(5, 50, (2, 8))})
+    if is_int8:
+        model.quantize_weights()
+    model.save_pretrained(tmp_path)
+    arguments = ModelArguments(
+        model_name_or_path=str(tmp_path),
+        config_overrides="num_time_steps=4,membrane_decay=0.5,membrane_reset=symmetric",
+    )
+    config = load_config(arguments, trains=True)
+    found = load_model(AutoModel, arguments, config)
+    fields = (found.config.num_time_steps, found.config.membrane_decay, found.config.membrane_reset)
+    assert fields == (4, 0.5, "symmetric")
+    if is_int8:
+        model.dequantize_weights()
+    for (name, own), other in zip(model.named_parameters(), found.parameters(), strict=True):
+        assert torch.equal(other, own.repeat(4) if name.endswith(".amplitude") else own), name
