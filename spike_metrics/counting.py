@@ -5,19 +5,21 @@ values -a[t], 0 and +a[t] in every time step t (or levels that its own weights t
 non-zero entry and each output that this entry feeds; any other product is a multiply-accumulate for each entry. A dense
 BERT is counted by the same hooks.
 
-Shapes: B sequences of L tokens, T time steps, F features. Spiking modules see `(T * B, L, F)`, time step major.
+Shapes: B sequences of L tokens, T time steps, F features. Spiking modules see `(T * B, L, F)`, time step major. Of an
+encoder and a decoder each module has the length of its own sequence (positions.py).
 """
 
 import copy
-import inspect
 import re
-from collections import deque
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from .positions import Positions, read_positions
 
 # Element-wise work that the energy convention leaves out, and why. Entries of these are counted and reported.
 WHY_NOT_COUNTED = {
@@ -36,7 +38,10 @@ _PROJECTIONS = (
     {"query": "query", "key": "key", "value": "value"},
     {"query": "q_proj", "key": "k_proj", "value": "v_proj"},
 )
-_LAYER = re.compile(r"\.(\d+)\.(.+)")
+# What an attention calls the size of a head.
+_HEAD_SIZES = ("head_size", "head_dim", "attention_head_size")
+# Where a model has two stacks of layers, which one is a part of a place.
+_LAYER = re.compile(r"(?:\b((?:en|de)coder\.)layers)?\.(\d+)\.(.+)")
 
 
 class Located:
@@ -46,7 +51,7 @@ class Located:
 
     @property
     def layer(self) -> int | None:
-        """Number of the encoder layer, None outside of the layers."""
+        """Number of the layer, None outside of the layers."""
         return layer_and_place(self.name)[0]
 
     @property
@@ -146,6 +151,7 @@ class ProductCount(Located):
         outputs: entries computed, in all steps.
         scalings: outputs that have to be multiplied by an amplitude, which none is where it is 1.
         real_inputs, spike_inputs: entries read of operands that are no weights, in all steps.
+        is_of_source: whether its work is that of an encoder's text, done once for all that a decoder writes of it.
     """
 
     name: str
@@ -159,6 +165,7 @@ class ProductCount(Located):
     scalings: int = 0
     real_inputs: int = 0
     spike_inputs: int = 0
+    is_of_source: bool = False
 
     @property
     def sees_spikes(self) -> bool:
@@ -185,7 +192,12 @@ class NotCounted:
 
 @dataclass
 class SpikeCount:
-    """Everything counted over all batches; divide by `sequences` for means."""
+    """Everything counted over all batches; divide by `sequences` for means.
+
+    Args:
+        tokens: of all sequences; of a model with an encoder and a decoder, that the encoder has read.
+        written_tokens: that were predicted each from those before it: those of a decoder; 0 without one.
+    """
 
     include_padding: bool
     num_time_steps: int
@@ -194,6 +206,7 @@ class SpikeCount:
     neurons: list[NeuronCount]
     products: list[ProductCount]
     not_counted: list[NotCounted]
+    written_tokens: int = 0
 
     @property
     def firing_rate(self) -> float | None:
@@ -217,8 +230,14 @@ class SpikeCount:
 
     @property
     def encoder(self) -> "SpikeCount":
-        """The same count with the products inside of the encoder's layers only: without pooler and heads."""
+        """The same count with the products inside of layers only, an encoder's or a decoder's: without pooler and
+        heads."""
         return replace(self, products=[product for product in self.products if product.layer is not None])
+
+    @property
+    def writing(self) -> "SpikeCount":
+        """The same count with the products only that every further token costs: of a decoder, with its head."""
+        return replace(self, products=[product for product in self.products if not product.is_of_source])
 
     def by_place(self) -> dict[str, "SpikeCount"]:
         """The same count with the products of one place at a time, summed over the layers."""
@@ -267,6 +286,7 @@ class SpikeCount:
             "num_time_steps": self.num_time_steps,
             "sequences": self.sequences,
             "tokens": self.tokens,
+            "written_tokens": self.written_tokens,
             **{name: getattr(self, name) for name in totals},
             "neurons": [group.to_dict(per_neuron) for group in self.neurons],
             "products": [product.to_dict() for product in self.products],
@@ -321,16 +341,16 @@ class SpikeCounter:
         self.neurons_only = neurons_only
         self._groups: dict[str, Any] = dict(spiking_modules(model))
         self.num_time_steps = max((group.num_time_steps for group in self._groups.values()), default=1)
-        self._sequences = self._tokens = 0
+        self._sequences = self._tokens = self._written = 0
         self._neurons: dict[str, NeuronCount] = {}
         self._products: dict[str, ProductCount] = {}
         self._not_counted: dict[str, int] = {}
         self._unknown: dict[str, int] = {}
-        self._is_counted = torch.zeros(0, 0, dtype=torch.bool)
+        self._positions = Positions(torch.zeros(0, 0, dtype=torch.bool))
         # Of each attention layer in its forward: the tensors that went in as query, key and value.
         self._operands: dict[str, dict[str, torch.Tensor]] = {}
-        # What the last groups have emitted, and the spikes in it.
-        self._emitted: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=4)
+        # What groups have emitted that is still needed, where the spikes in it are another tensor.
+        self._emitted: list[tuple[weakref.ref[torch.Tensor], torch.Tensor]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "SpikeCounter":
@@ -370,6 +390,7 @@ class SpikeCounter:
             neurons=sorted(self._neurons.values(), key=lambda group: order[group.name]),
             products=list(self._products.values()),
             not_counted=not_counted,
+            written_tokens=self._written,
         )
 
     def _watch(self, module: nn.Module, observe: Any, name: str) -> None:
@@ -389,46 +410,37 @@ class SpikeCounter:
             if isinstance(module, nn.Linear):
                 self._watch(module, self._count_linear, name)
             elif isinstance(module, nn.LayerNorm):
-                self._watch(module, self._skip, "LayerNorm")
+                self._watch(module, self._skip("LayerNorm"), name)
             elif type(module).__name__.endswith("RMSNorm"):
-                self._watch(module, self._skip, "RMSNorm")
+                self._watch(module, self._skip("RMSNorm"), name)
             elif isinstance(module, nn.Embedding):
-                self._watch(module, self._skip, "embedding lookups")
+                self._watch(module, self._skip("embedding lookups"), name)
             elif type(module).__module__ in _ACTIVATION_LIBRARIES and not children:
-                self._watch(module, self._skip, "activation functions")
+                self._watch(module, self._skip("activation functions"), name)
             elif _multiplies(module) and name not in self._groups:
                 self._watch(module, self._count_unknown, f"{name} ({type(module).__name__})")
 
     def _read_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes which positions of the batch that comes in are counted, as `(B, L)`."""
-        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        if given.get("input_ids") is not None:
-            positions = given["input_ids"]
-        elif given.get("inputs_embeds") is not None:
-            positions = given["inputs_embeds"][..., 0]
-        else:
-            raise ValueError("The model was called without input_ids and inputs_embeds, so nothing can be counted.")
-        mask = given.get("attention_mask")
-        if self.include_padding or mask is None:
-            mask = torch.ones_like(positions, dtype=torch.bool)
-        elif mask.shape != positions.shape:
-            raise ValueError(
-                f"An attention_mask of shape {tuple(mask.shape)} does not say which of {tuple(positions.shape)} "
-                "positions are padding; pass one of the same shape, or count with include_padding=True."
-            )
-        # A multiple-choice batch (B, choices, L) runs as (B * choices, L).
-        self._is_counted = mask.flatten(0, -2).bool()
-        self._sequences += self._is_counted.shape[0]
-        self._tokens += int(self._is_counted.sum())
+        """Notes which positions of the batch that comes in are counted."""
+        self._positions = read_positions(module, args, kwargs, self.include_padding)
+        tokens = int(self._positions.source.sum())
+        self._sequences += len(self._positions.source)
+        self._tokens += tokens
+        if self._positions.target is not None:
+            self._written += int(self._positions.target.sum())
+        elif getattr(module, "can_generate", bool)():
+            self._written += tokens
 
-    def _counted_steps(self, x: torch.Tensor) -> torch.Tensor:
-        """`(steps, rows, F)`: the counted positions of a tensor, or all rows of one without a position in it."""
-        batch_size, length = self._is_counted.shape
+    def _counted_steps(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """`(steps, rows, F)`: of a module's tensor the counted positions, or all rows of one without a position in
+        it."""
+        is_counted = self._positions.of(name)
+        batch_size, length = is_counted.shape
         x = x.detach()
         if x.dim() == 3 and x.shape[:2] == (self.num_time_steps * batch_size, length):
-            return x.unflatten(0, (self.num_time_steps, batch_size))[:, self._is_counted]
+            return x.unflatten(0, (self.num_time_steps, batch_size))[:, is_counted]
         if x.dim() == 3 and x.shape[:2] == (batch_size, length):
-            return x[self._is_counted][None]
+            return x[is_counted][None]
         return x.reshape(1, -1, x.shape[-1])
 
     def _count_neurons(self, name: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -438,7 +450,7 @@ class SpikeCounter:
                 "of a model with int8 weights call dequantize_weights() first."
             )
         spikes = emitted_spikes(module, output)
-        steps = self._counted_steps(spikes)
+        steps = self._counted_steps(name, spikes)
         amplitude = spike_amplitude(steps)
         if amplitude is None:
             raise ValueError(
@@ -460,17 +472,20 @@ class SpikeCounter:
                 # A key that was turned to its position in between is another tensor, of which the name tells.
                 if operand is args[0] or name == f"{attention}.{role}_neurons":
                     operands[role] = spikes
-        # The products that take them come next.
-        self._emitted.append((output, spikes))
+        if spikes is not output and not self.neurons_only:
+            # The products that take them come next, or in every layer of a decoder.
+            self._emitted = [entry for entry in self._emitted if entry[0]() is not None]
+            self._emitted.append((weakref.ref(output), spikes))
 
     def _count_linear(self, name: str, module: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        received = next((spikes for emitted, spikes in self._emitted if emitted is args[0]), args[0])
-        steps = self._counted_steps(received)
+        received = next((spikes for emitted, spikes in self._emitted if emitted() is args[0]), args[0])
+        steps = self._counted_steps(name, received)
         product = self._product(name, steps.shape[0])
         product.weights = module.weight.numel()
-        # The masked-LM head of a SpikeLM adds its bias itself, after a decoder without one.
+        # The masked-LM head of a SpikeLM adds its bias itself, after a decoder without one, and so does every BART.
         head = self.model.get_submodule(name.rpartition(".")[0])
-        product.has_bias = module.bias is not None or isinstance(getattr(head, "bias", None), nn.Parameter)
+        own = (getattr(head, "bias", None), getattr(head, "final_logits_bias", None))
+        product.has_bias = module.bias is not None or any(isinstance(bias, torch.Tensor) for bias in own)
         inputs, outputs = steps.numel(), steps.shape[:-1].numel() * module.out_features
         product.outputs += outputs
         product.dense_macs += inputs * module.out_features // product.steps
@@ -494,53 +509,55 @@ class SpikeCounter:
         """q k^T and probs v, whatever function computes them: every token of a sequence meets those that it sees."""
         operands = self._operands.pop(name)
         width = operands["query"].shape[-1]
-        heads = getattr(getattr(self.model, "config", None), "num_attention_heads", 1)
-        seen_by = self._seen_by(module)
-        pairs, tokens = int(seen_by.sum()), int(self._is_counted.sum())
+        heads = self._heads(module, width)
+        queries, keys = self._positions.of(f"{name}.q_proj"), self._positions.of(f"{name}.k_proj")
+        seen_by = _seen_by(module, queries, keys)
+        pairs, tokens = int(seen_by.sum()), int(queries.sum())
         for suffix, role, outputs, real_inputs in (
             (".q k^T", "key", pairs * heads, tokens * width),
             (".probs v", "value", tokens * width, pairs * heads),
         ):
-            operand = operands[role].detach().unflatten(0, (-1, len(self._is_counted)))
+            operand = operands[role].detach().unflatten(0, (-1, len(keys)))
             shared_width = operand.shape[-1]
+            entries = int(keys.sum()) * shared_width
             product = self._product(name + suffix, operand.shape[0])
             product.dense_macs += pairs * width
             product.outputs += outputs * product.steps
             product.real_inputs += real_inputs * product.steps
-            amplitude = self._amplitude_of(operand[:, self._is_counted])
+            amplitude = self._amplitude_of(operand[:, keys])
             if amplitude is None:
                 product.macs += pairs * width * product.steps
-                product.real_inputs += tokens * shared_width * product.steps
+                product.real_inputs += entries * product.steps
             else:
                 # A spike of a key or value enters one sum for every query that sees it, of every head that shares it.
                 spikes = (operand != 0).sum(3) * seen_by * (width // shared_width)
                 _add(product.accumulates, spikes.sum((1, 2)).tolist())
                 product.scalings += outputs * _needs_scaling(amplitude)
-                product.spike_inputs += tokens * shared_width * product.steps
+                product.spike_inputs += entries * product.steps
             if role == "key":
                 self._not_counted["softmax"] = self._not_counted.get("softmax", 0) + outputs * product.steps
 
-    def _seen_by(self, attention: nn.Module) -> torch.Tensor:
-        """`(B, L)`: by how many tokens each one is seen; all of its sequence, or itself and those behind it."""
-        lengths = self._is_counted.sum(1, keepdim=True).expand_as(self._is_counted)
-        if getattr(attention, "is_causal", False):
-            lengths = lengths - self._is_counted.cumsum(1) + 1
-            window = getattr(attention, "sliding_window", None)
-            lengths = lengths if window is None else lengths.clamp(max=window)
-        return lengths * self._is_counted
+    def _heads(self, attention: nn.Module, width: int) -> int:
+        sizes = [getattr(attention, name) for name in _HEAD_SIZES if isinstance(getattr(attention, name, None), int)]
+        return width // sizes[0] if sizes else getattr(getattr(self.model, "config", None), "num_attention_heads", 1)
 
     def _amplitude_of(self, steps: torch.Tensor) -> torch.Tensor | None:
         # In a model without neurons nothing is a spike, even where a tensor happens to look like it.
         return spike_amplitude(steps) if self._groups else None
 
     def _product(self, name: str, steps: int) -> ProductCount:
-        product = self._products.setdefault(name, ProductCount(name, steps))
+        new = ProductCount(name, steps, is_of_source=self._positions.is_of_source(name))
+        product = self._products.setdefault(name, new)
         if product.steps != steps:
             raise ValueError(f"{name} ran {product.steps} time steps in one forward and {steps} in another.")
         return product
 
-    def _skip(self, what: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        self._not_counted[what] = self._not_counted.get(what, 0) + self._counted_steps(output).numel()
+    def _skip(self, what: str) -> Any:
+        def observe(name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            entries = self._counted_steps(name, output).numel()
+            self._not_counted[what] = self._not_counted.get(what, 0) + entries
+
+        return observe
 
     def _count_unknown(self, what: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         entries = output.numel() if isinstance(output, torch.Tensor) else 0
@@ -630,9 +647,21 @@ def spike_amplitude(steps: torch.Tensor) -> torch.Tensor | None:
 
 
 def layer_and_place(name: str) -> tuple[int | None, str]:
-    """`bert.encoder.layer.3.output.dense` is `(3, "output.dense")`; a name without a layer is `(None, name)`."""
+    """`bert.encoder.layer.3.output.dense` is `(3, "output.dense")`, of a BART `model.decoder.layers.3.fc1` is
+    `(3, "decoder.fc1")`; a name without a layer is `(None, name)`."""
     match = _LAYER.search(name)
-    return (int(match[1]), match[2]) if match else (None, name)
+    return (int(match[2]), (match[1] or "") + match[3]) if match else (None, name)
+
+
+def _seen_by(attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`(B, S)`: by how many of the queries `(B, L)` each of the keys `(B, S)` is seen; all of them, or of its own
+    sequence those behind it and itself."""
+    lengths = queries.sum(1, keepdim=True).expand_as(keys)
+    if getattr(attention, "is_causal", False):
+        lengths = lengths - keys.cumsum(1) + 1
+        window = getattr(attention, "sliding_window", None)
+        lengths = lengths if window is None else lengths.clamp(max=window)
+    return lengths * keys
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -28,10 +28,14 @@ FIGURES = {
     "counted_sequences": ("sequences counted", "d"),
 }
 
-# The same of a decoder, which has one head.
+# The same of a model that writes, which has one head, and what each further token costs.
 DECODER_FIGURES = {
     name: (title.replace("encoder", "layers").replace("with pooler and heads", "with the head"), form)
     for name, (title, form) in FIGURES.items()
+} | {
+    "token_energy_mj": ("energy of a token written, with the head, mJ", ".4g"),
+    "token_dense_energy_mj": ("the same without spikes, mJ", ".4g"),
+    "token_energy_ratio": ("dense / this, of a token written", ".2f"),
 }
 
 # Groups of neurons that a warning names.
@@ -111,9 +115,10 @@ def report_dead_and_saturated(counted: SpikeCount) -> None:
 
 
 def spike_figures(counted: SpikeCount) -> dict[str, float]:
-    """The figures of a count, named as in `FIGURES`; a model without spiking neurons has no firing rate.
+    """The figures of a count, named as in `FIGURES` or, of a model that writes, `DECODER_FIGURES`.
 
-    Energies are millijoules per sequence by the 45 nm convention, ratios those of the dense network over this one.
+    A model without spiking neurons has no firing rate. Energies are millijoules by the 45 nm convention, per sequence
+    and per token that is written, ratios those of the dense network over this one.
     """
     energy = energies(counted)
     figures = {
@@ -122,10 +127,13 @@ def spike_figures(counted: SpikeCount) -> dict[str, float]:
         "saturated_neurons": counted.saturated_neurons,
         "counted_sequences": counted.sequences,
     }
-    for part in PARTS:
+    parts = {part: energy[part] for part in PARTS}
+    if energy["written_token"] is not None:
+        parts["token"] = energy["written_token"]
+    for part, joules in parts.items():
         figures |= {
-            f"{part}_energy_mj": energy[part]["convention"],
-            f"{part}_dense_energy_mj": energy[part]["dense"],
-            f"{part}_energy_ratio": energy[part]["ratio"],
+            f"{part}_energy_mj": joules["convention"],
+            f"{part}_dense_energy_mj": joules["dense"],
+            f"{part}_energy_ratio": joules["ratio"],
         }
-    return {name: figures[name] for name in FIGURES if figures[name] is not None}
+    return {name: figures[name] for name in DECODER_FIGURES if figures.get(name) is not None}

@@ -1,9 +1,15 @@
-"""What measure_spikes.py and draw_spikes.py are pointed at: a checkpoint, and text to run it on."""
+"""What measure_spikes.py and draw_spikes.py are pointed at: a checkpoint, and text to run it on.
 
+A model with an encoder and a decoder runs on the text and on what it writes of it.
+"""
+
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -14,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from configuration_spikelm import configuration_spikelm, configuration_spikelm_llama
+from configuration_spikelm import configuration_spikelm, configuration_spikelm_bart, configuration_spikelm_llama
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model, load_tokenizer
 from experiment.written_files import is_output_folder
@@ -23,7 +29,7 @@ from pretraining_data.documents import load_documents
 
 HEADS = [
     getattr(transformers, name)
-    for form in (configuration_spikelm, configuration_spikelm_llama)
+    for form in (configuration_spikelm, configuration_spikelm_bart, configuration_spikelm_llama)
     for name in form.AUTO_MAP
     if name.startswith("AutoModelFor")
 ]
@@ -62,19 +68,26 @@ class InputArguments:
     )
     max_samples: int = field(default=256, metadata={"help": "Use only the first N sequences."})
     batch_size: int = field(default=8, metadata={"help": "Sequences in a batch, padded to the longest one."})
+    max_new_tokens: int = field(
+        default=64,
+        metadata={"help": "Of an encoder and a decoder: it writes at most N tokens of each sequence, the likeliest."},
+    )
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.text, self.text_file, self.dataset_name))) != 1:
             raise ValueError("Give the text with exactly one of --text, --text_file and --dataset_name.")
         if self.text and not all(sentence.strip() for sentence in self.text):
             raise ValueError("A sentence in --text is blank.")
-        for flag in ("max_seq_length", "max_samples", "batch_size"):
+        for flag in ("max_seq_length", "max_samples", "batch_size", "max_new_tokens"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} has to be at least 1, got {getattr(self, flag)}.")
 
 
-def load_inputs(arguments: InputArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DataLoader]:
-    """The model, as the class that the checkpoint was saved as, its tokenizer, and batches of the text.
+def load_inputs(
+    arguments: InputArguments,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Iterable[dict[str, torch.Tensor]]]:
+    """The model, as the class that the checkpoint was saved as, its tokenizer, and batches of the text, with what is
+    written of it where a model has a decoder beside its encoder.
 
     Raises:
         ValueError: the checkpoint, the tokenizer or the text cannot be read, or do not fit together.
@@ -102,8 +115,16 @@ def load_inputs(arguments: InputArguments) -> tuple[PreTrainedModel, PreTrainedT
             f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "
             "tokenizer that belongs to the model with --tokenizer_name."
         )
+    longest_target = longest if config.is_encoder_decoder else arguments.max_new_tokens
+    if arguments.max_new_tokens > longest_target:
+        raise ValueError(
+            f"--max_new_tokens {arguments.max_new_tokens} is more than the model's max_position_embeddings={longest}."
+        )
     model = load_model(auto_class_of(config), model_arguments, config)
-    return model, tokenizer, _batches(documents, tokenizer, arguments)
+    batches: Iterable[dict[str, torch.Tensor]] = _batches(documents, tokenizer, arguments)
+    if config.is_encoder_decoder:
+        batches = [_with_target(model, batch, arguments.max_new_tokens) for batch in batches]
+    return model, tokenizer, batches
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:
@@ -149,3 +170,20 @@ def _batches(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: 
         return dict(padded)
 
     return DataLoader(documents, batch_size=arguments.batch_size, collate_fn=collate)
+
+
+def _with_target(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], max_new_tokens: int
+) -> dict[str, torch.Tensor]:
+    """A batch, and what the decoder has read when it has written a text of each sequence."""
+    if not model.can_generate():
+        raise ValueError(
+            f"A {type(model).__name__} has a decoder and no head to write with, so there is nothing to count; take a "
+            "checkpoint with one."
+        )
+    known = inspect.signature(model.forward).parameters
+    batch = {name: values for name, values in batch.items() if name in known}
+    generate: Any = model.generate
+    written = generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    is_token = written[:, 1:] != model.config.pad_token_id
+    return batch | {"decoder_input_ids": written[:, :-1], "decoder_attention_mask": is_token.long()}

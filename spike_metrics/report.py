@@ -14,12 +14,15 @@ from .energy import (
 )
 
 PARTS = {"encoder": "encoder", "model": "with pooler and heads"}
+# The same of a model that writes, and what each further token costs.
+DECODER_PARTS = {"encoder": "layers", "model": "with the head", "written_token": "of a token written, with the head"}
 
 
 def energies(count: SpikeCount, constants: EnergyConstants | None = None) -> dict[str, Any]:
-    """Millijoules per sequence of the encoder and of the whole model, as it is and as a dense network, for JSON.
+    """Millijoules per sequence of the layers and of the whole model, as it is and as a dense network, for JSON.
 
-    `ratio` is dense over own; `published_convention` is None for a model without spiking neurons.
+    `ratio` is dense over own; `published_convention` is None for a model without spiking neurons. `written_token` is
+    what one more token costs that a decoder writes, head included, after those before it; None without a decoder.
     """
     constants = constants or EnergyConstants()
     rate = count.firing_rate
@@ -30,12 +33,11 @@ def energies(count: SpikeCount, constants: EnergyConstants | None = None) -> dic
         if rate is None
         else published_convention(macs, rate, count.num_time_steps, constants),
     }
+    result["written_token"] = _written_token(count, constants)
     for name, part in zip(PARTS, (count.encoder, count), strict=True):
         own, dense = compute_energy(part, constants), compute_energy(part, constants, dense=True)
         result[name] = {
-            "convention": own.convention,
-            "dense": dense.convention,
-            "ratio": dense.convention / own.convention if own.convention else None,
+            **_compared(own.convention, dense.convention),
             "scalings": own.scalings,
             "with_data_movement": {
                 flow: {
@@ -51,6 +53,23 @@ def energies(count: SpikeCount, constants: EnergyConstants | None = None) -> dic
     return result
 
 
+def titles(count: SpikeCount) -> dict[str, str]:
+    """What people call the parts of `energies` of a count, by their names there."""
+    return DECODER_PARTS if count.written_tokens else PARTS
+
+
+def _compared(own: float, dense: float) -> dict[str, float | None]:
+    return {"convention": own, "dense": dense, "ratio": dense / own if own else None}
+
+
+def _written_token(count: SpikeCount, constants: EnergyConstants) -> dict[str, float | None] | None:
+    if not count.written_tokens:
+        return None
+    tokens = count.written_tokens / count.sequences
+    energies = (compute_energy(count.writing, constants, dense=dense).convention / tokens for dense in (False, True))
+    return _compared(*energies)
+
+
 def format_report(title: str, tokens: SpikeCount, padded: SpikeCount, constants: EnergyConstants | None = None) -> str:
     """The tables as text; `tokens` was counted without padding, `padded` with it, on the same batches."""
     constants = constants or EnergyConstants()
@@ -60,7 +79,7 @@ def format_report(title: str, tokens: SpikeCount, padded: SpikeCount, constants:
         heading,
         _summary_table((tokens, padded), (per_token, per_row)),
         _place_table(tokens, constants),
-        _movement_table(per_token),
+        _movement_table(per_token, titles(tokens)["encoder"]),
         _not_counted(tokens),
     ]
     if tokens.neurons:
@@ -92,14 +111,17 @@ def _summary_table(counts: tuple[SpikeCount, SpikeCount], energy: tuple[dict[str
         ["multiply-accumulates, millions", *(_number(c.macs / c.sequences / 1e6, ",.2f") for c in counts)],
         ["accumulates, millions", *(_number(c.accumulates / c.sequences / 1e6, ",.2f") for c in counts)],
     ]
-    for part, title in PARTS.items():
+    if counts[0].written_tokens:
+        rows.insert(1, ["tokens written", *(_number(c.written_tokens / c.sequences, ".1f") for c in counts)])
+    energy_by_rate = (_number(e["published_convention"], ".4f") for e in energy)
+    for part, title in titles(counts[0]).items():
         rows += [
             [f"energy, {title}, mJ", *(_number(e[part]["convention"], ".4f") for e in energy)],
             ["  of the dense network, mJ", *(_number(e[part]["dense"], ".4f") for e in energy)],
             ["  dense / this", *(_number(e[part]["ratio"], ".2f") for e in energy)],
         ]
     rows += [
-        ["encoder by T * rate * MACs * 0.9 pJ, mJ", *(_number(e["published_convention"], ".4f") for e in energy)],
+        [f"{titles(counts[0])['encoder']} by T * rate * MACs * 0.9 pJ, mJ", *energy_by_rate],
         ["left out above: amplitude scaling, mJ", *(_number(e["model"]["scalings"], ".4f") for e in energy)],
     ]
     return _table(["", "without padding", "with padding"], rows)
@@ -146,8 +168,8 @@ def _neuron_table(count: SpikeCount) -> str:
     return _table(header, rows)
 
 
-def _movement_table(energy: dict[str, Any]) -> str:
-    header = ["with data movement, encoder, mJ", "arithmetic", "weights", "activations", "total", "dense / this"]
+def _movement_table(energy: dict[str, Any], title: str) -> str:
+    header = [f"with data movement, {title}, mJ", "arithmetic", "weights", "activations", "total", "dense / this"]
     rows = []
     for flow, kinds in energy["encoder"]["with_data_movement"].items():
         for kind, joules in kinds.items():

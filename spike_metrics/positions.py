@@ -1,0 +1,86 @@
+"""Which positions of a batch are counted: those of one sequence, or of a source and of the target written of it.
+
+B sequences, S tokens of the source, L of the target. A model that reads one sequence has no target.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# What sees the source in a model with an encoder and a decoder: the encoder, and keys and values of cross-attention.
+_SEES_SOURCE = re.compile(
+    r"(^|\.)encoder\.|\.encoder_attn\.(k_proj|v_proj|key_neurons|value_neurons)(\.|$)|\.memory_neurons(\.|$)"
+)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """
+    Args:
+        source: `(B, S)` bool, which are counted.
+        target: `(B, L)` bool; None of a model that reads one sequence.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor | None = None
+
+    def of(self, name: str) -> torch.Tensor:
+        """Those that a module sees, by its name in the model."""
+        return self.source if self.target is None or _SEES_SOURCE.search(name) else self.target
+
+    def is_of_source(self, name: str) -> bool:
+        """Whether a module works on the source alone, once for all that is written."""
+        return self.target is not None and bool(_SEES_SOURCE.search(name))
+
+
+def read_positions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], include_padding: bool
+) -> Positions:
+    """Those of the forward arguments of a model.
+
+    Raises:
+        ValueError: they hold no sequence, or a mask that does not say what is padding.
+    """
+    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    source = _places(given, "")
+    if source is None and given.get("encoder_outputs") is not None:
+        source = given["encoder_outputs"][0][..., 0]
+    if source is None:
+        raise ValueError("The model was called without input_ids and inputs_embeds, so nothing can be counted.")
+    counted = _tokens(source, given.get("attention_mask"), "attention_mask", include_padding)
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        # A multiple-choice batch (B, choices, L) runs as (B * choices, L).
+        return Positions(counted.flatten(0, -2))
+    labels, target = given.get("labels"), _places(given, "decoder_")
+    if target is None and labels is None:
+        # The decoder reads the source, one position later.
+        return Positions(counted, nn.functional.pad(counted[:, :-1], (1, 0), value=True))
+    mask = given.get("decoder_attention_mask")
+    if mask is None and labels is not None:
+        mask = labels != -100
+    places = labels if target is None else target
+    return Positions(counted, _tokens(places, mask, "decoder_attention_mask", include_padding))
+
+
+def _places(given: dict[str, Any], prefix: str) -> torch.Tensor | None:
+    """A tensor of the shape of a sequence among forward arguments, if there is one."""
+    if given.get(f"{prefix}input_ids") is not None:
+        return given[f"{prefix}input_ids"]
+    embeddings = given.get(f"{prefix}inputs_embeds")
+    return None if embeddings is None else embeddings[..., 0]
+
+
+def _tokens(places: torch.Tensor, mask: torch.Tensor | None, name: str, include_padding: bool) -> torch.Tensor:
+    """Of positions, which a mask calls tokens, bool; all of them without one."""
+    if include_padding or mask is None:
+        return torch.ones_like(places, dtype=torch.bool)
+    if mask.shape != places.shape:
+        raise ValueError(
+            f"An {name} of shape {tuple(mask.shape)} does not say which of {tuple(places.shape)} positions are "
+            "padding; pass one of the same shape, or count with include_padding=True."
+        )
+    return mask.bool()
