@@ -108,8 +108,15 @@ def load_inputs(
         raise ValueError(
             f"--max_seq_length {arguments.max_seq_length} is more than the model's max_position_embeddings={longest}."
         )
-    tokenizer = load_tokenizer(model_arguments)
+    tokenizer = load_tokenizer(model_arguments, needed=())
     assert tokenizer is not None  # a checkpoint is always named
+    # Many a decoder's has no padding; what fills up a batch is seen by nothing and counted by nobody.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"The tokenizer of {arguments.model_name_or_path} has no pad token and no eos token, one of which batches "
+            "of unequal texts need; name another with --tokenizer_name."
+        )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "

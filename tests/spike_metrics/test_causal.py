@@ -70,3 +70,35 @@ def test_accumulates_of_attention_are_those_of_every_pair_that_meets(decoder, wi
                             fired = spikes[f"{name}.{role}_neurons"][step, key].count_nonzero()
                             expected[step] += int(fired) * HEADS // SHARED
             assert counted[name + suffix].accumulates == expected
+
+
+def test_a_further_token_costs_what_a_forward_of_one_token_with_a_cache_does(decoder):
+    """So a mean over the tokens of a text is one over tokens written; by hand, the spikes that enter each product."""
+    decoder.generation_config.eos_token_id = None
+    seen = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, []).append(args[0]))
+    attention = decoder.model.layers[1].self_attn
+    attend, met = attention.attend, []
+
+    def watch(query, key, value, *args, **kwargs):
+        met.append(int(key.count_nonzero()) * HEADS // SHARED)
+        return attend(query, key, value, *args, **kwargs)
+
+    attention.attend = watch
+    text = decoder.generate(torch.arange(5, 12)[None], max_new_tokens=5, do_sample=False)
+    alone = {name: torch.cat([x for x in inputs if x.shape[1] == 1], dim=1) for name, inputs in seen.items()}
+    attention.attend = attend
+    # The last token of five was written and not read.
+    longer, shorter = (count(decoder, [{"input_ids": text[:, :end]}]) for end in (11, 7))
+    for whole, part in zip(longer.products, shorter.products, strict=True):
+        more = whole.macs - part.macs + sum(whole.accumulates) - sum(part.accumulates)
+        if whole.name in alone:
+            # The head makes the logits of one token after the prompt, too.
+            inputs = alone[whole.name][:, -4:]
+            assert inputs.shape[1] == longer.written_tokens - shorter.written_tokens == 4
+            entries = inputs.numel() if whole.name == "lm_head" else inputs.count_nonzero()
+            assert more == entries * decoder.get_submodule(whole.name).out_features
+        elif whole.name == "model.layers.1.self_attn.q k^T":
+            assert more == sum(met[-4:])

@@ -1,6 +1,7 @@
 """measure_spikes.py and draw_spikes.py."""
 
 import base64
+import copy
 import json
 import re
 from pathlib import Path
@@ -222,20 +223,26 @@ def test_code_that_comes_with_a_checkpoint_names_its_own_class():
     assert auto_class_of(config).__name__ == "AutoModelForMaskedLM"
 
 
-def test_a_decoder_is_counted_with_its_head_and_drawn(tokenizer, tmp_path, capsys):
+@pytest.fixture
+def decoder(tokenizer, tmp_path) -> str:
+    """One whose tokenizer has an end of a text and no padding, as many have."""
     config = SpikeLMLlamaConfig(
-        **{"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
-        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_time_steps": 2},
+        **{"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "eos_token_id": None},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_time_steps": 2, "max_position_embeddings": 32},
     )
     decoder = SpikeLMLlamaForCausalLM(config)
     decoder.calibrate([{"input_ids": torch.arange(5, 15)[None]}])
     decoder.save_pretrained(tmp_path / "decoder")
-    tokenizer.save_pretrained(tmp_path / "decoder")
-    measure(str(tmp_path / "decoder"), "--text", *SENTENCES)
+    without = copy.deepcopy(tokenizer)
+    without.pad_token, without.eos_token = None, without.sep_token
+    without.save_pretrained(tmp_path / "decoder")
+    return str(tmp_path / "decoder")
+
+
+def test_a_decoder_is_counted_with_its_head_and_drawn(decoder, tmp_path, capsys):
+    measure(decoder, "--text", *SENTENCES)
     assert "lm_head" in capsys.readouterr().out
-    draw_spikes.main(
-        ["--model_name_or_path", str(tmp_path / "decoder"), *SHORT, "--text", "the cat", "--output_dir", str(tmp_path)]
-    )
+    draw_spikes.main(["--model_name_or_path", decoder, *SHORT, "--text", "the cat", "--output_dir", str(tmp_path)])
     assert (tmp_path / "sentence.png").is_file() and (tmp_path / "energy.png").is_file()
 
 
