@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.arguments import ModelArguments
+from experiment.model_card import shown_name
 
 from .teacher import Teacher
 from .weighted_terms import LossWeights
@@ -67,8 +68,7 @@ class DistillationArguments:
     @property
     def teacher(self) -> str | None:
         """The teacher for people: a folder by its name, for the rest of its path says nothing to a stranger."""
-        name = self.teacher_name_or_path
-        return Path(name).resolve().name if name and Path(name).exists() else name
+        return shown_name(self.teacher_name_or_path)
 
     @property
     def weights(self) -> LossWeights:

@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,16 +20,23 @@ from configuration_spikelm import SpikeLMConfig
 from experiment.precision import WEIGHTS, refuse_quantised
 
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
+# What a teacher can be given of a batch.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+# Of models whose head belongs to them: what its logits say something of.
+NEXT, WRITTEN = "next tokens", "written tokens"
+_OWN_HEADS = {AutoModelForCausalLM: NEXT, AutoModelForSeq2SeqLM: WRITTEN}
 
 
 class Teacher(nn.Module):
     """A frozen dense model that is always in evaluation mode.
 
     Args:
-        model: a BERT with a masked-LM head, a classifier, or neither; or a causal model with its head.
+        model: a BERT with a masked-LM head, a classifier, or neither; or a causal model, or an encoder with a decoder,
+            with its head.
 
     Attributes:
-        kind: what the teacher's logits say something of: "tokens", "next tokens", "labels", or "" where it has none.
+        kind: what the teacher's logits say something of: "tokens", "next tokens", "written tokens", "labels", or ""
+            where it has none.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str):
@@ -50,9 +58,9 @@ class Teacher(nn.Module):
         return vocabulary_head(self.model)
 
     def forward(self, **inputs: Any) -> ModelOutput:
-        """Hidden states of all layers, and logits if they say something of the whole sequence."""
-        known = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
-        model = self.model if self.kind == "labels" else self.model.base_model
+        """Hidden states of all layers, and logits if they say something of the whole sequence, or of one written."""
+        known = {name: inputs[name] for name in INPUTS if name in inputs}
+        model = self.model if self.kind in ("labels", WRITTEN) else self.model.base_model
         return model(**known, output_hidden_states=True, return_dict=True)
 
 
@@ -74,28 +82,28 @@ def load_teacher(
 
     Args:
         name: a checkpoint, on disk or on the Hub, of a dense model that the student could start from: a BERT, or of a
-            causal student a Llama.
+            causal student a Llama, of one that writes a BART.
         is_classifier: take it with its classifier, which has to be trained; else with its masked-LM head, if it has
-            one, or the head of a causal model, which it has to have.
+            one, or the head of a model that writes, which it has to have.
 
     Raises:
         ValueError: there is no such checkpoint, or it is quantised, or of another kind, or its vocabulary, width,
             number of layers or labels are not the student's.
     """
-    is_causal = AutoModelForCausalLM.__name__ in getattr(student, "offered_classes", ())
+    offered = getattr(student, "offered_classes", ())
+    own_head = next((auto_class for auto_class in _OWN_HEADS if auto_class.__name__ in offered), None)
     location: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         config = AutoConfig.from_pretrained(name, **location)
         refuse_quantised(name, config)
         _check_fit(name, config, student, is_classifier)
-        token_class = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
-        auto_class = AutoModelForSequenceClassification if is_classifier else token_class
+        auto_class = AutoModelForSequenceClassification if is_classifier else own_head or AutoModelForMaskedLM
         options = location | {"dtype": WEIGHTS, "use_safetensors": True, "output_loading_info": True}
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         model, loaded = auto_class.from_pretrained(name, config=config, **options)
         missing = [key for key in loaded["missing_keys"] if key.startswith(("classifier", "cls.", "lm_head."))]
-        if missing and not (is_classifier or is_causal):
+        if missing and not (is_classifier or own_head):
             model, _ = AutoModel.from_pretrained(name, config=config, **options)
     except OSError as error:
         raise ValueError(f"--teacher_name_or_path {name} cannot be loaded: {error}") from error
@@ -104,14 +112,14 @@ def load_teacher(
             f"--teacher_name_or_path {name} has no trained classifier ({missing[0]} is missing); fine-tune it on the "
             "task first, with run_glue.py."
         )
-    if missing and is_causal:
+    if missing and own_head:
         raise ValueError(
             f"--teacher_name_or_path {name} has no head that says which token is next ({missing[0]} is missing); name "
             "a checkpoint that was saved with it."
         )
     if is_classifier:
         return Teacher(model, "labels")
-    return Teacher(model, "next tokens" if is_causal else "" if missing else "tokens")
+    return Teacher(model, _OWN_HEADS[own_head] if own_head else "" if missing else "tokens")
 
 
 @torch.no_grad()
@@ -142,8 +150,8 @@ def _check_fit(name: str, teacher: PreTrainedConfig, student: PreTrainedConfig, 
             f"--teacher_name_or_path {name} is of type {teacher.model_type!r}; the teacher of a SpikeLM has the same "
             f"layers, so it has to be a {kinds}."
         )
-    fields = (*MUST_AGREE, "num_labels") if is_classifier else MUST_AGREE
-    for field in fields:
+    further = [name for name in ("decoder_layers",) if hasattr(teacher, name)]
+    for field in (*MUST_AGREE, *further, *(["num_labels"] if is_classifier else [])):
         own, other = getattr(student, field), getattr(teacher, field)
         if own != other:
             raise ValueError(

@@ -30,6 +30,8 @@ NOT_TAKEN = {
     "eval_do_concat_batches": "the scores are made of all predictions together",
     "include_for_metrics": "the scores are made of predictions and labels alone",
     "label_names": "each script knows its labels",
+    "sortish_sampler": "it is for a kind of dataset that there is none of here",
+    "generation_config": "the other flags that begin with --generation_ say it, and all else the checkpoint",
     "enable_jit_checkpoint": "at a SIGTERM the scripts save and stop by themselves",
 }
 # The least value of numbers that the Trainer takes as they come, to fail on them, or do something else, later on.
@@ -59,9 +61,9 @@ class ModelArguments:
     model_type: str | None = field(
         default=None,
         metadata={
-            "help": "Type of a model from scratch (default: spikelm, in run_clm.py spikelm_llama). 'spikelm' with a "
-            "BERT checkpoint in --model_name_or_path, 'spikelm_llama' with a Llama's, is a warm start; without it that "
-            "checkpoint is trained as the dense model it is."
+            "help": "Type of a model from scratch (default: spikelm, in run_clm.py spikelm_llama, in "
+            "run_summarization.py spikelm_bart). With a dense checkpoint of its form in --model_name_or_path (a "
+            "BERT, a Llama, a BART) it is a warm start; without it that checkpoint is trained as the dense model it is."
         },
     )
     config_name: str | None = field(

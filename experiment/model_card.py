@@ -122,7 +122,7 @@ class RunCard:
             # FSDP2 gives a model a class of its own while it trains.
             architecture=type(self.model).__name__.removeprefix("FSDP"),
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            started_from=self._started_from(),
+            started_from=shown_name(self.started_from),
             training_data=self.training_data,
             language=self.language,
             hyperparameters=self._hyperparameters(),
@@ -136,11 +136,6 @@ class RunCard:
         path = Path(folder) / "README.md"
         card.save(path)
         return path
-
-    def _started_from(self) -> str | None:
-        """A Hub id as it is, a folder by its name: the rest of its path is nobody's business."""
-        name = self.started_from
-        return Path(name).resolve().name if name and Path(name).exists() else name
 
     def _base_model(self) -> str | None:
         # The Hub refuses a card whose base model is a path.
@@ -160,6 +155,11 @@ class RunCard:
             "seed": training.seed,
             "precision": describe_precision(training),
         }
+
+
+def shown_name(name: str | None) -> str | None:
+    """A Hub id as it is, a folder by its name: the rest of its path is nobody's business."""
+    return Path(name).resolve().name if name and Path(name).exists() else name
 
 
 def _layers(config: PreTrainedConfig) -> str:

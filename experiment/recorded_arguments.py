@@ -31,6 +31,9 @@ RECORDED = frozenset(
     test_file text_pair_column_name label_column_name problem_type ignore_mismatched_sizes
     task_name data_dir pad_to_max_length task_epochs report_epoch num_seeds max_predict_samples spike_batches
 
+    summary_column_name source_lang target_lang max_source_length max_target_length
+    predict_with_generate generation_max_length generation_num_beams generation_min_length generation_length_penalty
+
     do_train do_eval do_predict seed data_seed full_determinism
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
@@ -93,6 +96,8 @@ NOT_RECORDED = {
     "eval_do_concat_batches": "set by the scripts",
     "label_names": "set by the scripts",
     "enable_jit_checkpoint": "set by the scripts",
+    "sortish_sampler": "set by the scripts",
+    "generation_config": "set by the scripts",
     # How the run is watched.
     "logging_strategy": "what is logged",
     "logging_steps": "what is logged (it is the default of eval_steps, which is recorded by its value)",

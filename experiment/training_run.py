@@ -124,16 +124,19 @@ class TrainingRun:
             keeper.keep_best_only(trainer)
         return trainer
 
-    def finish(self, trainer: Trainer, results: Mapping[str, float]) -> None:
+    def finish(
+        self, trainer: Trainer, results: Mapping[str, float], of_other_data: Mapping[str, float] | None = None
+    ) -> None:
         """Saves and prints what was evaluated, publishes what was trained, and notes that nothing is left to do.
 
         Args:
             results: of the evaluation; empty without one.
+            of_other_data: further results, which are saved already, for the card.
         """
         if self.training.do_eval:
             save_metrics(trainer, "eval", dict(results))
             if self.training.process_index == 0:
                 print(json.dumps({name: float(f"{value:.6g}") for name, value in results.items()}, indent=2))
         if self.training.do_train:
-            self._publisher.publish(trainer, dict(results))
+            self._publisher.publish(trainer, {**results, **(of_other_data or {})})
         self.record.record_end(self._push_target)

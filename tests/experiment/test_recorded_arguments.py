@@ -13,6 +13,7 @@ from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from pretraining_data.arguments import DataArguments
 from run_mlm import ScriptArguments
 from spike_metrics.evaluation import SpikeArguments
+from text_to_text.arguments import PairArguments, WritingTrainingArguments
 
 TABLES = [
     tables.RECORDED,
@@ -33,7 +34,7 @@ def arguments(tmp_path):
 
 def test_the_tables_name_every_argument_and_no_other():
     groups = [ScriptArguments, ModelArguments, DataArguments, GlueArguments, DistillationArguments, SpikeArguments]
-    groups += [TrainingArguments, GlueTrainingArguments]
+    groups += [PairArguments, TrainingArguments, GlueTrainingArguments, WritingTrainingArguments]
     arguments = {entry.name for group in groups for entry in fields(group)} - {"accelerator_config"}
     arguments |= {f"accelerator_config.{entry.name}" for entry in fields(AcceleratorConfig)}
     assert set().union(*TABLES) == arguments

@@ -1,0 +1,60 @@
+"""What a student with an encoder and a decoder is told by its teacher: hidden states of both, logits, labels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import DistillationArguments
+from .losses import hidden_state_errors, soft_label_loss
+from .weighted_terms import Batch, WeightedTermsTrainer
+
+# Terms that are about a sentence, or an encoder's last layer.
+NO_TERMS_HERE = ("sentence_weight", "value_relation_weight")
+
+
+class EncoderDecoderTermsTrainer(WeightedTermsTrainer):
+    """Of encoder and decoder in BART's form.
+
+    Hidden states are those of all layers of both, every layer of the same weight; logits and labels are those of every
+    token that is to be written. Padding counts nowhere. An evaluation is the Trainer's own.
+    """
+
+    def loss_terms(self, model: nn.Module, inputs: Batch) -> tuple[dict[str, torch.Tensor], Any]:
+        is_written = inputs["labels"] != -100
+        is_read = inputs["attention_mask"].bool()
+        outputs = model(**inputs, output_hidden_states=True)
+        with torch.no_grad():
+            wished = self.teacher(**inputs)
+        terms = {}
+        if self.weights.hidden:
+            # The embeddings come first.
+            errors = [
+                hidden_state_errors(found[1:], target[1:], is_token)
+                for found, target, is_token in (
+                    (outputs.encoder_hidden_states, wished.encoder_hidden_states, is_read),
+                    (outputs.decoder_hidden_states, wished.decoder_hidden_states, is_written),
+                )
+            ]
+            terms["hidden"] = torch.cat(errors).mean()
+        if self.weights.logits:
+            terms["logits"] = soft_label_loss(outputs.logits[is_written], wished.logits[is_written], self.temperature)
+        if self.weights.label:
+            terms["label"] = outputs.loss
+        return terms, outputs
+
+
+def check_flags(teaching: DistillationArguments, given: Mapping[str, Any], label_smoothing: float) -> None:
+    """
+    Raises:
+        ValueError: a flag was given that says nothing to a student that writes.
+    """
+    teaching.check_flags(given)
+    if teaching.teacher_name_or_path is None:
+        return
+    for name in NO_TERMS_HERE:
+        if getattr(teaching, name):
+            raise ValueError(f"--{name} is about an encoder alone; leave it out.")
+    if label_smoothing:
+        raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
