@@ -7,7 +7,6 @@ card says how well it finds similar sentences, with --teacher_name_or_path next 
 """
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from configuration_spikelm import SpikeLMConfig
+from deployment.folders import filled, refuse_used
 from experiment.reporting import input_errors
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
     output = Path(arguments.output_dir)
     with input_errors():
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"--output_dir {output} is not empty; name another folder.")
+        refuse_used(output)
         if arguments.teacher_name_or_path and not arguments.data_dir:
             raise ValueError("--teacher_name_or_path is measured on --data_dir; name that as well, or leave it out.")
         pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"] if arguments.data_dir else None
@@ -62,16 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         if not arguments.float_weights and not model.config.int8_weights:
             model.quantize_weights(embeddings=True)
-    # Beside the output, so that a half-written folder never has its name.
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_modules(partial, model.config.hidden_size, arguments.max_seq_length)
-    card_of(arguments, model, tokenizer, partial, pairs).save(partial / CARD)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
+    with filled(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_modules(folder, model.config.hidden_size, arguments.max_seq_length)
+        card_of(arguments, model, tokenizer, folder, pairs).save(folder / CARD)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {model.num_parameters():,} float parameters")
 

@@ -17,12 +17,16 @@ SIDES = {
     "bert": "stock transformers BERT, sdpa attention: the ratio's denominator",
     "bert-sparse": "the same BERT with masked-LM logits at the labels only: what of our gain is the sparse head",
     "bert-int8": "the same BERT under PyTorch's dynamic int8 quantisation (inference on the CPU)",
+    "bert-onnx": "the same BERT in onnxruntime",
+    "bert-int8-onnx": "the same BERT in onnxruntime, under its dynamic int8 quantisation",
     "spikelm": "SpikeLM; in training its logits at the labels only, as run_mlm.py trains it",
     "spikelm-dense": "SpikeLM with every logit in training, as the library has it unless told otherwise",
     "spikelm-int8": "SpikeLM after quantize_weights() (inference)",
+    "spikelm-onnx": "SpikeLM in onnxruntime, as export_onnx.py exports it",
+    "spikelm-int8-onnx": "SpikeLM after quantize_weights() in onnxruntime",
     "oracle": "SpikeLM with its step-by-step oracle neuron, dense logits and no fast path: our own strawman",
 }
-SPIKING_SIDES = ("spikelm", "spikelm-dense", "spikelm-int8", "oracle")
+SPIKING_SIDES = ("spikelm", "spikelm-dense", "spikelm-int8", "spikelm-onnx", "spikelm-int8-onnx", "oracle")
 TRAINED_SIDES = ("bert", "bert-sparse", "spikelm", "spikelm-dense", "oracle")
 # Of modeling_spikelm.fast_paths, which needs torch.
 FAST_PATHS = (
@@ -68,7 +72,11 @@ class Case:
 
     @property
     def is_int8(self) -> bool:
-        return self.side.endswith("int8")
+        return "int8" in self.side
+
+    @property
+    def runs_in_onnx(self) -> bool:
+        return self.side.endswith("onnx")
 
     @property
     def setting(self) -> str:

@@ -7,7 +7,8 @@ from processes import time_by_turns
 from report import ratio_text, report
 from transformers import HfArgumentParser
 
-INFERRING_SIDES = ("bert", "bert-int8", "spikelm", "spikelm-int8", "oracle")
+INFERRING_SIDES = ("bert", "bert-int8", "bert-onnx", "bert-int8-onnx", "spikelm", "spikelm-int8", "spikelm-onnx")
+INFERRING_SIDES += ("spikelm-int8-onnx", "oracle")
 INFERENCE_BATCH_SIZES = (8, 1)
 
 

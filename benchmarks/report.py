@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+# Of the last minute, before the command does anything: what else has had the machine's cores.
+LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -23,6 +25,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_before": None if LOAD_BEFORE is None else round(LOAD_BEFORE, 1),
         # Whether a thread that has nothing to do spins (and costs its core) or sleeps (and has to be woken).
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),

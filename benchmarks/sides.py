@@ -1,7 +1,10 @@
 """Builds one side of a comparison: the model, its batch, and the function that is measured."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from cases import FAST_PATHS, SHAPES, VOCABULARY_SIZES, Case
 from torch import nn
@@ -10,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel, fast_paths
 
 LABEL_SHARE = 0.15
+OUTPUTS = ("last_hidden_state", "pooler_output")
 
 
 def build_model(case: Case, neuron: str = "elastic") -> PreTrainedModel:
@@ -88,14 +92,43 @@ def training_loss(case: Case, model: PreTrainedModel) -> Callable[[dict[str, tor
 def inference(case: Case, model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     """`batch -> last hidden state` in evaluation mode, of a model that has seen its first batch."""
     model.eval()
-    if case.side == "spikelm-int8":
+    if case.side.startswith("spikelm-int8"):
         model.quantize_weights()
     elif case.side == "bert-int8":
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    if case.runs_in_onnx:
+        return _onnx_inference(case, model)
 
     def last_hidden_state(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode(), _arithmetic(case):
             return model(**batch).last_hidden_state
+
+    return last_hidden_state
+
+
+def _onnx_inference(case: Case, model: PreTrainedModel) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """The same by onnxruntime, with as many threads as torch has."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    from deployment.onnx_graph import to_onnx, trace
+
+    batch = build_batch(case, batch_size=2)
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    program = trace(model, batch, OUTPUTS) if isinstance(model, BertModel) else to_onnx(model, batch)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        program.save(path)
+        if case.side == "bert-int8-onnx":
+            quantize_dynamic(path, path := path.with_name("int8.onnx"))
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def last_hidden_state(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: value.numpy() for name, value in batch.items()}
+        inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+        return torch.from_numpy(session.run(OUTPUTS[:1], inputs)[0])
 
     return last_hidden_state
 

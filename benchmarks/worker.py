@@ -70,8 +70,8 @@ def serve_inference(case: Case, answer: Answer) -> None:
         function(batch)
         return {"forward": now(case.device) - start}
 
-    # Products of int8 numbers are no FLOP, and the counter does not know them.
-    serve(case, forward, 0 if case.is_int8 else count_flops(lambda: eager(batch)), answer)
+    # Products of int8 numbers are no FLOP, and the counter does not know them, nor what is not torch's.
+    serve(case, forward, 0 if case.is_int8 or case.runs_in_onnx else count_flops(lambda: eager(batch)), answer)
 
 
 def serve(case: Case, work: Callable[[], dict[str, float]], flops: int, answer: Answer) -> None:

@@ -69,6 +69,15 @@ def test_inference_is_timed_and_kept_with_command_and_machine(tmp_path):
     assert result["machine"].keys() >= {"cpu", "cores", "threads", "torch", "transformers"}
 
 
+def test_onnxruntime_is_timed_beside_torch(tmp_path):
+    flags = [*QUICK, "--batch_size", "2", "--sides", "bert", "spikelm-int8-onnx"]
+    rows = rows_by_side("inference", *flags, folder=tmp_path)
+    assert list(rows) == ["bert", "spikelm-int8-onnx T=2"]
+    assert all(row["forward ms"] > 0 and row["ratio to bert"] for row in rows.values())
+    assert rows["spikelm-int8-onnx T=2"]["GFLOP"] is None
+    assert results("inference", tmp_path)[0]["machine"]["load_before"] >= 0
+
+
 def test_int8_inference_stands_beside_the_dynamically_quantised_bert_at_both_batch_sizes(tmp_path):
     finished = run("inference", *QUICK, "--sides", "bert-int8", "spikelm-int8", "--output", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
