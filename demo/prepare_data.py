@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from experiment.reporting import input_errors
@@ -239,7 +240,8 @@ def collect(packages: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         name: [s for p in paragraphs(text) for s in sentences(p)] for name, text in pydoc_data.topics.topics.items()
     }
     with ProcessPoolExecutor() as pool:
-        read = dict(zip(folders, pool.map(module_documents, folders.values()), strict=True))
+        results = tqdm(pool.map(module_documents, folders.values()), "packages read", len(folders), disable=None)
+        read = dict(zip(folders, results, strict=True))
     return {"pydoc topics": topics, **read}
 
 

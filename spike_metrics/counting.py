@@ -597,6 +597,25 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
     return spikes
 
 
+@torch.no_grad()
+def spike_sizes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """How large the spikes of every neuron are, by the group's name, in the units of what the group receives.
+
+    Neurons with learned levels have sizes of their own, the others that of their group.
+
+    Returns:
+        `(T, F)` float32 each; 0 where the group is not calibrated.
+    """
+    sizes = {}
+    for name, module in spiking_modules(_with_float_spikes(model)).items():
+        if hasattr(module, "levels"):
+            size = module.levels(module.calibration()).sizes()
+        else:
+            size = module.amplitude[:, None].expand(-1, module.num_neurons)
+        sizes[name] = size.float().cpu()
+    return sizes
+
+
 def _with_float_spikes(model: nn.Module) -> nn.Module:
     """The model, or a float copy of one with int8 weights, whose neurons emit codes, one time step after the other."""
     if not getattr(getattr(model, "config", None), "int8_weights", False):

@@ -13,26 +13,16 @@ import torch
 import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configuration_spikelm import configuration_spikelm, configuration_spikelm_bart, configuration_spikelm_llama
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model, load_tokenizer
 from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 
-HEADS = [
-    getattr(transformers, name)
-    for form in (configuration_spikelm, configuration_spikelm_bart, configuration_spikelm_llama)
-    for name in form.AUTO_MAP
-    if name.startswith("AutoModelFor")
-]
+from .heads import auto_class_of
+
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
@@ -132,17 +122,6 @@ def load_inputs(
     if config.is_encoder_decoder:
         batches = [_with_target(model, batch, arguments.max_new_tokens) for batch in batches]
     return model, tokenizer, batches
-
-
-def auto_class_of(config: PreTrainedConfig) -> Any:
-    """The Auto class that loads what `config.architectures` names; AutoModel for anything else."""
-    for saved_as in config.architectures or ():
-        for auto_class in HEADS:
-            model_class = auto_class._model_mapping.get(type(config), None)
-            remote = getattr(config, "auto_map", {}).get(auto_class.__name__, "")
-            if saved_as in (getattr(model_class, "__name__", None), remote.rpartition(".")[2]):
-                return auto_class
-    return AutoModel
 
 
 def _documents(arguments: InputArguments) -> Dataset:

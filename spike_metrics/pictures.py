@@ -1,7 +1,4 @@
-"""Pictures of a model's spikes as PNG files, and one HTML page that holds them all.
-
-Colours are Okabe and Ito's and the map cividis, which people with any kind of colour blindness can tell apart.
-"""
+"""Pictures of a model's spikes as PNG files, and one HTML page that holds them all."""
 
 import base64
 import io
@@ -19,19 +16,10 @@ from matplotlib.patches import Patch
 
 from .counting import SpikeCount, layer_and_place
 from .energy import EnergyConstants, compute_energy
+from .legend import DENSE, NEGATIVE, PLACES, POSITIVE, SILENT
 
-POSITIVE, NEGATIVE, SILENT = "#D55E00", "#0072B2", "#FFFFFF"
 LEGEND = {"+ spike": POSITIVE, "- spike": NEGATIVE, "silent": SILENT}
-DENSE = "#999999"
 SPIKE_COLOURS = ListedColormap([NEGATIVE, SILENT, POSITIVE])
-PLACES = {
-    "attention.self.neurons": "into query, key, value",
-    "attention.self.key_neurons": "keys",
-    "attention.self.value_neurons": "values",
-    "attention.output.neurons": "attention output",
-    "intermediate.neurons": "feed-forward in",
-    "output.neurons": "feed-forward out",
-}
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -125,7 +113,7 @@ def draw_raster(spikes: dict[str, torch.Tensor], tokens: list[str], layer: int, 
         row[0].set_ylabel(f"{PLACES.get(place, place)}\n{len(shown)} of {group.shape[2]} neurons", fontsize=9)
     for axis in axes[-1]:
         axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
-    _explain_colours(figure)
+    _explain_colours(figure, "lower")  # one time step is too narrow for the title and them
     figure.suptitle(f"Spikes in layer {layer}: tokens across, neurons up", x=0.01, ha="left")
     return figure
 
@@ -145,9 +133,9 @@ def _rate(fired: torch.Tensor) -> float:
     return (fired != 0).float().mean().item()
 
 
-def _explain_colours(figure: Figure) -> None:
+def _explain_colours(figure: Figure, edge: Literal["upper", "lower"] = "upper") -> None:
     patches = [Patch(facecolor=colour, edgecolor=DENSE, label=label) for label, colour in LEGEND.items()]
-    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), frameon=False)
+    figure.legend(handles=patches, loc=f"outside {edge} right", ncols=len(patches), frameon=False)
 
 
 def draw_firing_rates(count: SpikeCount) -> Figure:

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import io
 import json
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ import measure_spikes
 from configuration_spikelm import SpikeLMLlamaConfig
 from modeling_spikelm import SpikeLMLlamaForCausalLM
 from spike_metrics.counting import count
-from spike_metrics.inputs import auto_class_of
+from spike_metrics.heads import auto_class_of
 from spike_metrics.pictures import draw_amplitudes, draw_energy, draw_firing_rates, draw_raster, draw_sentence
 
 
@@ -171,6 +172,13 @@ def test_the_raster_has_its_first_neuron_lowest_and_says_what_white_is():
     low, high = figure.axes[0].get_ylim()
     assert low < high
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["+ spike", "- spike", "silent"]
+
+
+def test_the_title_of_a_narrow_raster_is_not_printed_over():
+    figure = draw_raster({"encoder.layer.0.output.neurons": torch.zeros(1, 2, 3, dtype=torch.int8)}, ["a", "b"], 0)
+    figure.savefig(io.BytesIO(), format="png")
+    title, colours = (part.get_window_extent() for part in (figure._suptitle, figure.legends[0]))
+    assert not title.overlaps(colours)
 
 
 def test_a_sentence_is_drawn_line_by_line_as_it_enters_its_layers():

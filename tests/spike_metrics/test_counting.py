@@ -10,7 +10,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMForMultipleChoice, SpikeLMModel, SpikingNeurons
-from spike_metrics.counting import SpikeCounter, count, record_spikes, spike_amplitude
+from spike_metrics.counting import SpikeCounter, count, record_spikes, spike_amplitude, spike_sizes, spiking_modules
+from tests.spike_metrics.conftest import SIZES
 
 STEPS = 2
 
@@ -320,6 +321,22 @@ def test_record_spikes(model, batch):
         record_spikes(model, batch)
 
 
+@pytest.mark.parametrize("neuron", ["elastic", "lif", "thrifty"])
+def test_what_a_neuron_emits_differs_by_its_spikes_sizes(neuron, batch):
+    torch.manual_seed(0)
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=2, neuron=neuron))
+    model.calibrate([batch])
+    one = {name: value[:1] for name, value in batch.items()}
+    emitted = {}
+    for name, module in spiking_modules(model).items():
+        module.register_forward_hook(lambda module, args, output, name=name: emitted.update({name: output}))
+    signs, sizes = record_spikes(model, one), spike_sizes(model)
+    assert sizes.keys() == emitted.keys()
+    for name, output in emitted.items():
+        shift = getattr(model.get_submodule(name), "shift", torch.zeros(1))
+        torch.testing.assert_close(output.unflatten(0, (2, 1))[:, 0] - shift, signs[name] * sizes[name][:, None])
+
+
 @settings(deadline=None)
 @given(
     st.lists(
@@ -401,5 +418,8 @@ def test_int8_weights_fire_the_spikes_of_the_float_model_that_they_stand_for(neu
     spikes = record_spikes(quantized, batch)
     for group in counted.neurons:
         assert torch.equal((spikes[group.name] > 0).sum(1), group.positive)
+    assert {name: size.shape for name, size in spike_sizes(quantized).items()} == {
+        group.name: group.positive.shape for group in counted.neurons
+    }
     # The model that was counted is what it was.
     assert quantized.config.int8_weights and quantized.embeddings.word_embeddings.int8_weight.dtype == torch.int8
