@@ -2,16 +2,19 @@
 
     python benchmarks/conversion.py --teacher_name_or_path BERT --train_file TEXT --data_dir GLUE --output_dir RUNS
 
-1. The BERT is fine-tuned on every task with every learning rate and number of epochs of the grid, by run_glue.py. Of a
-   task the setting with the best median over the seeds is kept, and its run with the median score becomes the teacher.
-2. The BERT is converted, without any task, once for every variant, by run_distill.py.
+1. The BERT is fine-tuned on every task with every learning rate and number of epochs of the grid, by run_glue.py and
+   with the first seed. Of a task the best setting is kept and trained with the other seeds; its run with the median
+   score becomes the teacher.
+2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
+   student that has been converted already.
 3. Every student learns every task from its teacher, on a grid of the same size, with the same rule.
 
-All scores are those of the last epoch. A sitting that is cut off goes on with the same command.
+All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
+each (`--task_name cola`) can share a folder, and one for all of them then makes the table.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -32,21 +35,25 @@ PATH_NAMES |= {"--teacher_name_or_path": "BERT"}
 @dataclass
 class Arguments:
     teacher_name_or_path: str = field(metadata={"help": "The BERT to convert."})
-    train_file: str = field(metadata={"help": "Text for run_distill.py: a file or a folder."})
     data_dir: str = field(metadata={"help": "GLUE in its own layout (SST-2/train.tsv, ...)."})
     output_dir: str = field(metadata={"help": "Folder for all trainings; the same command again goes on there."})
+    train_file: str | None = field(default=None, metadata={"help": "Text for run_distill.py: a file or a folder."})
     validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on (default: held out)."})
     task_name: list[str] = list_of("cola", "sst2", "mrpc", "stsb", "rte", help="GLUE tasks.")
     variants: list[str] = list_of(
         "num_time_steps=1",
         "neuron=learned,num_time_steps=1",
-        "neuron=thrifty,spike_cost=0.05,num_time_steps=1",
-        help="Configurations of the students.",
+        "neuron=thrifty,spike_cost=0.1,num_time_steps=1",
+        help="The students: fields of a configuration, or the folder of a SpikeLM that is converted already.",
     )
     teacher_learning_rates: list[float] = list_of(5e-5, 1e-4, help="Grid of the teachers.")
     student_learning_rates: list[float] = list_of(1e-4, 3e-4, help="Grid of the students, of the same size.")
-    num_train_epochs: list[int] = list_of(3, 8, help="Grid of both.")
-    num_seeds: int = field(default=3, metadata={"help": "Runs of every setting, with the seeds 0, 1, ..."})
+    teacher_epochs: list[int] = list_of(3, 6, help="Grid of the teachers.")
+    student_epochs: list[int] = list_of(5, 10, help="Grid of the students, of the same size.")
+    large_tasks: list[str] = list_of("sst2", help="Tasks with so many rows that other epochs do.")
+    large_task_epochs: list[int] = list_of(1, 2, help="Grid of teachers and students at large tasks.")
+    large_task_batch_size: int = field(default=128, metadata={"help": "Rows of a step at large tasks."})
+    num_seeds: int = field(default=3, metadata={"help": "Runs of the best setting, with the seeds 0, 1, ..."})
     distill_recipe: str = field(
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
     )
@@ -56,18 +63,26 @@ class Arguments:
     skip_teachers: bool = field(
         default=False, metadata={"help": "An ablation: students learn the tasks from labels alone, as their teachers."}
     )
+    table_only: bool = field(default=False, metadata={"help": "Train nothing; show what has ended so far."})
     jobs: int = field(default=1, metadata={"help": "Trainings at a time; the cores are shared out among them."})
     output: str | None = field(default=None, metadata={"help": "Folder for the table, benchmarks/results."})
 
     def __post_init__(self) -> None:
-        if len(self.teacher_learning_rates) != len(self.student_learning_rates):
-            raise ValueError(
-                "--teacher_learning_rates and --student_learning_rates have to be equally many: a larger grid is an "
-                "advantage of its own."
-            )
+        for grid in ("learning_rates", "epochs"):
+            if len(getattr(self, f"teacher_{grid}")) != len(getattr(self, f"student_{grid}")):
+                raise ValueError(
+                    f"--teacher_{grid} and --student_{grid} have to be equally many: a larger grid is an advantage of "
+                    "its own."
+                )
+        if self.train_file is None and not self.skip_text and not all(map(is_converted, self.variants)):
+            raise ValueError("--train_file is missing: the text that the variants are converted with.")
         for name in ("train_file", "data_dir", "distill_recipe"):
-            if not Path(getattr(self, name)).exists():
+            if getattr(self, name) is not None and not Path(getattr(self, name)).exists():
                 raise ValueError(f"--{name} {getattr(self, name)} does not exist; name a file or a folder that does.")
+
+
+def is_converted(variant: str) -> bool:
+    return Path(variant, "config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,89 @@ class Setting:
         return f"lr={self.learning_rate:g},epochs={self.epochs}"
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """A model that learns the tasks: its name, which is its folder, how run_glue.py gets it, and its grid."""
+
+    name: str
+    folder: Path
+    recipe: str
+    flags: tuple[object, ...]
+    learning_rates: tuple[float, ...]
+    epochs: tuple[int, ...]
+
+    def settings(self, task: str, arguments: Arguments) -> list[Setting]:
+        epochs = arguments.large_task_epochs if task in arguments.large_tasks else self.epochs
+        return [Setting(*point) for point in product(self.learning_rates, epochs)]
+
+    def job(self, task: str, setting: Setting, seed: int, arguments: Arguments) -> Job:
+        """One training of run_glue.py: a task, a setting and a seed."""
+        folder = self.folder / task / setting.name / f"seed_{seed}"
+        large = task in arguments.large_tasks
+        batch = ("--per_device_train_batch_size", arguments.large_task_batch_size) if large else ()
+        command = script(
+            *("run_glue.py", self.recipe, *self.flags, *batch, "--data_dir", arguments.data_dir),
+            *("--task_name", task, "--seed", seed),
+            *("--learning_rate", setting.learning_rate, "--num_train_epochs", setting.epochs),
+            *("--output_dir", folder / "glue"),
+        )
+        return Job(f"{self.name}, {task}, {setting.name}, seed {seed}", folder, (command,), (self.recipe,))
+
+    def first_jobs(self, arguments: Arguments) -> list[Job]:
+        """The grid, of every task, with the first seed."""
+        return [
+            self.job(task, setting, 0, arguments)
+            for task in arguments.task_name
+            for setting in self.settings(task, arguments)
+        ]
+
+    def best_setting(self, task: str, arguments: Arguments) -> Setting | None:
+        """The setting with the best score of the first seed; None until the whole grid has ended."""
+        settings = self.settings(task, arguments)
+        results = [read_result(self.job(task, setting, 0, arguments), 0) for setting in settings]
+        if None in results:
+            return None
+        scores = {setting: result.score for setting, result in zip(settings, results, strict=True) if result}
+        return max(scores, key=lambda setting: scores[setting])
+
+    def other_jobs(self, arguments: Arguments) -> list[Job]:
+        """The best setting of every task with all seeds but the first."""
+        best = {task: self.best_setting(task, arguments) for task in arguments.task_name}
+        return [
+            self.job(task, setting, seed, arguments)
+            for task, setting in best.items()
+            if setting is not None
+            for seed in range(1, arguments.num_seeds)
+        ]
+
+    def results(self, task: str, arguments: Arguments) -> list["Result"]:
+        """Of the best setting what has ended, a result for each seed; empty until the grid has ended."""
+        setting = self.best_setting(task, arguments)
+        if setting is None:
+            return []
+        found = (read_result(self.job(task, setting, seed, arguments), seed) for seed in range(arguments.num_seeds))
+        return [result for result in found if result is not None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What run_glue.py's table has of a task: GLUE's score times 100, and of a SpikeLM its spikes."""
+
+    seed: int
+    score: float
+    folder: Path
+    spikes: Mapping[str, Any]
+
+
+def read_result(job: Job, seed: int) -> Result | None:
+    """The result of a job that has ended well."""
+    if not job.is_finished:
+        return None
+    table = json.loads((job.folder / "glue/glue_results.json").read_text(encoding="utf-8"))
+    (column,) = table["columns"].values()
+    return Result(seed, column["score"], job.folder / "glue" / column["task"], column["spikes"])
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     measure(arguments)
@@ -89,50 +187,69 @@ def main() -> None:
 
 @ending_on_sigterm()
 def measure(arguments: Arguments) -> None:
-    teachers = fine_tuning_jobs(arguments, "teachers", arguments.teacher_learning_rates, arguments.teacher_name_or_path)
-    report_failures(run_all(teachers.values(), arguments.jobs, lambda: None))
-    best = {task: best_setting(teachers, task) for task in arguments.task_name}
-    choose_teachers(best, teachers, Path(arguments.output_dir, "chosen_teachers"))
-
-    starts = {variant: warm_start(arguments, variant) for variant in arguments.variants}
-    if not arguments.skip_text:
-        report_failures(run_all(starts.values(), arguments.jobs, lambda: None))
-    students = {variant: student_jobs(arguments, variant, starts[variant]) for variant in arguments.variants}
+    teacher = dense_model(arguments)
+    students = [student(arguments, variant) for variant in arguments.variants]
 
     def keep_table() -> list[Row]:
-        rows = build_table(arguments, teachers, students)
+        rows = build_table(arguments, teacher, students)
         if arguments.output is not None:
             keep("conversion", TABLE_TITLE, rows, device(), arguments.output, notes(arguments), PATH_NAMES)
         return rows
 
-    failed = run_all([job for jobs in students.values() for job in jobs.values()], arguments.jobs, keep_table)
+    failed: list[Job] = []
+    if not arguments.table_only:
+        failed += compete(teacher, arguments, keep_table)
+        choose_teachers(teacher, arguments)
+        if not arguments.skip_text:
+            raw = [variant for variant in arguments.variants if not is_converted(variant)]
+            failed += run_left([conversion(arguments, variant) for variant in raw], arguments, keep_table)
+        for each in students:
+            failed += compete(each, arguments, keep_table)
     print_table(TABLE_TITLE, keep_table(), notes(arguments))
     report_failures(failed)
 
 
-def grid(arguments: Arguments, learning_rates: Sequence[float]) -> list[Setting]:
-    return [Setting(*point) for point in product(learning_rates, arguments.num_train_epochs)]
+def compete(contestant: Contestant, arguments: Arguments, after_each: Callable[[], object]) -> list[Job]:
+    """Trains a contestant on all tasks: the grid first, then the best settings. Returns the jobs that failed."""
+    failed = run_left(contestant.first_jobs(arguments), arguments, after_each)
+    return failed + run_left(contestant.other_jobs(arguments), arguments, after_each)
 
 
-def fine_tuning_jobs(
-    arguments: Arguments, name: str, learning_rates: Sequence[float], start: str | Path, *flags: object
-) -> dict[Setting, Job]:
-    """A job of run_glue.py, with all tasks and seeds, for every point of the grid."""
-    recipe = "recipes/conversion_teachers.yaml" if name == "teachers" else "recipes/conversion_students.yaml"
-    jobs = {}
-    for setting in grid(arguments, learning_rates):
-        folder = Path(arguments.output_dir, name, setting.name)
-        command = script(
-            *("run_glue.py", recipe, "--model_name_or_path", start, "--data_dir", arguments.data_dir),
-            *("--task_name", *arguments.task_name, "--num_seeds", arguments.num_seeds, "--seed", 0),
-            *("--learning_rate", setting.learning_rate, "--num_train_epochs", setting.epochs),
-            *("--output_dir", folder / "glue", *flags),
-        )
-        jobs[setting] = Job(f"{name}, {setting.name}", folder, (command,), (recipe,))
-    return jobs
+def run_left(jobs: Sequence[Job], arguments: Arguments, after_each: Callable[[], object]) -> list[Job]:
+    """Runs what has not ended well yet; a training is minutes, and there are hundreds."""
+    return run_all([job for job in jobs if not job.is_finished], arguments.jobs, after_each)
 
 
-def warm_start(arguments: Arguments, variant: str) -> Job:
+def dense_model(arguments: Arguments) -> Contestant:
+    return Contestant(
+        name="teacher",
+        folder=Path(arguments.output_dir, "teachers"),
+        recipe="recipes/conversion_teachers.yaml",
+        flags=("--model_name_or_path", arguments.teacher_name_or_path),
+        learning_rates=tuple(arguments.teacher_learning_rates),
+        epochs=tuple(arguments.teacher_epochs),
+    )
+
+
+def chosen_teachers(arguments: Arguments) -> Path:
+    """The folder that holds, by the name of a task, what its students learn from."""
+    return Path(arguments.output_dir, "chosen_teachers")
+
+
+def choose_teachers(teacher: Contestant, arguments: Arguments) -> None:
+    """Links, for every task, the run with the median score of the best setting; what was chosen once stays chosen."""
+    folder = chosen_teachers(arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in arguments.task_name:
+        link = folder / task
+        results = teacher.results(task, arguments)
+        if len(results) < arguments.num_seeds or link.is_symlink():
+            continue
+        middle = sorted(results, key=lambda result: result.score)[(len(results) - 1) // 2]
+        link.symlink_to(middle.folder.resolve(), target_is_directory=True)
+
+
+def conversion(arguments: Arguments, variant: str) -> Job:
     """Converts the BERT without any task."""
     folder = Path(arguments.output_dir, "students", variant, "text")
     validation = ("--validation_file", arguments.validation_file) if arguments.validation_file else ()
@@ -145,95 +262,82 @@ def warm_start(arguments: Arguments, variant: str) -> Job:
     return Job(f"text, {variant}", folder, (command,), (arguments.distill_recipe,))
 
 
-def student_jobs(arguments: Arguments, variant: str, start: Job) -> dict[Setting, Job]:
-    begin: tuple[object, ...] = (start.folder / "student",)
-    if arguments.skip_text:
-        begin = (arguments.teacher_name_or_path, "--model_type", "spikelm", "--config_overrides", variant)
-    chosen = Path(arguments.output_dir, "chosen_teachers")
-    taught = () if arguments.skip_teachers else ("--teacher_name_or_path", chosen)
-    without = "".join(f",without {name}" for name in ("text", "teachers") if getattr(arguments, f"skip_{name}"))
-    name = f"students/{variant}/tasks{without}"
-    return fine_tuning_jobs(arguments, name, arguments.student_learning_rates, begin[0], *begin[1:], *taught)
+def student(arguments: Arguments, variant: str) -> Contestant:
+    """A variant that learns the tasks."""
+    name = Path(variant).resolve().name if is_converted(variant) else variant
+    if is_converted(variant):
+        start: tuple[object, ...] = ("--model_name_or_path", variant)
+    elif arguments.skip_text:
+        start = ("--model_name_or_path", arguments.teacher_name_or_path, "--model_type", "spikelm")
+        start += ("--config_overrides", variant)
+    else:
+        start = ("--model_name_or_path", conversion(arguments, variant).folder / "student")
+    taught = () if arguments.skip_teachers else ("--teacher_name_or_path", chosen_teachers(arguments))
+    skipped = [each for each in ("text", "teachers") if getattr(arguments, f"skip_{each}")]
+    name += "".join(f", without {each}" for each in skipped)
+    return Contestant(
+        name=name,
+        folder=Path(arguments.output_dir, "students", name.replace(" ", "_"), "tasks"),
+        recipe="recipes/conversion_students.yaml",
+        flags=(*start, *taught),
+        learning_rates=tuple(arguments.student_learning_rates),
+        epochs=tuple(arguments.student_epochs),
+    )
 
 
-def results_of(job: Job) -> dict[str, dict[str, Any]]:
-    """What run_glue.py's table has of every task; nothing of a job that has not ended well."""
-    if not job.is_finished:
-        return {}
-    table = json.loads((job.folder / "glue/glue_results.json").read_text(encoding="utf-8"))
-    return {column["task"]: column for column in table["columns"].values()}
+def build_table(arguments: Arguments, teacher: Contestant, students: Sequence[Contestant]) -> list[Row]:
+    """Teacher and students, one a row: score and range of every task, their mean, the gap, firing rate and energy.
 
-
-def best_setting(jobs: dict[Setting, Job], task: str) -> Setting | None:
-    """The finished setting with the best score of a task, the median over the seeds."""
-    scores = {setting: results_of(job)[task]["score"] for setting, job in jobs.items() if task in results_of(job)}
-    return max(scores, key=lambda setting: scores[setting]) if scores else None
-
-
-def choose_teachers(best: dict[str, Setting | None], jobs: dict[Setting, Job], folder: Path) -> None:
-    """Links, for every task, the run with the median score of the best setting; what was chosen once stays chosen."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for task, setting in best.items():
-        link = folder / task
-        if setting is None or link.is_symlink():
-            continue
-        job = jobs[setting]
-        column = results_of(job)[task]
-        scores = dict(zip(column["seeds"], column["metrics"][column["metric"]]["values"], strict=True))
-        middle = sorted(scores, key=lambda seed: scores[seed])[(len(scores) - 1) // 2]
-        of_seed = f"seed_{middle}" if len(scores) > 1 else ""
-        link.symlink_to(Path(job.folder, "glue", task, of_seed).resolve(), target_is_directory=True)
-
-
-def build_table(
-    arguments: Arguments, teachers: dict[Setting, Job], students: dict[str, dict[Setting, Job]]
-) -> list[Row]:
-    """Teacher and variants, one a row: score and range of every task, their mean, the gap, firing rate and energy."""
-    dense = {task: best_column(teachers, task) for task in arguments.task_name}
-    rows = [_row("teacher", dense, dense)]
-    for variant, jobs in students.items():
-        columns = {task: best_column(jobs, task) for task in arguments.task_name}
-        if any(columns.values()):
-            rows.append(_row(variant, columns, dense))
+    A mean is over all tasks, so there is none as long as one is missing.
+    """
+    dense = {task: teacher.results(task, arguments) for task in arguments.task_name}
+    rows = [_row(teacher, dense, arguments)]
+    for each in students:
+        if any(each.results(task, arguments) for task in arguments.task_name):
+            rows.append(_row(each, dense, arguments))
     return rows
 
 
-def best_column(jobs: dict[Setting, Job], task: str) -> dict[str, Any] | None:
-    setting = best_setting(jobs, task)
-    return None if setting is None else results_of(jobs[setting])[task] | {"setting": setting.name}
-
-
-def _row(name: str, columns: dict[str, dict | None], dense: dict[str, dict | None]) -> Row:
-    row: Row = {"model": name}
-    for task, column in columns.items():
-        row[task] = _score(column) if column else None
-    both = [(column, dense[task]) for task, column in columns.items() if column and dense[task]]
-    is_whole = len(both) == len(columns)
-    row["mean"] = f"{fmean(column['score'] for column, _ in both):.1f}" if is_whole else None
-    row["gap"] = f"{fmean(other['score'] - column['score'] for column, other in both):.1f}" if is_whole else None
+def _row(contestant: Contestant, dense: Mapping[str, list[Result]], arguments: Arguments) -> Row:
+    found = {task: contestant.results(task, arguments) for task in arguments.task_name}
+    row: Row = {"model": contestant.name}
+    for task, results in found.items():
+        row[task] = _score(results) if results else None
+    is_whole = all(found.values()) and all(dense.values())
+    row["mean"] = f"{fmean(map(_median, found.values())):.1f}" if is_whole else None
+    gaps = [_median(dense[task]) - _median(results) for task, results in found.items()] if is_whole else []
+    row["gap"] = f"{fmean(gaps):.1f}" if gaps else None
     for title, figure, form in (
         ("firing rate", "firing_rate", ".1%"),
         ("dense / this, energy", "encoder_energy_ratio", ".2f"),
     ):
-        values = [column["spikes"][figure]["median"] for column, _ in both if figure in column["spikes"]]
+        values = [r.spikes[figure]["median"] for results in found.values() for r in results if figure in r.spikes]
         row[title] = format(median(values), form) if values else None
-    row["settings"] = "; ".join(dict.fromkeys(column["setting"] for column, _ in both))
+    settings = {task: contestant.best_setting(task, arguments) for task in found}
+    row["settings"] = "; ".join(f"{task}: {setting.name}" for task, setting in settings.items() if setting)
     return row
 
 
-def _score(column: dict[str, Any]) -> str:
-    values = column["metrics"][column["metric"]]
-    spread = f" ({values['lowest']:.1f} .. {values['highest']:.1f})" if len(values["values"]) > 1 else ""
-    return f"{values['median']:.1f}{spread}"
+def _median(results: Sequence[Result]) -> float:
+    return median(result.score for result in results)
+
+
+def _score(results: Sequence[Result]) -> str:
+    scores = [result.score for result in results]
+    spread = f" ({min(scores):.1f} .. {max(scores):.1f})" if len(scores) > 1 else ""
+    return f"{median(scores):.1f}{spread}"
 
 
 def notes(arguments: Arguments) -> list[str]:
-    recipes = ["recipes/conversion_teachers.yaml", "recipes/conversion_students.yaml", arguments.distill_recipe]
+    recipes = ["recipes/conversion_teachers.yaml", "recipes/conversion_students.yaml"]
+    if not all(map(is_converted, arguments.variants)):
+        recipes.append(arguments.distill_recipe)
     return [
         f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {arguments.num_seeds} "
-        "seeds, of the setting with the best median. Gap: the mean over tasks of teacher less student. Energy: the "
-        "encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network with ternary "
-        "activations and no time steps, so against such a one the ratio is 1.",
+        "seeds, of the setting that is best with the first seed. Gap: the mean over tasks of teacher less student. "
+        "Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network "
+        "with ternary activations and no time steps, so against such a one the ratio is 1. Steps of large tasks "
+        f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",
         budget_note(recipes),
     ]
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
@@ -27,6 +26,9 @@ def set_up_logging(arguments: TrainingArguments) -> None:
     Without `--log_level`, our own code logs on the main process what it does to the data and the run, and libraries
     only warnings.
     """
+    # What trains on packed text (convert_packed.py) shares this file, on machines without it.
+    import datasets
+
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     level = arguments.get_process_log_level()
     logging.getLogger().setLevel(level)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,78 +16,131 @@ from tests.glue_tasks.conftest import write_tasks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import conversion
-from conversion import Arguments, Setting, best_column, best_setting, build_table, choose_teachers
-from trainings import FINISHED, Job
+from conversion import (
+    Arguments,
+    Contestant,
+    Setting,
+    build_table,
+    choose_teachers,
+    chosen_teachers,
+    dense_model,
+    student,
+)
+from trainings import FINISHED
 
 
-def finished(folder: Path, scores: dict[str, list[float]], energy_ratio: float = 5.0) -> Job:
-    """A job whose folder holds these scores of every task, by seed."""
-    columns = {}
-    for task, values in scores.items():
-        spread = {"median": sorted(values)[len(values) // 2], "lowest": min(values), "highest": max(values)}
-        columns[task.upper()] = {
-            "task": task,
-            "metric": "accuracy",
-            "score": spread["median"],
-            "seeds": list(range(len(values))),
-            "metrics": {"accuracy": spread | {"values": values}},
-            "spikes": {"firing_rate": {"median": 0.4}, "encoder_energy_ratio": {"median": energy_ratio}},
-        }
-    (folder / "glue").mkdir(parents=True)
-    (folder / "glue/glue_results.json").write_text(json.dumps({"columns": columns}))
-    job = Job("a job", folder, (("a", "command"),))
-    (folder / FINISHED).write_text(job.identity)
-    return job
+def finish(contestant: Contestant, task: str, setting: Setting, seed: int, score: float, given: Arguments) -> Path:
+    """Makes a training one that has ended well, with this score, and returns its folder."""
+    job = contestant.job(task, setting, seed, given)
+    column = {
+        "task": task,
+        "score": score,
+        "spikes": {"firing_rate": {"median": 0.4}, "encoder_energy_ratio": {"median": 5.0}},
+    }
+    (job.folder / "glue").mkdir(parents=True)
+    (job.folder / "glue/glue_results.json").write_text(json.dumps({"columns": {task.upper(): column}}))
+    (job.folder / FINISHED).write_text(job.identity)
+    return job.folder
+
+
+ONE, OTHER = Setting(1e-4, 3), Setting(5e-5, 3)
 
 
 @pytest.fixture
-def teachers(tmp_path) -> dict[Setting, Job]:
-    """Two settings, each better at one task; of the first RTE has the middle seed last."""
-    return {
-        Setting(1e-4, 3): finished(tmp_path / "one", {"rte": [60.0, 80.0, 70.0], "cola": [1.0, 2.0, 3.0]}),
-        Setting(5e-5, 8): finished(tmp_path / "other", {"rte": [90.0, 10.0, 65.0], "cola": [30.0, 20.0, 40.0]}),
-    }
-
-
-def test_of_every_task_the_setting_with_the_best_median_is_kept(teachers):
-    assert best_setting(teachers, "rte") == Setting(1e-4, 3)
-    assert best_setting(teachers, "cola") == Setting(5e-5, 8)
-    assert best_setting({}, "rte") is None
-    # A job that was cut off has no say.
-    (teachers[Setting(5e-5, 8)].folder / FINISHED).unlink()
-    assert best_setting(teachers, "cola") == Setting(1e-4, 3)
-
-
-def test_the_run_with_the_median_score_becomes_the_teacher_and_stays_it(teachers, tmp_path):
-    chosen = tmp_path / "chosen"
-    choose_teachers({"rte": Setting(1e-4, 3), "cola": Setting(5e-5, 8)}, teachers, chosen)
-    assert (chosen / "rte").resolve() == (tmp_path / "one/glue/rte/seed_2").resolve()
-    assert (chosen / "cola").resolve() == (tmp_path / "other/glue/cola/seed_0").resolve()
-    choose_teachers({"rte": Setting(5e-5, 8)}, teachers, chosen)
-    assert (chosen / "rte").resolve() == (tmp_path / "one/glue/rte/seed_2").resolve()
-
-
-def arguments(tmp_path, **more) -> Arguments:
+def given(tmp_path) -> Arguments:
     (tmp_path / "text.txt").write_text("text")
-    paths = {name: str(tmp_path / "text.txt") for name in ("train_file", "data_dir", "distill_recipe")}
-    return Arguments("bert", output_dir=str(tmp_path / "out"), task_name=["rte", "cola"], **(paths | more))
+    file = str(tmp_path / "text.txt")
+    return Arguments(
+        "bert",
+        train_file=file,
+        data_dir=file,
+        output_dir=str(tmp_path / "out"),
+        task_name=["rte", "cola"],
+        variants=["num_time_steps=1"],
+        teacher_learning_rates=[1e-4, 5e-5],
+        teacher_epochs=[3],
+        student_epochs=[3],
+    )
 
 
-def test_the_gap_is_the_mean_over_tasks_of_teacher_less_student(teachers, tmp_path):
-    students = {"num_time_steps=1": {Setting(3e-4, 3): finished(tmp_path / "student", {"rte": [66.0], "cola": [21.0]})}}
-    dense, student = build_table(arguments(tmp_path), teachers, students)
-    assert (dense["rte"], dense["cola"], dense["gap"]) == ("70.0 (60.0 .. 80.0)", "30.0 (20.0 .. 40.0)", "0.0")
-    assert (student["rte"], student["mean"], student["gap"]) == ("66.0", "43.5", "6.5")
-    assert (student["firing rate"], student["dense / this, energy"]) == ("40.0%", "5.00")
-    assert student["settings"] == "lr=0.0003,epochs=3"
-    assert best_column(students["num_time_steps=1"], "rte")["setting"] == "lr=0.0003,epochs=3"
+@pytest.fixture
+def teacher(given) -> Contestant:
+    """RTE has ended, best with a setting whose first seed is the best; of CoLA the grid alone has."""
+    teacher = dense_model(given)
+    for setting, task, scores in (
+        (ONE, "rte", [80.0, 60.0, 70.0]),
+        (OTHER, "rte", [79.0]),
+        (ONE, "cola", [20.0]),
+        (OTHER, "cola", [30.0]),
+    ):
+        for seed, score in enumerate(scores):
+            finish(teacher, task, setting, seed, score, given)
+    return teacher
 
 
-def test_a_larger_grid_for_one_side_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="equally many"):
-        arguments(tmp_path, student_learning_rates=[1e-4, 2e-4, 3e-4])
+def test_the_setting_that_is_best_with_the_first_seed_is_kept_once_the_grid_has_ended(teacher, given):
+    assert teacher.best_setting("rte", given) == ONE
+    assert teacher.best_setting("cola", given) == OTHER
+    others = [(job.folder.parts[-3], job.folder.name) for job in teacher.other_jobs(given)]
+    assert others == [("rte", "seed_1"), ("rte", "seed_2"), ("cola", "seed_1"), ("cola", "seed_2")]
+    # A job that was cut off has no say, and nothing is chosen without it.
+    (teacher.job("cola", ONE, 0, given).folder / FINISHED).unlink()
+    assert teacher.best_setting("cola", given) is None and not teacher.results("cola", given)
+
+
+def test_the_run_with_the_median_score_becomes_the_teacher_and_stays_it(teacher, given):
+    choose_teachers(teacher, given)
+    chosen = chosen_teachers(given)
+    median = teacher.job("rte", ONE, 2, given).folder / "glue/rte"
+    assert (chosen / "rte").resolve() == median.resolve()
+    # Not all seeds have ended.
+    assert not (chosen / "cola").is_symlink()
+    finish(teacher, "rte", replace(ONE, epochs=9), 0, 99.0, given)
+    choose_teachers(teacher, replace(given, teacher_epochs=[3, 9], student_epochs=[3, 9]))
+    assert (chosen / "rte").resolve() == median.resolve()
+
+
+def test_the_gap_is_the_mean_over_tasks_of_teacher_less_student(teacher, given):
+    for seed in (1, 2):
+        finish(teacher, "cola", OTHER, seed, 30.0, given)
+    pupil = student(given, "num_time_steps=1")
+    for task, scores in (("rte", [66.0, 65.0, 67.0]), ("cola", [21.0, 20.0, 28.0])):
+        for setting in pupil.settings(task, given):
+            for seed, score in enumerate(scores if setting.learning_rate == 3e-4 else [0.0]):
+                finish(pupil, task, setting, seed, score, given)
+    dense, row = build_table(given, teacher, [pupil])
+    assert (dense["rte"], dense["cola"], dense["gap"]) == ("70.0 (60.0 .. 80.0)", "30.0 (30.0 .. 30.0)", "0.0")
+    assert (row["rte"], row["mean"], row["gap"]) == ("66.0 (65.0 .. 67.0)", "43.5", "6.5")
+    assert (row["firing rate"], row["dense / this, energy"]) == ("40.0%", "5.00")
+    assert row["settings"] == "rte: lr=0.0003,epochs=3; cola: lr=0.0003,epochs=3"
+
+
+def test_there_is_no_mean_as_long_as_a_task_is_missing(teacher, given):
+    pupil = student(given, "num_time_steps=1")
+    for setting in pupil.settings("rte", given):
+        finish(pupil, "rte", setting, 0, 50.0, given)
+    _, row = build_table(given, teacher, [pupil])
+    assert (row["rte"], row["cola"], row["mean"], row["gap"]) == ("50.0", None, None, None)
+
+
+def test_a_large_task_has_epochs_and_batches_of_its_own(given):
+    pupil = student(given, "num_time_steps=1")
+    assert [setting.epochs for setting in pupil.settings("sst2", given)] == [1, 2, 1, 2]
+    assert [setting.epochs for setting in pupil.settings("rte", given)] == [3, 3]
+    (large,), (small,) = (pupil.job(task, ONE, 0, given).commands for task in ("sst2", "rte"))
+    assert large[large.index("--per_device_train_batch_size") + 1] == "128"
+    assert "--per_device_train_batch_size" not in small
+
+
+def test_a_larger_grid_for_one_side_is_refused(given):
+    with pytest.raises(ValueError, match="--teacher_learning_rates and --student_learning_rates have to be equally"):
+        replace(given, student_learning_rates=[1e-4, 2e-4, 3e-4])
+    with pytest.raises(ValueError, match="--teacher_epochs and --student_epochs have to be equally"):
+        replace(given, student_epochs=[1, 2])
     with pytest.raises(ValueError, match="--train_file nowhere does not exist"):
-        arguments(tmp_path, train_file="nowhere")
+        replace(given, train_file="nowhere")
+    with pytest.raises(ValueError, match="--train_file is missing"):
+        replace(given, train_file=None)
 
 
 @pytest.mark.long
@@ -101,23 +155,28 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
     (tmp_path / "distill.yaml").write_text("max_steps: 4\nmax_seq_length: 32\nmax_eval_samples: 8\n")
     given = Arguments(
         str(tmp_path / "bert"),
-        str(text),
         str(write_tasks(tmp_path / "glue", "RTE", "CoLA")),
         str(tmp_path / "out"),
+        train_file=str(text),
         task_name=["rte", "cola"],
         variants=["neuron=thrifty,num_time_steps=1"],
         teacher_learning_rates=[1e-3],
         student_learning_rates=[1e-3],
-        num_train_epochs=[1],
+        teacher_epochs=[1],
+        student_epochs=[1],
         num_seeds=2,
         distill_recipe=str(tmp_path / "distill.yaml"),
         output=str(tmp_path / "results"),
     )
     conversion.measure(given)
-    dense, student = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
-    assert dense["gap"] == "0.0" and student["model"] == "neuron=thrifty,num_time_steps=1"
-    assert student["gap"] is not None and student["firing rate"].endswith("%")
+    dense, row = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    assert dense["gap"] == "0.0" and row["model"] == "neuron=thrifty,num_time_steps=1"
+    assert row["gap"] is not None and row["firing rate"].endswith("%")
     weights = next((tmp_path / "out").rglob("text/student/model.safetensors"))
     before = weights.stat().st_mtime_ns
-    conversion.measure(given)
+    # What is converted already is a variant by its folder.
+    again = replace(given, variants=[str(weights.parent)], train_file=None)
+    conversion.measure(again)
     assert weights.stat().st_mtime_ns == before
+    rows = json.loads((tmp_path / "results/conversion.json").read_text())[-1]["rows"]
+    assert rows[1]["model"] == "student" and rows[1]["gap"] is not None

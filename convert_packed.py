@@ -1,0 +1,143 @@
+r"""Makes a SpikeLM out of a BERT in the minutes that a GPU is lent for: run_distill.py's losses, on packed text.
+
+    python convert_packed.py recipes/convert_packed.yaml --teacher_name_or_path BERT \
+        --packed_text text.npz --minutes 5 --output_dir out
+
+It needs torch, transformers, accelerate and this project, and neither `datasets` nor a network: pack_text.py writes the
+text elsewhere. The learning rate falls to 0 by the clock, so that it is done when the minutes are over.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from distillation.packed_text import PackedText
+from distillation.teacher import load_teacher
+from distillation.trainer import DistillationTrainer
+from distillation.weighted_terms import LossWeights
+from experiment.arguments import ModelArguments, parse_arguments
+from experiment.models import load_config, load_model, load_tokenizer
+from experiment.reporting import input_errors
+
+WARM_UP = 100
+
+
+@dataclass
+class PackedArguments:
+    teacher_name_or_path: str = field(metadata={"help": "The BERT to learn from, which the student starts as."})
+    packed_text: str = field(metadata={"help": "A file of pack_text.py."})
+    minutes: float = field(metadata={"help": "How long to train, the start of the process not counted."})
+    student: str | None = field(default=None, metadata={"help": "A SpikeLM to start from, in place of the teacher."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Fields of the student's configuration; num_time_steps=4 goes on from one of T = 1."},
+    )
+    tokens_per_batch: int = field(default=16384, metadata={"help": "Tokens of a step, padding included."})
+    sentence_share: float = field(default=0.45, metadata={"help": "Steps on sentences; the others are on text."})
+    sentence_weight: float = field(default=2.0, metadata={"help": "Weight of the error of a sentence's mean state."})
+
+
+class Clock(TrainerCallback):
+    """Ends a training when its time is over.
+
+    Attributes:
+        share_left: how much of the time is left, 1 before the training and 0 at its end.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.began: float | None = None
+
+    @property
+    def share_left(self) -> float:
+        return 1.0 if self.began is None else max(0.0, 1 - (time.monotonic() - self.began) / self.seconds)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_training_stop = control.should_training_stop or self.share_left == 0
+        return control
+
+
+class TimedTrainer(DistillationTrainer):
+    """Its learning rate rises for `WARM_UP` steps and falls to 0, linearly, by a clock."""
+
+    def __init__(self, *args: Any, clock: Clock, **kwargs: Any):
+        super().__init__(*args, callbacks=[clock], **kwargs)
+        self.clock = clock
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * self.clock.share_left
+        )
+        return self.lr_scheduler
+
+
+def main(argv: list[str] | None = None) -> None:
+    with input_errors():
+        arguments, training, given = parse_arguments((PackedArguments, TrainingArguments), argv)
+        if not 0 < arguments.minutes < float("inf"):
+            raise ValueError(f"--minutes {arguments.minutes} is not possible; it must be above 0.")
+        if given.get("per_device_train_batch_size", 1) != 1:
+            raise ValueError(
+                "--per_device_train_batch_size: a step takes --tokens_per_batch tokens; leave the flag out."
+            )
+        # A "row" of the data is a whole batch.
+        training.per_device_train_batch_size = 1
+        if training.max_steps < 0:
+            # More than there is time for, unless a step took less than a millisecond.
+            training.max_steps = int(arguments.minutes * 60_000)
+        student = ModelArguments(
+            model_name_or_path=arguments.student or arguments.teacher_name_or_path,
+            model_type="spikelm",
+            config_overrides=arguments.config_overrides,
+        )
+        config = load_config(student, trains=True)
+        teacher = load_teacher(arguments.teacher_name_or_path, config, is_classifier=False)
+        text = PackedText(
+            arguments.packed_text,
+            arguments.tokens_per_batch,
+            training.max_steps * training.gradient_accumulation_steps * training.world_size,
+            arguments.sentence_share,
+            training.seed,
+        )
+        model = load_model(AutoModel, student, config)
+        tokenizer = load_tokenizer(student)
+    trainer = TimedTrainer(
+        model=model,
+        args=training,
+        teacher=teacher,
+        weights=LossWeights(hidden=1.0, sentence=arguments.sentence_weight, logits=0.0, label=0.0),
+        data_collator=the_batch,
+        train_dataset=text,
+        processing_class=tokenizer,
+        clock=Clock(60 * arguments.minutes),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def the_batch(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What the data holds is batches already, of which a loader takes one at a time."""
+    (batch,) = batches
+    return batch
+
+
+if __name__ == "__main__":
+    main()

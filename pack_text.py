@@ -1,0 +1,53 @@
+"""Packs text into one small file of token ids, for convert_packed.py on a machine that has nothing but a GPU.
+
+python pack_text.py --tokenizer_name BERT --text_files corpus/*.txt --sentence_files sentences.txt --output text.npz
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer, HfArgumentParser
+
+from distillation.packed_text import pack
+from experiment.reporting import input_errors
+
+
+@dataclass
+class PackArguments:
+    tokenizer_name: str = field(metadata={"help": "The BERT to convert: a folder, or a name on the Hub."})
+    output: str = field(metadata={"help": "The file to write, text.npz; must not exist."})
+    text_files: list[str] = field(default_factory=list, metadata={"help": "Running text, of which rows are cut."})
+    sentence_files: list[str] = field(default_factory=list, metadata={"help": "A sentence a line; each stays whole."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = HfArgumentParser(PackArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    output = Path(arguments.output)
+    with input_errors():
+        if output.suffix != ".npz" or output.exists():
+            raise ValueError(f"--output {output}: name a file that ends in .npz and does not exist yet.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"--tokenizer_name {arguments.tokenizer_name} has no tokenizer: {error}") from error
+        count = pack(lines(arguments.text_files), lines(arguments.sentence_files), tokenizer, output)
+    print(f"{output}: {count:,} tokens, {output.stat().st_size / count:.2f} bytes a token")
+
+
+def lines(files: Iterable[str]) -> Iterator[str]:
+    """The lines of text files that hold anything.
+
+    Raises:
+        ValueError: a file cannot be read as UTF-8 text.
+    """
+    for name in files:
+        try:
+            with Path(name).open(encoding="utf-8") as file:
+                yield from (line for line in map(str.strip, file) if line)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} cannot be read as text: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

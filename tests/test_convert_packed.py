@@ -1,0 +1,123 @@
+"""The command for a lent GPU, on this CPU: without `datasets`, by the clock, and from one time step to four."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+import convert_packed
+import pack_text
+from modeling_spikelm import SpikeLMModel
+
+ROOT = Path(__file__).resolve().parent.parent
+# A machine that has no such package, as `import` and `find_spec` see it.
+WITHOUT_DATASETS = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in ABSENT else find(name, *rest)
+ABSENT = {"datasets", "evaluate"}
+sys.modules |= dict.fromkeys(ABSENT)
+import convert_packed
+convert_packed.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    words = [chr(97 + number) for number in range(26)]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=31, **sizes)).save_pretrained(folder / "bert")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    (folder / "running.txt").write_text("\n".join(" ".join(words) for _ in range(40)))
+    (folder / "sentences.txt").write_text("a b c\n\nd e f g\n")
+    files = ["--text_files", str(folder / "running.txt"), "--sentence_files", str(folder / "sentences.txt")]
+    pack_text.main(["--tokenizer_name", str(folder / "bert"), *files, "--output", str(folder / "text.npz")])
+    return folder
+
+
+def command(inputs: Path, output: Path, *flags: str) -> list[str]:
+    return [
+        *("recipes/convert_packed.yaml", "--teacher_name_or_path", str(inputs / "bert")),
+        *("--packed_text", str(inputs / "text.npz"), "--output_dir", str(output), "--tokens_per_batch", "256"),
+        *("--bf16", "False", "--dataloader_num_workers", "0", "--report_to", "none", *flags),
+    ]
+
+
+def test_one_step_is_converted_without_datasets_and_four_go_on_from_it(inputs, tmp_path):
+    flags = command(inputs, tmp_path / "t1", "--minutes", "9", "--max_steps", "3", "--logging_steps", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DATASETS, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = json.loads((tmp_path / "t1/trainer_state.json").read_text())["log_history"]
+    assert len([entry for entry in steps if "loss" in entry]) == 3
+    one = SpikeLMModel.from_pretrained(tmp_path / "t1")
+    teacher = BertModel.from_pretrained(inputs / "bert")
+    assert one.config.neuron == "thrifty" and one.config.num_time_steps == 1
+    assert torch.equal(one.embeddings.word_embeddings.weight, teacher.embeddings.word_embeddings.weight)
+    weight = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(one.get_parameter(weight), teacher.get_parameter(weight))
+
+    more = ["--student", str(tmp_path / "t1"), "--config_overrides", "num_time_steps=4", "--max_steps", "1"]
+    convert_packed.main(command(inputs, tmp_path / "t4", "--minutes", "9", "--learning_rate", "1e-9", *more))
+    four = SpikeLMModel.from_pretrained(tmp_path / "t4")
+    assert four.config.num_time_steps == 4
+    for (name, values), own in zip(four.named_parameters(), one.parameters(), strict=True):
+        expected = own.repeat(4) if name.endswith(".amplitude") else own
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+
+
+def test_it_ends_when_its_minutes_are_over_with_a_learning_rate_that_has_fallen(inputs, tmp_path):
+    convert_packed.main(command(inputs, tmp_path / "out", "--minutes", "0.05", "--logging_steps", "1"))
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert 1 <= state["global_step"] < state["max_steps"]
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates[-1] < max(rates) or len(rates) == 1
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_the_rate_rises_first_and_then_falls_to_nothing_by_the_clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(convert_packed.time, "monotonic", lambda: now[0])
+    clock = convert_packed.Clock(50)
+    assert clock.share_left == 1
+    clock.on_train_begin()
+    shares = []
+    for now[0] in (100.0, 125.0, 150.0, 175.0):
+        shares.append(clock.share_left)
+    assert shares == [1.0, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--minutes", "0"], "--minutes 0.0 is not possible"),
+        (["--minutes", "1", "--per_device_train_batch_size", "4"], "a step takes --tokens_per_batch tokens"),
+        (["--minutes", "1", "--packed_text", "nowhere.npz"], "nowhere.npz is not a file of packed text"),
+        (["--minutes", "1", "--teacher_name_or_path", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_wrong_command_is_one_line(inputs, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit, match=message):
+        convert_packed.main(command(inputs, tmp_path / "out", *flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packing_refuses_what_is_no_text_and_replaces_nothing(inputs, tmp_path):
+    (tmp_path / "there.npz").write_text("mine")
+    start = ["--tokenizer_name", str(inputs / "bert"), "--text_files"]
+    for files, output, message in (
+        (str(inputs / "running.txt"), "there.npz", "does not exist yet"),
+        (str(inputs / "running.txt"), "text.bin", "ends in .npz"),
+        ("nowhere.txt", "new.npz", "nowhere.txt cannot be read as text"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            pack_text.main([*start, files, "--output", str(tmp_path / output)])
+    assert (tmp_path / "there.npz").read_text() == "mine" and not (tmp_path / "new.npz").exists()
