@@ -120,7 +120,8 @@ class SpikeLMBartConfig(SpikingConfig):
         is_known = self.activation_function in ACTIVATIONS
         self._require("activation_function", is_known, f"one of {', '.join(ACTIVATIONS)}")
         self._require("is_encoder_decoder", self.is_encoder_decoder, "True")
-        self._require("int8_weights", not self.int8_weights, "False: there are int8 weights for SpikeLMConfig alone")
+        is_float = not self.int8_embeddings
+        self._require("int8_embeddings", is_float, "False: there are int8 embeddings for SpikeLMConfig alone")
 
     @classmethod
     def translate(cls, dense: dict[str, Any], name: Any) -> dict[str, Any]:

@@ -143,7 +143,8 @@ class SpikeLMLlamaConfig(SpikingConfig):
             kinds is not None and len(kinds) == self.num_hidden_layers and set(kinds) <= possible,
             f"a list of num_hidden_layers={self.num_hidden_layers} times {' or '.join(sorted(possible))}",
         )
-        self._require("int8_weights", not self.int8_weights, "False: there are int8 weights for SpikeLMConfig alone")
+        is_float = not self.int8_embeddings
+        self._require("int8_embeddings", is_float, "False: there are int8 embeddings for SpikeLMConfig alone")
 
     @classmethod
     def translate(cls, dense: dict[str, Any], name: Any) -> dict[str, Any]:

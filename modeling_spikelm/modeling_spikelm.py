@@ -29,10 +29,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
+from .int8_modules import make_embedding
 from .layers import SpikeLMLayer, SpikeLMSelfAttention
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
-from .quantization import QuantizedLayer, make_embedding
+from .quantization import QuantizedLayer
 from .quick_layers import quick
 from .steps import SpikeLMStepMean, repeat_steps
 

@@ -16,7 +16,7 @@ where the spikes m of the encoder's output are the same for every layer of the d
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from .attention import SpikingAttention
 from .calibration import neuron_groups, text_positions
 from .configuration_spikelm_bart import SpikeLMBartConfig
 from .fast_paths import is_transformed
+from .int8_modules import make_linear
 from .neurons import SpikingNeurons, make_neurons
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
@@ -76,13 +77,13 @@ class SpikeLMBartAttention(SpikingAttention):
         super().__init__(config, width // heads, config.attention_dropout, is_causal)
         self.layer = layer
         self.neurons = make_neurons(config, width)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.q_proj = make_linear(config, width, width)
+        self.k_proj = make_linear(config, width, width)
+        self.v_proj = make_linear(config, width, width)
         self.key_neurons = make_neurons(config, width, has_membrane=False)
         self.value_neurons = make_neurons(config, width, has_membrane=False)
         self.output_neurons = make_neurons(config, width)
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = make_linear(config, width, width)
 
     def keys_and_values(self, spikes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Spikes, of spikes."""
@@ -157,11 +158,11 @@ class SpikeLMBartLayer(GradientCheckpointingLayer):
         self.self_attn = SpikeLMBartSelfAttention(config, heads, layer, is_causal)
         self.self_attn_layer_norm = nn.LayerNorm(width)
         self.fc1_neurons = make_neurons(config, width)
-        self.fc1 = nn.Linear(width, intermediate_size)
+        self.fc1 = make_linear(config, width, intermediate_size)
         self.activation_fn = ACT2FN[config.activation_function]
         self.activation_dropout = nn.Dropout(config.activation_dropout)
         self.fc2_neurons = make_neurons(config, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, width)
+        self.fc2 = make_linear(config, intermediate_size, width)
         self.final_layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -264,6 +265,23 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
                 source.update(neuron_groups(module.key_neurons), neuron_groups(module.value_neurons))
         of_source, of_target = text_positions(batch), _target_positions(batch)
         return {group: of_source if group in source else of_target for group in neuron_groups(self)}
+
+    def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:
+        memory_neurons = {
+            layer.encoder_attn: module.memory_neurons
+            for module in self.modules()
+            if isinstance(module, SpikeLMBartDecoder)
+            for layer in module.layers
+        }
+        for module in self.modules():
+            if isinstance(module, SpikeLMBartAttention):
+                yield module, "q_proj", module.neurons
+                for name in ("k_proj", "v_proj"):
+                    yield module, name, memory_neurons.get(module, module.neurons)
+                yield module, "out_proj", module.output_neurons
+            elif isinstance(module, SpikeLMBartLayer):
+                yield module, "fc1", module.fc1_neurons
+                yield module, "fc2", module.fc2_neurons
 
 
 def _target_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ A group of neurons stands before every linear layer of
 so keys are turned to their position first and made into spikes then: what is multiplied, and cached, is ternary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention
 from .configuration_spikelm_llama import SpikeLMLlamaConfig
-from .neurons import make_neurons
+from .int8_modules import make_linear
+from .neurons import SpikingNeurons, make_neurons
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick
@@ -112,13 +113,13 @@ class SpikeLMLlamaAttention(SpikingAttention):
         self.layer = layer
         # Queries, keys and values see the same input, so one group of neurons serves all three.
         self.neurons = make_neurons(config, config.hidden_size)
-        self.q_proj = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, shared_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, shared_size, bias=config.attention_bias)
+        self.q_proj = make_linear(config, config.hidden_size, size, config.attention_bias)
+        self.k_proj = make_linear(config, config.hidden_size, shared_size, config.attention_bias)
+        self.v_proj = make_linear(config, config.hidden_size, shared_size, config.attention_bias)
         self.key_neurons = make_neurons(config, shared_size, has_membrane=False)
         self.value_neurons = make_neurons(config, shared_size, has_membrane=False)
         self.output_neurons = make_neurons(config, size)
-        self.o_proj = nn.Linear(size, config.hidden_size, bias=config.attention_output_bias)
+        self.o_proj = make_linear(config, size, config.hidden_size, config.attention_output_bias)
         # Attentions of transformers ask for it.
         self.sliding_window = config.sliding_window if kind == "sliding_attention" else None
 
@@ -148,11 +149,11 @@ class SpikeLMLlamaMLP(nn.Module):
     def __init__(self, config: SpikeLMLlamaConfig):
         super().__init__()
         self.neurons = make_neurons(config, config.hidden_size)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.gate_proj = make_linear(config, config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = make_linear(config, config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_neurons = make_neurons(config, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = make_linear(config, config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spikes = self.neurons(x)
@@ -223,6 +224,17 @@ class SpikeLMLlamaPreTrainedModel(SpikingPreTrainedModel):
         }
         kinds = dict.fromkeys(config.layer_types or ())
         return {kind: MASKS[kind](config, past_key_values=past_key_values, **given) for kind in kinds}
+
+    def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:
+        for module in self.modules():
+            if isinstance(module, SpikeLMLlamaAttention):
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    yield module, name, module.neurons
+                yield module, "o_proj", module.output_neurons
+            elif isinstance(module, SpikeLMLlamaMLP):
+                for name in ("gate_proj", "up_proj"):
+                    yield module, name, module.neurons
+                yield module, "down_proj", module.down_neurons
 
 
 class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):

@@ -1,6 +1,6 @@
 """What every spiking pre-trained model does, of whatever family."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,16 +23,17 @@ from .calibration import (
     text_positions,
 )
 from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
+from .int8_modules import QuantizedEmbedding, SpikesLinear
 from .neurons import SpikingNeurons
 from .new_modules import watch_new_modules
 from .quantization import (
-    QuantizedEmbedding,
     check_can_quantize,
     check_is_quantized,
     dequantize_layer,
     layer_stacks,
     quantize_layer,
     replace_embeddings,
+    spiking_linears,
 )
 
 
@@ -232,8 +233,13 @@ class SpikingPreTrainedModel(PreTrainedModel):
         )
         return model.to(device=self.device, dtype=self.dtype).train(self.training)
 
+    def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:
+        """Every linear layer that becomes int8 where it stands, as the module it is a part of and its name there, and
+        the neurons before it; none in a form whose layers are exchanged as a whole."""
+        return iter(())
+
     def quantize_weights(self, embeddings: bool = False) -> "SpikingPreTrainedModel":
-        """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
+        """Makes the layers' weights int8, in place and for good, and returns the model: for inference only.
 
         Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Levels
         that the neurons have learned become a part of the weights, before they are rounded, and of the bias. Saved and
@@ -241,25 +247,27 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         Args:
             embeddings: make the rows of the embeddings int8 too, which are real values and so are rounded once more:
-                a small model consists of them by half. Not for a model whose head shares their weight.
+                a small model consists of them by half. For an encoder in BERT's form, and not where a head shares
+                their weight.
 
         Raises:
             ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
-                wear an adapter, the embeddings are shared, the model has no layers of an encoder, or the configuration
-                was changed since the model was built.
+                wear an adapter, the embeddings are shared, or the configuration was changed since the model was built.
         """
         check_configuration(self)
-        stacks = layer_stacks(self)
-        if not stacks:
+        if self.config.int8_weights:
+            raise ValueError("The weights of this SpikeLM are int8 already.")
+        stacks, products = layer_stacks(self), list(self._products())
+        single = [(name, getattr(parent, name)) for parent, name, _ in products]
+        check_can_quantize(spiking_linears(stacks) + single, neuron_groups(self), self.config)
+        if embeddings and (products or self.get_output_embeddings() is not None):
             raise ValueError(
-                f"There are int8 weights for an encoder's layers alone, and a {type(self).__name__} has none."
+                "quantize_weights(embeddings=True) is for an encoder in BERT's form without a masked-LM head, which "
+                "shares the weight of the embeddings; leave the argument out, or quantise the encoder alone "
+                "(AutoModel)."
             )
-        check_can_quantize((layer for stack in stacks for layer in stack), self.config)
-        if embeddings and self.get_output_embeddings() is not None:
-            raise ValueError(
-                "quantize_weights(embeddings=True) is for a model without a masked-LM head, which shares the weight of "
-                "the embeddings; leave the argument out, or quantise the encoder alone (AutoModel)."
-            )
+        for parent, name, neurons in products:
+            setattr(parent, name, SpikesLinear.of(getattr(parent, name), neurons, self.config))
         for stack in stacks:
             for number, layer in enumerate(stack):
                 stack[number] = quantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are SpikeLMLayers by now
@@ -279,6 +287,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """
         if not self.config.int8_weights:
             raise ValueError("dequantize_weights() is for a SpikeLM with int8 weights; this one's are float already.")
+        for parent, name, neurons in list(self._products()):
+            setattr(parent, name, getattr(parent, name).dequantize(neurons))
         for stack in layer_stacks(self):
             for number, layer in enumerate(stack):
                 stack[number] = dequantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are QuantizedLayers

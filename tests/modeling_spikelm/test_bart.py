@@ -131,7 +131,7 @@ def test_other_models_are_refused_by_name(tmp_path):
         ("activation_dropout", 1.0),
         ("activation_function", "gelo"),
         ("is_encoder_decoder", False),
-        ("int8_weights", True),
+        ("int8_embeddings", True),
     ],
 )
 def test_an_impossible_field_is_named(field, value):
@@ -333,8 +333,3 @@ def test_bad_input_is_one_line(batch):
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="needs decoder_start_token_id and pad_token_id"):
         model(**batch)
-
-
-def test_int8_weights_are_refused_by_name():
-    with pytest.raises(ValueError, match="SpikeLMBartForConditionalGeneration has none"):
-        make_model().quantize_weights()

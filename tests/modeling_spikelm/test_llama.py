@@ -110,7 +110,12 @@ def test_heads_that_turn_in_part_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_key_value_heads", 3), ("head_dim", 7), ("layer_types", ["sliding_attention"] * 2), ("int8_weights", True)],
+    [
+        ("num_key_value_heads", 3),
+        ("head_dim", 7),
+        ("layer_types", ["sliding_attention"] * 2),
+        ("int8_embeddings", True),
+    ],
 )
 def test_an_impossible_field_is_named(field, value):
     with pytest.raises(ValueError, match=f"SpikeLMLlamaConfig: {field}="):
@@ -228,8 +233,3 @@ def test_an_adapter_learns_and_becomes_a_part_of_the_weights(batch):
     after = adapted(**batch).logits
     assert not torch.allclose(after, before)
     torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, after, rtol=0, atol=1e-4)
-
-
-def test_int8_weights_are_refused_by_name():
-    with pytest.raises(ValueError, match="SpikeLMLlamaForCausalLM has none"):
-        make_model().quantize_weights()

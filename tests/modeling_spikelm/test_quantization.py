@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForMaskedLM
+from transformers.activations import ACT2FN
 
 from configuration_spikelm import SpikeLMConfig
 from configuration_spikelm.configuration_spiking import NEURONS
@@ -23,9 +24,10 @@ from modeling_spikelm import (
     SpikeLMModel,
     quantization,
 )
+from modeling_spikelm.int8_modules import QuantizedEmbedding, QuantizedLinear
 from modeling_spikelm.learned import Levels, level_spikes_reference
 from modeling_spikelm.neurons import LearnedNeurons
-from modeling_spikelm.quantization import LINEARS, QuantizedEmbedding, QuantizedLinear
+from modeling_spikelm.quantization import LINEARS
 from modeling_spikelm.quantized_neurons import (
     KINDS,
     QuantizedNeurons,
@@ -211,7 +213,7 @@ def test_scale_bias_activation_and_residual(onednn, activation):
     codes = torch.randint(0, 3, (4, 5, 60), dtype=torch.uint8)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
         plain = linear(1.7 * (codes.float() - 1))
-        expected = plain if activation is None else quantization.ACT2FN[activation](plain)
+        expected = plain if activation is None else ACT2FN[activation](plain)
         torch.testing.assert_close(quantized(SpikeCodes(codes, 1.7)), expected, rtol=1e-5, atol=1e-6)
         if activation is None:
             residual = torch.randn(4, 5, 30)
