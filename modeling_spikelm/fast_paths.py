@@ -52,8 +52,11 @@ def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
 
 
 def is_eager_on_gpu(tensor: torch.Tensor) -> bool:
-    """The same of a GPU's tensor, NVIDIA's or AMD's (torch calls the latter cuda, too)."""
-    return tensor.device.type == "cuda" and _is_eager(tensor)
+    """Whether this is a GPU's tensor, NVIDIA's or AMD's (torch calls the latter cuda, too), that nothing traces.
+
+    Not whether it `is_transformed`, for that takes as long as a launch and is known where this is asked.
+    """
+    return tensor.is_cuda and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _is_eager(tensor: torch.Tensor) -> bool:

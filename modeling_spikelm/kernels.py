@@ -37,12 +37,27 @@ logger = logging.get_logger(__name__)
 TILE_ROWS, TILE_CHANNELS = 32, 64
 
 
+# What may begin anywhere in memory, as a part of a larger parameter does; of the other tensors, `_readable` sees to it.
+PARAMETERS = ("amplitude", "scale", "shift", "cost")
+
+# How a kernel was launched on tensors of one kind. For what a launch takes besides, Triton finds it out in each again,
+# which costs a host several times as much, and at T = 1 it is the host that a step waits for.
+_LAUNCHERS: dict[tuple, Callable[..., None]] = {}
+MAX_LAUNCHERS = 4096
+
+
 def _jit(function: Callable) -> Any:
-    return triton.jit(function) if HAS_TRITON else function
+    if not HAS_TRITON:
+        return function
+    names = [name for name in PARAMETERS if name in function.__annotations__]
+    return triton.jit(function, do_not_specialize_on_alignment=names)
 
 
 def runs_in_triton(tensor: torch.Tensor) -> bool:
-    """Whether the neurons of this tensor run in Triton: where it is installed and works, on a GPU, in eager mode."""
+    """Whether the neurons of this tensor run in Triton: where it is installed and works, on a GPU, in eager mode.
+
+    To be asked of a tensor that is not transformed (`is_transformed`).
+    """
     return HAS_TRITON and FAST_PATHS.triton_neurons and is_eager_on_gpu(tensor) and _triton_works(tensor.device)
 
 
@@ -50,7 +65,8 @@ def runs_in_triton(tensor: torch.Tensor) -> bool:
 def _triton_works(device: torch.device) -> bool:
     """Whether a first kernel runs. Triton needs a C compiler, which many containers lack, and a GPU that it knows."""
     try:
-        emit(torch.zeros(1, 1, device=device), torch.ones(1, device=device), 0.0, "symmetric", has_membrane=False)
+        for _ in range(2):  # the second time, Triton is not asked how
+            emit(torch.zeros(1, 1, device=device), torch.ones(1, device=device), 0.0, "symmetric", has_membrane=False)
     except Exception as error:  # its compilers and drivers raise what they like
         reason = str(error).strip().partition("\n")[0]
         logger.warning(
@@ -63,7 +79,7 @@ def _triton_works(device: torch.device) -> bool:
 
 def emit(
     inputs: torch.Tensor,
-    amplitude: torch.Tensor,
+    amplitude: torch.Tensor | None,
     decay: float,
     reset: str,
     has_membrane: bool,
@@ -71,32 +87,34 @@ def emit(
     shift: torch.Tensor | None = None,
     cost: torch.Tensor | None = None,
     is_binary: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    with_codes: bool = True,
+) -> tuple[torch.Tensor, Any]:
     """Spikes and their codes, contiguous and of the shape of the inputs.
 
     Args:
         inputs: `(T, ..., F)`, any floating dtype and strides.
-        amplitude: `(T,)`.
+        amplitude: `(T,)`; of binary spikes it is 1, whatever stands here.
         decay, reset, has_membrane: as for `spike_reference`.
         scale, shift, cost: `(F,)`, as `Levels` has them; None for neurons whose levels are the amplitudes alone.
         is_binary: spikes are 0 or 1 (lif.py), else -1, 0 or 1 amplitudes.
+        with_codes: there will be a backward pass.
 
     Returns:
-        Spikes of the dtype that the products take, and int8 codes. Ternary, 0: no spike (nor of a NaN); +-1: a spike
-        that passes gradient on; +-2: one that does not. Binary, as lif.py has them.
+        Spikes of the dtype that the products take, and int8 codes, or None. Ternary, 0: no spike (nor of a NaN); +-1: a
+        spike that passes gradient on; +-2: one that does not. Binary, as lif.py has them.
     """
-    inputs = inputs.contiguous()
+    inputs = _readable(inputs)
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
-    codes = torch.empty_like(inputs, dtype=torch.int8)
-    levels = _parameters(inputs, amplitude, scale, shift, cost)
-    _launch(_emit, codes, inputs, *levels, spikes, codes, decay, reset, has_membrane, is_binary)
+    codes = torch.empty_like(inputs, dtype=torch.int8) if with_codes else None
+    tensors = inputs, amplitude, scale, shift, cost, spikes, codes
+    _launch(_emit, inputs, tensors, (decay, reset, has_membrane, is_binary))
     return spikes, codes
 
 
 def pass_back(
     spikes_gradient: torch.Tensor,
     codes: torch.Tensor,
-    amplitude: torch.Tensor,
+    amplitude: torch.Tensor | None,
     decay: float,
     reset: str,
     has_membrane: bool,
@@ -105,9 +123,8 @@ def pass_back(
 ) -> torch.Tensor:
     """Gradient of the inputs, of this dtype, from that of the spikes and their codes; arguments as for `emit`."""
     gradient = torch.empty_like(codes, dtype=dtype)
-    levels = _parameters(codes, amplitude)
-    arrived = spikes_gradient.contiguous()
-    _launch(_pass_back, codes, arrived, codes, *levels, gradient, decay, reset, has_membrane, is_binary)
+    tensors = _readable(spikes_gradient), codes, amplitude, gradient
+    _launch(_pass_back, codes, tensors, (decay, reset, has_membrane, is_binary))
     return gradient
 
 
@@ -135,13 +152,13 @@ def pass_back_levels(
     """
     gradient = torch.empty_like(codes, dtype=dtype)
     steps, rows, channels = _sizes(codes)
-    arrived, inputs = spikes_gradient.contiguous(), None if inputs is None else inputs.contiguous()
+    arrived, inputs = _readable(spikes_gradient), None if inputs is None else _readable(inputs)
     # Each tile of rows has sums of its own, added up in one order: the same in every run, as atomic additions are not.
     sums = torch.empty(
         _tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
     )
-    levels = _parameters(codes, amplitude, scale, shift)
-    _launch(_pass_back_levels, codes, arrived, codes, inputs, *levels, gradient, sums, decay, reset, has_membrane)
+    tensors = arrived, codes, inputs, amplitude, scale, shift, gradient, sums
+    _launch(_pass_back_levels, codes, tensors, (decay, reset, has_membrane))
     sums = sums.sum(0)
     signed, total = sums[:steps], sums[steps]
     if inputs is None:
@@ -154,7 +171,7 @@ def unpack(
 ) -> torch.Tensor:
     """The spikes of ternary neurons from their codes: amplitude `(T,)`, or with a shift `(F,)`, sizes `(T, F)`."""
     spikes = torch.empty_like(codes, dtype=dtype)
-    _launch(_unpack, codes, codes, *_parameters(codes, amplitude, shift), spikes)
+    _launch(_unpack, codes, (_readable(codes), amplitude, shift, spikes), ())
     return spikes
 
 
@@ -168,23 +185,39 @@ def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def _parameters(like: torch.Tensor, *parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Parameters as kernels read them: float32, whatever has cast them since, contiguous, where the tensor is."""
-    return [
-        None if values is None else values.detach().to(like.device, torch.float32).contiguous() for values in parameters
-    ]
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as kernels read it: in one piece that begins at a whole number of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _launch(kernel: Any, steps: torch.Tensor, *arguments: Any) -> None:
-    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its last arguments are T and the sizes."""
-    num_steps, rows, channels = _sizes(steps)
-    if not steps.numel():
-        return
-    grid = (_tiles(rows, TILE_ROWS), _tiles(channels, TILE_CHANNELS))
-    sizes = rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS
-    # Triton launches on the current device. Without fusion a product is rounded before it is added, as torch's is.
+def _launch(
+    kernel: Any, steps: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...]
+) -> None:
+    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its arguments are tensors, settings, T and the sizes."""
+    key = kernel.fn, steps.shape, steps.device, settings, *[None if each is None else each.dtype for each in tensors]
+    # Triton launches on the current device.
     with torch.cuda.device_of(steps):
-        kernel[grid](*arguments, *sizes, enable_fp_fusion=False)
+        launcher = _LAUNCHERS.get(key)
+        if launcher is not None:
+            launcher(*tensors)
+        elif steps.numel():
+            _launch_first(key, kernel, steps, tensors, settings)
+
+
+def _launch_first(key: tuple, kernel: Any, steps: torch.Tensor, tensors: tuple, settings: tuple) -> None:
+    """Launches a kernel by Triton's way for the first time, which compiles it, and keeps how to do that again."""
+    num_steps, rows, channels = _sizes(steps)
+    grid = _tiles(rows, TILE_ROWS), _tiles(channels, TILE_CHANNELS), 1
+    settings = (*settings, rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS)
+    # Without fusion a product is rounded before it is added, as torch's is.
+    compiled = kernel[grid](*tensors, *settings, enable_fp_fusion=False)
+    if compiled is None:  # its interpreter compiles nothing
+        return
+    if len(_LAUNCHERS) >= MAX_LAUNCHERS:
+        _LAUNCHERS.clear()
+    launch = compiled[grid]
+    _LAUNCHERS[key] = lambda *tensors: launch(*tensors, *settings)
 
 
 @_jit
@@ -194,6 +227,18 @@ def _tile(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
     return row[:, None] * channels + channel[None, :], channel, (row < rows)[:, None] & is_channel[None, :], is_channel
+
+
+@_jit
+def _of_step(amplitude: tl.tensor, step: tl.constexpr, IS_BINARY: tl.constexpr) -> tl.tensor:
+    """The amplitude of a step, float32, whatever has cast it since."""
+    return 1.0 if IS_BINARY else tl.load(amplitude + step).to(tl.float32)
+
+
+@_jit
+def _of_channels(values: tl.tensor, channel: tl.tensor, is_channel: tl.tensor, other: tl.constexpr) -> tl.tensor:
+    """Values of each channel, float32, as one row of a tile."""
+    return tl.load(values + channel, is_channel, other).to(tl.float32)[None, :]
 
 
 @_jit
@@ -245,14 +290,14 @@ def _emit(
 ) -> None:
     offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
     if scale is not None:
-        channel_scale = tl.load(scale + channel, is_channel, 1.0)[None, :]
-        channel_shift = tl.load(shift + channel, is_channel, 0.0)[None, :]
+        channel_scale = _of_channels(scale, channel, is_channel, 1.0)
+        channel_shift = _of_channels(shift, channel, is_channel, 0.0)
     left = tl.zeros([ROWS, CHANNELS], tl.float32)  # of the membrane, by the step before
     for step in tl.static_range(STEPS):
-        step_amplitude = tl.load(amplitude + step)
+        step_amplitude = _of_step(amplitude, step, IS_BINARY)
         threshold = step_amplitude * 0.5
         if cost is not None:
-            threshold += tl.div_rn(tl.load(cost + channel, is_channel, 0.0)[None, :], step_amplitude * 2.0)
+            threshold += tl.div_rn(_of_channels(cost, channel, is_channel, 0.0), step_amplitude * 2.0)
         limit = threshold + step_amplitude * 0.5
 
         membrane = tl.load(inputs + offsets, is_inside, 0.0).to(tl.float32)
@@ -266,7 +311,8 @@ def _emit(
         is_down = membrane < (0.0 if IS_BINARY else -threshold)
         is_outside = (membrane if IS_BINARY else tl.abs(membrane)) > limit
         direction = is_up.to(tl.int8) - is_down.to(tl.int8)
-        tl.store(codes + offsets, tl.where(is_outside, direction * 2, direction), is_inside)
+        if codes is not None:
+            tl.store(codes + offsets, tl.where(is_outside, direction * 2, direction), is_inside)
 
         sign = tl.where(membrane == membrane, _sign(direction, IS_BINARY), membrane)  # a NaN stays one
         if scale is not None:
@@ -305,7 +351,7 @@ def _pass_back(
         code = tl.load(codes + offsets, is_inside, 0)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, IS_BINARY)
         if HAS_MEMBRANE:
-            step_amplitude = tl.load(amplitude + (STEPS - 1 - back))
+            step_amplitude = _of_step(amplitude, STEPS - 1 - back, IS_BINARY)
             passed += later * _kept_share(_sign(code, IS_BINARY), step_amplitude, decay, RESET)
         tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
         later = passed
@@ -332,8 +378,8 @@ def _pass_back_levels(
     CHANNELS: tl.constexpr,
 ) -> None:
     offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
-    channel_scale = tl.load(scale + channel, is_channel, 1.0)[None, :]
-    channel_shift = tl.load(shift + channel, is_channel, 0.0)[None, :]
+    channel_scale = _of_channels(scale, channel, is_channel, 1.0)
+    channel_shift = _of_channels(shift, channel, is_channel, 0.0)
     num_sums = STEPS + 1 if inputs is None else 2 * STEPS + 3
     # One row of sums after the other, in the order that the function of this name without the line returns them in.
     row_of_sums = sums + tl.program_id(0).to(tl.int64) * num_sums * channels + channel
@@ -353,7 +399,7 @@ def _pass_back_levels(
                 membrane += left
             moved = tl.sum(_passed_on(arrived, code, False) * membrane, 0)
             tl.store(row_of_sums + (STEPS + 1 + step) * channels, moved, is_channel)
-            left = _kept_share(sign, tl.load(amplitude + step), decay, RESET) * membrane
+            left = _kept_share(sign, _of_step(amplitude, step, False), decay, RESET) * membrane
         offsets += step_size
     tl.store(row_of_sums + STEPS * channels, tl.sum(total, 0), is_channel)
 
@@ -366,7 +412,7 @@ def _pass_back_levels(
         code = tl.load(codes + offsets, is_inside, 0)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, False)
         if HAS_MEMBRANE:
-            step_amplitude = tl.load(amplitude + (STEPS - 1 - back))
+            step_amplitude = _of_step(amplitude, STEPS - 1 - back, False)
             passed += later * _kept_share(_sign(code, False), step_amplitude, decay, RESET)
         tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
         if inputs is not None:
@@ -395,9 +441,9 @@ def _unpack(
     for step in tl.static_range(STEPS):
         sign = _sign(tl.load(codes + offsets, is_inside, 0), False)
         if shift is None:
-            spike = sign * tl.load(amplitude + step)
+            spike = sign * _of_step(amplitude, step, False)
         else:
-            size = tl.load(amplitude + step * channels + channel, is_channel, 0.0)[None, :]
-            spike = tl.load(shift + channel, is_channel, 0.0)[None, :] + sign * size
+            size = _of_channels(amplitude + step * channels, channel, is_channel, 0.0)
+            spike = _of_channels(shift, channel, is_channel, 0.0) + sign * size
         tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
         offsets += step_size

@@ -265,7 +265,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             allow_is_bidirectional_skip=attention_mask is None
             or (attention_mask.is_cpu and not is_transformed(hidden_states)),
         )
-        with packing(hidden_states):
+        with packing(hidden_states, self.config.num_time_steps):
             last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)

@@ -352,7 +352,7 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
     def through_layers(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps; every layer gets the other arguments."""
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        with packing(hidden_states):
+        with packing(hidden_states, self.config.num_time_steps):
             for layer in self.layers:
                 hidden_states = layer(hidden_states, *args, **kwargs)
                 if records_layers:

@@ -295,7 +295,7 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         rotary = self.rotary_emb(embeddings, _repeat_rows(position_ids, self.config.num_time_steps))
         hidden_states, _ = self.steps(embeddings)
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        with packing(hidden_states):
+        with packing(hidden_states, self.config.num_time_steps):
             for layer, kind in zip(self.layers, self.layer_types, strict=True):
                 hidden_states = layer(hidden_states, masks[kind], rotary, past_key_values=past_key_values, **kwargs)
                 if records_layers:

@@ -103,11 +103,13 @@ def spikes_of(
     return torch.addcmul(shift, signs.float(), sizes).to(dtype)
 
 
-def packing(hidden_states: torch.Tensor) -> AbstractContextManager:
-    """The context for a forward on `hidden_states`: a `SpikePacking` where something is kept and can be packed."""
+def packing(hidden_states: torch.Tensor, num_time_steps: int) -> AbstractContextManager:
+    """The context for a forward on `hidden_states` `(T * B, ...)`: a `SpikePacking` where it can pack, and pays."""
+    # With a single step on a GPU it does not: that waits for its host, which would have a quarter more to do. And
     # torch.compile decides by itself what to keep and what to compute again from the codes.
     packs = (
         FAST_PATHS.packed_spikes
+        and (num_time_steps > 1 or not runs_in_triton(hidden_states))
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_transformed(hidden_states)
