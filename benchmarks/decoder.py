@@ -28,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     HfArgumentParser,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -118,14 +119,13 @@ def main() -> None:
 def from_gguf(file: Path, folder: Path) -> str:
     """The folder of the Llama in a .gguf file, float32, made if it is not there; transformers reads it with `gguf`."""
     if not (folder / "tokenizer.json").exists():
-        packed = GgufConfig(dequantize=True)
-        read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=packed)
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        read = LlamaForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
         # What was read from such a file cannot be saved itself.
-        del read.config.quantization_config
-        dense = LlamaForCausalLM(read.config)
+        dense = LlamaForCausalLM(LlamaConfig.from_pretrained(**source))
         dense.load_state_dict(read.state_dict())
         dense.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return str(folder)
 
 

@@ -1,4 +1,4 @@
-"""Real processes (gloo) through run_mlm.py: their number changes neither the schedule nor what is trained."""
+"""Real processes (gloo) through the scripts on text: their number changes neither the schedule nor what is trained."""
 
 import json
 from functools import cache
@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import run_clm
 import run_mlm
 from modeling_spikelm import SpikeLMForMaskedLM
+from pretraining_data.tokenizers import train_byte_pairs
 from tests.corpus import TINY, write_corpus
 from tests.forked_processes import launch_forked
 
@@ -86,3 +90,35 @@ def test_a_warm_start_is_calibrated_as_by_a_single_process_on_sharded_weights_to
     )
     assert all(value.all() for value in one.values())
     torch.testing.assert_close(two, one, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("place", ["two_cpu_processes", "fsdp2"])
+def test_a_decoder_learns_from_its_teacher_alike_on_one_and_on_two_processes(place, corpus, tmp_path):
+    """Its head, which makes the logits apart from the model's forward, is sharded too. (The errors of hidden states are
+    in units of each process's own batch.)"""
+    tokenizer = train_byte_pairs(Dataset.from_dict({"text": corpus.read_text().split("\n\n")}), 300)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    flags = f"""--teacher_name_or_path {tmp_path / "teacher"} --train_file {corpus} --max_train_samples 40
+        --max_eval_samples 4 --max_seq_length 32 --config_overrides num_time_steps=2 --max_steps 4 --learning_rate 1e-3
+        --max_grad_norm 0 --logging_steps 1 --save_strategy no --seed 0 --spike_batches 0 --report_to none
+        --disable_tqdm True --train_embeddings --hidden_weight 0""".split()
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_clm.main([*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(one)])
+    on_two = [*flags, "--per_device_train_batch_size", "2", "--output_dir", str(two)]
+    if place == "fsdp2":
+        script = [SHARDED[0], "run_clm.py", *SHARDED[1:], *on_two]
+        more = ["--fsdp_transformer_layer_cls_to_wrap", "SpikeLMLlamaLayer"]
+    else:
+        script, more = ["run_clm.py", "--use_cpu", *on_two], []
+    more += ["--num_processes", "2", "--mixed_precision", "no"]
+    done = launch_forked(place, script, *more, ACCELERATE_TORCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [torch.tensor(logged(folder, "loss")) for folder in (one, two)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    weights = [load_file(folder / "model.safetensors") for folder in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4, msg=name)

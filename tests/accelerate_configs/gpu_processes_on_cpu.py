@@ -1,9 +1,9 @@
-"""run_mlm.py in processes that accelerate takes for GPU processes, though they compute on the CPU and talk over gloo.
+"""A script in processes that accelerate takes for GPU processes, though they compute on the CPU and talk over gloo.
 
 For CPU processes accelerate ignores FSDP and DeepSpeed and trains with DDP, without a word. So the questions for a GPU
 are answered here; everything after them is what runs on GPUs.
 
-    ACCELERATE_TORCH_DEVICE=cpu accelerate launch --config_file CONFIG THIS_FILE ...
+    ACCELERATE_TORCH_DEVICE=cpu accelerate launch --config_file CONFIG THIS_FILE [run_clm.py, default run_mlm.py] ...
 """
 
 import importlib
@@ -21,6 +21,5 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 if __name__ == "__main__":
-    import run_mlm
-
-    run_mlm.main(sys.argv[1:])
+    script, *arguments = sys.argv[1:] if sys.argv[1].endswith(".py") else ["run_mlm.py", *sys.argv[1:]]
+    importlib.import_module(script.removesuffix(".py")).main(arguments)
