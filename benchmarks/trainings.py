@@ -158,13 +158,9 @@ def _values(recipe: str) -> dict:
     return yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
 
 
-def prepare_corpus(arguments: TrainingsArguments) -> Path:
-    """Packs the text once for all trainings, with the tokenizer they share; what was packed before is not touched.
-
-    Raises:
-        SystemExit: run_mlm.py could not; what it said is on the screen.
-    """
-    # Another text or another budget is another corpus; a copy of the files, or another comment in the recipe, is not.
+def source_digest(arguments: TrainingsArguments) -> str:
+    """Of the text and the budget: another text or another budget is another corpus; a copy of the files, or another
+    comment in the recipe, is not."""
     digest = hashlib.sha256(json.dumps(_values(arguments.pretrain_recipe), sort_keys=True).encode())
     for source in map(Path, filter(None, (arguments.train_file, arguments.validation_file))):
         digest.update(b"\0source")
@@ -173,7 +169,16 @@ def prepare_corpus(arguments: TrainingsArguments) -> Path:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             # The ending says how a file is read, and is no part of the path from a file to itself.
             digest.update(f"\0{path.relative_to(source)}\0{path.suffix.lower()}\0{content}".encode())
-    corpus = Path(arguments.output_dir, f"corpus-{digest.hexdigest()[:12]}")
+    return digest.hexdigest()[:12]
+
+
+def prepare_corpus(arguments: TrainingsArguments) -> Path:
+    """Packs the text once for all trainings, with the tokenizer they share; what was packed before is not touched.
+
+    Raises:
+        SystemExit: run_mlm.py could not; what it said is on the screen.
+    """
+    corpus = Path(arguments.output_dir, f"corpus-{source_digest(arguments)}")
     if not corpus.exists():
         validation = ("--validation_file", arguments.validation_file) if arguments.validation_file else ()
         command = script(
