@@ -3,7 +3,8 @@
     python draw_spikes.py --model_name_or_path runs/base --text "A sentence." --output_dir pictures
     python draw_spikes.py --model_name_or_path runs/base --text_file texts/ --output_dir pictures
 
-sentence.png and the rasters show the first sequence, the other pictures the mean over all, without padding.
+sentence.png and the rasters show the first sequence, the other pictures the mean over all, without padding. Of an
+encoder and a decoder there are two of each: of the sequence that is read, and of what is written of it.
 """
 
 import shlex
@@ -11,12 +12,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
+import torch
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from configuration_spikelm.configuration_spiking import NEURONS, SpikingConfig
 from experiment.reporting import input_errors
 from experiment.written_files import WrittenFiles
-from spike_metrics.counting import SpikeCount, count, record_spikes
+from spike_metrics.counting import SpikeCount, count, layer_and_place, record_spikes
 from spike_metrics.energy import compute_energy
 from spike_metrics.inputs import InputArguments, load_inputs
 from spike_metrics.pictures import (
@@ -27,6 +29,8 @@ from spike_metrics.pictures import (
     draw_sentence,
     write_pictures,
 )
+from spike_metrics.positions import sees_target
+from spike_metrics.report import titles
 
 
 @dataclass
@@ -57,32 +61,38 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{inputs.model_name_or_path} has no spiking neurons to draw; measure_spikes.py counts a dense model."
             )
-        layers = chosen_layers(counted, pictures.raster_layers)
+        sides = {
+            side: chosen_layers(groups, pictures.raster_layers)
+            for side, groups in sides_of([group.name for group in counted.neurons]).items()
+        }
         written = WrittenFiles(pictures.output_dir)
-        rasters = [f"raster_layer_{layer}" for layer in layers]
-        files = [f"{name}.png" for name in ("sentence", *rasters, "firing_rates", "amplitudes", "energy")] + [
-            "index.html"
+        by_side = [
+            f"{side}{picture}"
+            for side, layers in sides.items()
+            for picture in ("sentence", *(f"raster_layer_{layer}" for layer in layers))
         ]
+        files = [f"{name}.png" for name in (*by_side, "firing_rates", "amplitudes", "energy")] + ["index.html"]
         written.refuse_others(*files)
-    first = next(iter(batches))
-    length = int(first["attention_mask"][0].sum())
-    spikes = record_spikes(model, {name: value[:1, :length] for name, value in first.items()})
-    spikes = {name: group[:, : pictures.raster_tokens] for name, group in spikes.items()}
-    tokens = tokenizer.convert_ids_to_tokens(first["input_ids"][0, : min(length, pictures.raster_tokens)])
-    # A dollar would start a formula in a label.
-    tokens = [token.replace("$", r"\$") for token in tokens]
-    figures = {
-        "sentence": (
-            "The first sequence, a line for each token: what the neurons at the entrance of a layer fire.",
-            draw_sentence(spikes, tokens, layers, pictures.raster_neurons),
+    first = only_first(next(iter(batches)))
+    spikes = record_spikes(model, first)
+    figures = {}
+    for side, layers in sides.items():
+        what = SIDES[side]
+        ids = first["decoder_input_ids" if what == "written" else "input_ids"][0, : pictures.raster_tokens]
+        tokens = labels(tokenizer, ids.tolist())
+        seen = {name: spikes[name][:, : len(tokens)] for name in sides_of(list(spikes))[side]}
+        figures[f"{side}sentence"] = (
+            f"The first sequence{as_is(what)}, a line for each token: what the neurons at the entrance of a layer "
+            "fire.",
+            draw_sentence(seen, tokens, layers, pictures.raster_neurons),
         )
-    }
-    for layer, raster in zip(layers, rasters, strict=True):
-        figures[raster] = (
-            f"The first sequence in layer {layer}: every group of neurons, in the order in which data flows through "
-            "it. Look for neurons (lines) that always fire or never do, and tokens (columns) that look alike.",
-            draw_raster(spikes, tokens, layer, pictures.raster_neurons),
-        )
+        for layer in layers:
+            figures[f"{side}raster_layer_{layer}"] = (
+                f"The first sequence{as_is(what)} in layer {layer}: every group of neurons, in the order in which data "
+                "flows through it. Look for neurons (lines) that always fire or never do, and tokens (columns) that "
+                "look alike.",
+                draw_raster(seen, tokens, layer, pictures.raster_neurons),
+            )
     figures["firing_rates"] = (
         "How often each group fires in each time step, all sequences.",
         draw_firing_rates(counted),
@@ -97,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_energy(counted),
     )
     command = shlex.join(["python", "draw_spikes.py", *(sys.argv[1:] if argv is None else argv)])
-    sentence = tokenizer.decode(first["input_ids"][0, :length], skip_special_tokens=True)
+    sentence = tokenizer.decode(first["input_ids"][0], skip_special_tokens=True)
     table = {"first sequence": sentence, **facts(model.config, counted), "made by": command}
     name = Path(inputs.model_name_or_path).name
     with written.writing(*files):
@@ -105,9 +115,50 @@ def main(argv: list[str] | None = None) -> None:
     print(f"The pictures are in {pictures.output_dir}; open {page}")
 
 
-def chosen_layers(counted: SpikeCount, wanted: list[int]) -> list[int]:
-    """Numbers of the layers wanted, negative ones counted from the end, each once and in order."""
-    layers = sorted({group.layer for group in counted.neurons if group.layer is not None})
+# What the tokens are that a side of a model sees, by what the names of its pictures begin with.
+SIDES = {"": "", "encoder_": "read", "decoder_": "written"}
+
+
+def as_is(what: str) -> str:
+    return f" as it is {what}" if what else ""
+
+
+def labels(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Tokens as a picture takes them; a model may write an id that its tokenizer has no token for."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    # A dollar would start a formula in a label.
+    return [
+        str(number) if token is None else token.replace("$", r"\$") for number, token in zip(ids, tokens, strict=True)
+    ]
+
+
+def sides_of(groups: list[str]) -> dict[str, list[str]]:
+    """Groups of neurons by the tokens that they see, in pictures that begin with a key of `SIDES`.
+
+    Of a decoder beside an encoder those that see the encoder's tokens are in no picture of tokens.
+    """
+    if not any(sees_target(name) for name in groups):
+        return {"": groups}
+    encoder = [name for name in groups if layer_and_place(name)[1].startswith("encoder.")]
+    return {"encoder_": encoder, "decoder_": [name for name in groups if sees_target(name)]}
+
+
+def only_first(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first sequence of a batch without its padding, and what is written of it."""
+    lengths = {
+        prefix: int(batch[f"{prefix}attention_mask"][0].sum())
+        for prefix in ("", "decoder_")
+        if f"{prefix}attention_mask" in batch
+    }
+    return {
+        name: values[:1, : lengths["decoder_" if name.startswith("decoder_") else ""]] for name, values in batch.items()
+    }
+
+
+def chosen_layers(groups: list[str], wanted: list[int]) -> list[int]:
+    """Numbers of the layers wanted of those that groups are in, negative ones counted from the end, each once and in
+    order."""
+    layers = sorted({layer for layer, _ in map(layer_and_place, groups) if layer is not None})
     outside = [layer for layer in wanted if not -len(layers) <= layer < len(layers)]
     if outside:
         raise ValueError(f"--raster_layers {outside[0]}: the model has the layers 0 to {len(layers) - 1}.")
@@ -116,15 +167,16 @@ def chosen_layers(counted: SpikeCount, wanted: list[int]) -> list[int]:
 
 def facts(config: SpikingConfig, counted: SpikeCount) -> dict[str, str]:
     own, dense = compute_energy(counted.encoder), compute_energy(counted.encoder, dense=True)
+    layers = [config.num_hidden_layers, *([config.decoder_layers] if config.is_encoder_decoder else [])]
     used = {name: getattr(config, name) for name in ("amplitude_scale", "spike_cost") if name in NEURONS[config.neuron]}
     return {
-        "layers x width": f"{config.num_hidden_layers} x {config.hidden_size}",
+        "layers x width": f"{' + '.join(map(str, layers))} x {config.hidden_size}",
         "neuron": ", ".join([config.neuron, *(f"{name} {value}" for name, value in used.items())]),
         "time steps": f"{counted.num_time_steps}",
         "sequences": f"{counted.sequences}",
         "tokens per sequence, without padding": f"{counted.tokens / counted.sequences:.1f}",
         "firing rate": f"{counted.firing_rate:.1%}",
-        "encoder, mJ per sequence": f"{own.convention:.4f}",
+        f"{titles(counted)['encoder']}, mJ per sequence": f"{own.convention:.4f}",
         "the same without spikes": f"{dense.convention:.4f}, {dense.convention / own.convention:.2f} times as much",
     }
 

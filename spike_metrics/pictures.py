@@ -185,14 +185,14 @@ def _draw_steps(values: dict[str, list[float]], title: str, form: str, largest: 
 def draw_energy(count: SpikeCount, constants: EnergyConstants | None = None) -> Figure:
     """Energy per sequence of every kind of product, beside that of the dense network.
 
-    The encoder's layers and what follows them (pooler, heads) are panels of their own scale: a decoder over the whole
+    The layers and what follows them (pooler, heads) are panels of their own scale: a decoder over the whole
     vocabulary costs as much with spikes as without, and would hide all else.
     """
     encoder = count.encoder
     rest = replace(count, products=[product for product in count.products if product.layer is None])
     panels = {
         title: part
-        for title, part in (("encoder, all layers together", encoder), ("behind the encoder", rest))
+        for title, part in (("all layers together", encoder), ("outside of the layers", rest))
         if part.products
     }
     sizes = [1 + len(part.by_place()) for part in panels.values()]

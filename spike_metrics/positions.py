@@ -15,6 +15,12 @@ from torch import nn
 _SEES_SOURCE = re.compile(
     r"(^|\.)encoder\.|\.encoder_attn\.(k_proj|v_proj|key_neurons|value_neurons)(\.|$)|\.memory_neurons(\.|$)"
 )
+_IN_DECODER = re.compile(r"(^|\.)decoder\.layers\.")
+
+
+def sees_target(name: str) -> bool:
+    """Whether a module, by its name, is in the layers of a decoder beside an encoder and sees what that writes."""
+    return bool(_IN_DECODER.search(name)) and not _SEES_SOURCE.search(name)
 
 
 @dataclass(frozen=True)

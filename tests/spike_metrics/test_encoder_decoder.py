@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
+import draw_spikes
 import measure_spikes
 from configuration_spikelm import SpikeLMBartConfig
 from modeling_spikelm import SpikeLMBartForConditionalGeneration
@@ -46,7 +47,8 @@ def writer(pairs) -> SpikeLMBartForConditionalGeneration:
 
 def make_writer(pairs, **fields) -> SpikeLMBartForConditionalGeneration:
     torch.manual_seed(0)
-    model = SpikeLMBartForConditionalGeneration(SpikeLMBartConfig(**SIZES, num_time_steps=2, init_std=0.3, **fields))
+    fields = {"num_time_steps": 2, "init_std": 0.3} | fields
+    model = SpikeLMBartForConditionalGeneration(SpikeLMBartConfig(**SIZES | fields))
     model.calibrate(pairs)
     return model
 
@@ -141,7 +143,8 @@ def test_a_layer_and_its_stack_are_told_from_a_name():
     assert layer_and_place("model.layers.1.mlp.down_proj") == (1, "mlp.down_proj")
 
 
-def test_the_command_counts_what_a_model_writes(writer, tokenizer, tmp_path, capsys):
+def test_the_commands_count_and_draw_what_a_model_reads_and_writes(pairs, tokenizer, tmp_path, capsys):
+    writer = make_writer(pairs, num_time_steps=1, encoder_layers=1, decoder_layers=1)
     # Words for ids that the tokenizer has, but its own padding, which is 0.
     writer.config.pad_token_id = writer.generation_config.pad_token_id = tokenizer.pad_token_id
     writer.save_pretrained(tmp_path / "writer")
@@ -158,5 +161,9 @@ def test_the_command_counts_what_a_model_writes(writer, tokenizer, tmp_path, cap
     assert report["counts"]["written_tokens"] == int((written[:, 1:] != tokenizer.pad_token_id).sum())
     token = report["energy_mj_per_sequence"]["written_token"]
     assert 0 < token["convention"] < token["dense"]
+    pictures = tmp_path / "pictures"
+    draw_spikes.main([*arguments, "--text", *sentences, "--max_new_tokens", "5", "--output_dir", str(pictures)])
+    sides = [f"{side}_{name}.png" for side in ("encoder", "decoder") for name in ("raster_layer_0", "sentence")]
+    assert {*sides, "energy.png", "index.html"} <= {path.name for path in pictures.iterdir()}
     with pytest.raises(SystemExit, match="--max_new_tokens 33 is more than the model's max_position_embeddings=32"):
         measure_spikes.main([*arguments, "--text", "a", "--max_new_tokens", "33"])
