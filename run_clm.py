@@ -29,8 +29,8 @@ from transformers import (
 
 from configuration_spikelm import SpikeLMLlamaConfig
 from distillation.arguments import DistillationArguments
+from distillation.causal import CausalTermsTrainer
 from distillation.teacher import Teacher, load_teacher
-from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -120,7 +120,7 @@ def check_flags(
     data: TextArguments, teaching: DistillationArguments, training: TrainingArguments, given: Mapping[str, Any]
 ) -> None:
     """Refuses flags that say nothing here."""
-    teaching.check_flags(given)
+    teaching.check_flags_of_a_writer(given)
     data.check_stream(training)
     if training.label_smoothing_factor:
         raise ValueError(
@@ -175,7 +175,7 @@ def make_trainer(
     training: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    kind = partial(DistillationTrainer, **teaching.options(teacher)) if teacher else WholeStepsTrainer
+    kind = partial(CausalTermsTrainer, **teaching.options(teacher)) if teacher else WholeStepsTrainer
     trainer = kind(
         model=model,
         args=training,

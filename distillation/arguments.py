@@ -11,6 +11,9 @@ from experiment.model_card import shown_name
 from .teacher import Teacher
 from .weighted_terms import LossWeights
 
+# Terms that are about a sentence, or an encoder's last layer.
+_OF_ENCODERS = ("sentence_weight", "value_relation_weight")
+
 
 @dataclass
 class DistillationArguments:
@@ -115,6 +118,16 @@ class DistillationArguments:
                 f"--{idle[0]} is about learning from a teacher; name one with --teacher_name_or_path, or leave the "
                 "flag out."
             )
+
+    def check_flags_of_a_writer(self, given: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: a flag was given that says nothing without a teacher, or to a student that writes.
+        """
+        self.check_flags(given)
+        for name in _OF_ENCODERS if self.teacher_name_or_path else ():
+            if getattr(self, name):
+                raise ValueError(f"--{name} is about an encoder alone; leave it out.")
 
     def teacher_of(self, task: str) -> str | None:
         """The teacher of a GLUE task: its folder, where `run_glue.py` has written one for each task, or the one named.

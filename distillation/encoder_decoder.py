@@ -10,9 +10,6 @@ from .arguments import DistillationArguments
 from .losses import hidden_state_errors, soft_label_loss
 from .weighted_terms import Batch, WeightedTermsTrainer
 
-# Terms that are about a sentence, or an encoder's last layer.
-NO_TERMS_HERE = ("sentence_weight", "value_relation_weight")
-
 
 class EncoderDecoderTermsTrainer(WeightedTermsTrainer):
     """Of encoder and decoder in BART's form.
@@ -50,11 +47,6 @@ def check_flags(teaching: DistillationArguments, given: Mapping[str, Any], label
     Raises:
         ValueError: a flag was given that says nothing to a student that writes.
     """
-    teaching.check_flags(given)
-    if teaching.teacher_name_or_path is None:
-        return
-    for name in NO_TERMS_HERE:
-        if getattr(teaching, name):
-            raise ValueError(f"--{name} is about an encoder alone; leave it out.")
-    if label_smoothing:
+    teaching.check_flags_of_a_writer(given)
+    if teaching.teacher_name_or_path and label_smoothing:
         raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")

@@ -73,6 +73,41 @@ def token_logits_loss(
     return torch.stack(losses).sum() / len(inputs)
 
 
+def next_token_losses(
+    student_states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    labels: torch.Tensor,
+    is_token: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a causal student the divergence from its teacher at every token, as `token_logits_loss`, and the cross-entropy
+    of its labels, from the same logits.
+
+    Args:
+        student_states, teacher_states: `(B, L, H)` last hidden states.
+        student_head, teacher_head: from `(N, H)` to logits `(N, V)`.
+        labels: `(B, L)` token ids, each predicted at the position before it; -100 where nothing is.
+
+    Returns:
+        The means over tokens and over labels, in nats.
+    """
+    next_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[is_token]
+    inputs, targets = student_states[is_token], teacher_states.detach()[is_token]
+
+    def sums(inputs: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head(targets)
+        logits = student_head(inputs)
+        divergence = soft_label_loss(logits, teacher_logits, temperature) * len(inputs)
+        return torch.stack([divergence, nn.functional.cross_entropy(logits.float(), labels, reduction="sum")])
+
+    parts = (values.split(POSITIONS_AT_A_TIME) for values in (inputs, targets, next_labels))
+    totals = torch.stack([checkpoint(sums, *part, use_reentrant=False) for part in zip(*parts, strict=True)]).sum(0)
+    return totals[0] / len(inputs), totals[1] / (next_labels != -100).sum()
+
+
 def soft_label_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:

@@ -43,9 +43,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.kind = kind
-        # Of values, which heads of queries may share.
-        heads = model.config.num_attention_heads
-        self.num_heads: int = getattr(model.config, "num_key_value_heads", None) or heads
+        self.num_heads: int = model.config.num_attention_heads
         super().train(False)
 
     def train(self, mode: bool = True) -> "Teacher":

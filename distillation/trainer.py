@@ -1,4 +1,4 @@
-"""The Trainer of the scripts with another loss: what a student is told by a BERT or a Llama, term by term."""
+"""The Trainer of the scripts with another loss: what a BERT's student is told by it, term by term."""
 
 import inspect
 from collections.abc import Iterator
@@ -24,18 +24,15 @@ from .losses import (
 from .teacher import Teacher, vocabulary_head
 from .weighted_terms import Batch, WeightedTermsTrainer
 
-# What a layer of attention calls that which makes its values, in a BERT and in a Llama.
-_VALUE_PROJECTIONS = ("attention.self.value", "self_attn.v_proj")
-
 
 class DistillationTrainer(WeightedTermsTrainer):
-    """Of an encoder in BERT's form, or a decoder in Llama's.
+    """Of an encoder in BERT's form.
 
-    Logits are compared at every token if the teacher has a head for tokens, else (or in fine-tuning) as class logits or
+    Logits are compared at every token if the teacher has a masked-LM head, else (or in fine-tuning) as class logits or
     scores; where there is neither, the term is left out.
 
-    Evaluation on batches with labels, of a task or the next tokens, is the Trainer's own. On batches without, what
-    comes out are the sums that `hidden_state_metrics` makes exact errors of.
+    Evaluation on batches with labels is the Trainer's own. On batches without, what comes out are the sums that
+    `hidden_state_metrics` makes exact errors of.
     """
 
     def __init__(self, *args: Any, teacher: Teacher, **kwargs: Any):
@@ -43,7 +40,7 @@ class DistillationTrainer(WeightedTermsTrainer):
         # What the collator makes and the student does not take, such as labels where there is no head.
         self._inputs = inspect.signature(type(self.model).forward).parameters
         # Without labels the Trainer would evaluate without calling `compute_loss`.
-        self._is_unlabelled = teacher.kind in ("tokens", "")
+        self._is_unlabelled = teacher.kind != "labels"
         if self._is_unlabelled:
             self.label_names, self.can_return_loss = [], True
 
@@ -75,7 +72,7 @@ class DistillationTrainer(WeightedTermsTrainer):
             terms["hidden"] = hidden_state_errors(found[1:], wished[1:], is_token).mean()
         if "sentence" in wanted:
             terms["sentence"] = sentence_error(found[-1], wished[-1], is_token)
-        if "logits" in wanted and self.teacher.kind in ("tokens", "next tokens"):
+        if "logits" in wanted and self.teacher.kind == "tokens":
             head = vocabulary_head(self.accelerator.unwrap_model(model))
             terms["logits"] = token_logits_loss(
                 found[-1], wished[-1], head, self.teacher.head, is_token, self.temperature
@@ -136,7 +133,7 @@ def _last_values(model: nn.Module, is_wanted: bool) -> Iterator[list[torch.Tenso
     if not is_wanted:
         yield values
         return
-    *_, projection = (module for name, module in model.named_modules() if name.endswith(_VALUE_PROJECTIONS))
+    *_, projection = (module for name, module in model.named_modules() if name.endswith("attention.self.value"))
     hook = projection.register_forward_hook(lambda module, args, output: values.append(output))
     try:
         yield values

@@ -149,9 +149,9 @@ def student(teacher, corpus, output, *more) -> list[str]:
 
 
 def test_a_student_comes_nearer_to_its_teacher(teacher, corpus, tmp_path):
-    terms = ["--loss_diagnostics", "--value_relation_weight", "10", "--max_steps", "24"]
+    terms = ["--loss_diagnostics", "--max_steps", "24"]
     run_clm.main(student(teacher, corpus, tmp_path / "out", *terms))
-    for term in ("hidden", "logits", "value_relation"):
+    for term in ("hidden", "logits", "label"):
         losses = history(tmp_path / "out", f"{term}_loss")
         assert losses[-1] < 0.98 * losses[0], term
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -182,6 +182,11 @@ def test_bad_flags_end_in_one_line_and_nothing_is_written(corpus, tmp_path, more
         run_clm.main(from_scratch(corpus, tmp_path / "out", *more))
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_terms_of_an_encoder_are_refused(teacher, corpus, tmp_path):
+    with pytest.raises(SystemExit, match="--sentence_weight is about an encoder alone"):
+        run_clm.main(student(teacher, corpus, tmp_path / "out", "--sentence_weight", "1"))
 
 
 def test_too_little_text_is_refused_in_one_line(tmp_path):
