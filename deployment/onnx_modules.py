@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from modeling_spikelm.int8_modules import QuantizedLinear
 from modeling_spikelm.learned import Levels
 from modeling_spikelm.neurons import BiSpikingNeurons, LearnedNeurons, LIFNeurons, SpikingNeurons, ThriftyNeurons
-from modeling_spikelm.quantization import QuantizedLinear, QuantizedResidual
+from modeling_spikelm.quantization import QuantizedResidual
 from modeling_spikelm.quantized_neurons import (
     QuantizedLearnedNeurons,
     QuantizedNeurons,

@@ -16,6 +16,7 @@ from .precision import check_precision
 from .recorded_arguments import refuse_inexact_resuming
 from .reporting import one_line
 
+PROJECT = Path(__file__).resolve().parent.parent
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 # Fields that name what a command reads; on this disk, or elsewhere.
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
@@ -230,8 +231,9 @@ def _names_recipe(argv: Sequence[str]) -> bool:
 
 
 def _read_recipe(name: str, parser: HfArgumentParser) -> dict[str, Any]:
-    path = Path(name)
-    if not path.is_file():
+    # Those of this project are found from any folder, and beside an installed project, too.
+    path = next((path for path in (Path(name), PROJECT / name) if path.is_file()), None)
+    if path is None:
         raise ValueError(f"There is no recipe file {name}.")
     text = path.read_text(encoding="utf-8")
     recipe = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

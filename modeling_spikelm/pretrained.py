@@ -1,7 +1,7 @@
 """What every spiking pre-trained model does, of whatever family."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import nn
@@ -67,6 +67,17 @@ class SpikingPreTrainedModel(PreTrainedModel):
         loading_info.mismatched_keys -= others
         loading_info.missing_keys |= {name for name, *_ in others}
         super()._adjust_missing_and_unexpected_keys(loading_info)
+
+    # What comes back depends on one argument, and a user's checker should know the class.
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self: ...
 
     @classmethod
     def from_pretrained(
@@ -196,7 +207,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
     def with_time_steps(
         self, num_time_steps: int, membrane_decay: float | None = None, membrane_reset: str | None = None
-    ) -> "SpikingPreTrainedModel":
+    ) -> Self:
         """A model of several time steps that begins where this one of a single step is: a new one, with copied weights.
 
         Every step has the amplitudes, and the levels, of the only one. The membranes then make the later steps differ,
@@ -238,7 +249,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         the neurons before it; none in a form whose layers are exchanged as a whole."""
         return iter(())
 
-    def quantize_weights(self, embeddings: bool = False) -> "SpikingPreTrainedModel":
+    def quantize_weights(self, embeddings: bool = False) -> Self:
         """Makes the layers' weights int8, in place and for good, and returns the model: for inference only.
 
         Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Levels
@@ -276,7 +287,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         self.config.int8_weights, self.config.int8_embeddings = True, embeddings
         return self.eval()
 
-    def dequantize_weights(self) -> "SpikingPreTrainedModel":
+    def dequantize_weights(self) -> Self:
         """Makes int8 weights float32 again, in place, and returns the model, which can then be trained on.
 
         It computes what it did before: what was rounded stays so. Levels that had become a part of the weights are the

@@ -623,8 +623,8 @@ def _with_float_spikes(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).dequantize_weights()  # type: ignore[operator]  # it is one of ours
 
 
-def spiking_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every group of spiking neurons of a model by its name.
+def spiking_modules(model: nn.Module) -> dict[str, Any]:
+    """Every group of spiking neurons of a model, a module, by its name.
 
     A group has `num_time_steps` and either an `amplitude` or a class named ...Neurons; a checkpoint's own code defines
     classes of its own, so a class itself would not do. Of nested ones (a wrapper of PEFT) it is the innermost.
@@ -638,7 +638,7 @@ def spiking_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in named.items() if not any(other.startswith(f"{name}.") for other in named)}
 
 
-def emitted_spikes(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+def emitted_spikes(module: Any, output: torch.Tensor) -> torch.Tensor:
     """The spikes in what a group has emitted, -a, 0 or +a with one a in each time step, of the same shape.
 
     Neurons with learned levels emit them about a shift and with a scale for each channel. Both are a part of the

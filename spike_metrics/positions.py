@@ -68,7 +68,7 @@ def read_positions(
     mask = given.get("decoder_attention_mask")
     if mask is None and labels is not None:
         mask = labels != -100
-    places = labels if target is None else target
+    places: Any = labels if target is None else target
     return Positions(counted, _tokens(places, mask, "decoder_attention_mask", include_padding))
 
 

@@ -21,8 +21,8 @@ from modeling_spikelm import (
     SpikeLMForTokenClassification,
     SpikeLMModel,
 )
+from modeling_spikelm.int8_modules import QuantizedLinear
 from modeling_spikelm.neurons import SpikingNeurons, make_neurons
-from modeling_spikelm.quantization import QuantizedLinear
 from modeling_spikelm.quantized_neurons import QuantizedNeurons, make_quantized_neurons
 from tests.clean_machine import PROJECT_ROOT, neutral_environment
 
