@@ -257,6 +257,31 @@ def test_the_loss_is_the_mean_over_the_labels_or_what_the_trainer_counts(batch):
     torch.testing.assert_close(model(**batch, num_items_in_batch=16).loss, wanted * 8 / 16)
 
 
+def test_what_is_recorded_retains_its_gradient(batch):
+    model = make_model()
+    model.set_attn_implementation("eager")
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    names = ("encoder_hidden_states", "decoder_hidden_states", "encoder_attentions", "decoder_attentions")
+    recorded = [values for name in (*names, "cross_attentions") for values in outputs[name]]
+    assert len(recorded) == 3 + 4 + 2 + 3 + 3
+    for values in recorded:
+        values.retain_grad()
+    outputs.loss.backward()
+    assert all(values.grad.any() for values in recorded)
+
+
+def test_one_time_step_begins_several(batch):
+    model = make_model(1)
+    more = model.with_time_steps(3)
+    assert torch.equal(
+        more.model.decoder.memory_neurons.amplitude, model.model.decoder.memory_neurons.amplitude.repeat(3)
+    )
+    assert torch.equal(more.final_logits_bias, model.final_logits_bias)
+    # Without a membrane every step is the first one.
+    calm = model.with_time_steps(3, membrane_decay=0.0)
+    torch.testing.assert_close(calm(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpointing_changes_no_gradient(batch):
     gradients = []
     for checkpoints in (False, True):

@@ -162,6 +162,34 @@ def test_tokens_come_out_one_by_one():
     assert streamer.tokens == [*([token] for token in written), []]
 
 
+def test_what_it_reads_may_be_embeddings_or_what_the_encoder_has_made():
+    model = make_model()
+    written = model.generate(SOURCE, **GOES_ON)
+    embeddings = model.get_input_embeddings()(SOURCE)
+    encoded = model.get_encoder()(SOURCE)
+    for inputs in ({"inputs_embeds": embeddings}, {"encoder_outputs": encoded}):
+        assert torch.equal(model.generate(**inputs, **GOES_ON), written)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_it_hands_out_what_both_sides_saw(num_beams):
+    """Means over the steps, of every layer and every token; so many rows as there are beams."""
+    model = make_model(encoder_layers=1)
+    model.set_attn_implementation("eager")
+    records = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
+    written = model.generate(SOURCE, num_beams=num_beams, **GOES_ON, **records)
+    assert [states.shape for states in written.encoder_hidden_states] == [(1, 9, 32)] * 2
+    assert [attention.shape for attention in written.encoder_attentions] == [(1, 4, 9, 9)]
+    assert len(written.decoder_hidden_states) == len(written.cross_attentions) == 8
+    for number in range(8):
+        assert [states.shape for states in written.decoder_hidden_states[number]] == [(num_beams, 1, 32)] * 4
+        own = [attention.shape for attention in written.decoder_attentions[number]]
+        assert own == [(num_beams, 2, 1, number + 1)] * 3
+        for attention in written.cross_attentions[number]:
+            assert attention.shape == (num_beams, 2, 1, 9)
+            torch.testing.assert_close(attention.sum(-1), torch.ones(num_beams, 2, 1))
+
+
 def test_a_static_cache_writes_by_one_graph():
     """As transformers compiles it on a GPU; tracing is the same on a CPU."""
     model = make_model(1, encoder_layers=1, decoder_layers=1)
