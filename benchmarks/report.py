@@ -115,7 +115,7 @@ def command(path_names: Mapping[str, str]) -> str:
 def markdown_table(rows: list[Row]) -> list[str]:
     """Lines of a table whose columns are the keys of the first row."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([cell_text(row[column]) for column in columns] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -139,7 +139,8 @@ def _section(run: dict[str, Any]) -> str:
     return "\n".join([*lines, *(line for note in run["notes"] for line in (note, ""))])
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A value as a table shows it."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
     return "" if value is None else str(value)

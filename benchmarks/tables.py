@@ -8,27 +8,43 @@ A page says what it wants in a comment, and has it between this comment and the 
     <!-- end of table -->
 
 The rows are those of all runs of these commits whose titles begin so; the lines below the table say command, date and
-machine of each. A column may be renamed: `masked-LM loss = loss`. A run that is not there ends in one line.
+machine of each. A column may be renamed: `masked-LM loss = loss`.
+
+A table whose cells come from several rows or files has a template, `benchmarks/tables/NAME.md`, and the page says
+`<!-- table: NAME.md -->`. A template begins with its runs, a line each, `run = FILE.json | COMMIT | how the TITLE
+begins`. After an empty line is what the page gets: `{run; ROW; COLUMN}` is a cell, `{run; ROW; COLUMN; .1f}` a number
+formatted anew, `{sources}` the commands, dates and machines. ROW is what a cell of the row says, or several of them
+with `&` between.
+
+Figures in sentences are in `benchmarks/tables/sentences.md`, which begins with runs, too. Each line of the rest names a
+page and what stands in it. A page that says something else is named, and so is a run, row or column that is not there.
 """
 
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from report import markdown_table
+from report import cell_text, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+TEMPLATES = ROOT / "benchmarks/tables"
+SENTENCES = "sentences.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_TABLE = re.compile(
-    r"(<!-- table: ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL
-)
+_TABLE = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_CELL = re.compile(r"\{(\w+); ([^{}]+)\}")
+_NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e-?\d+)?")
 
 
 def main() -> None:
     try:
         texts = {page: with_tables(page.read_text(encoding="utf-8")) for page in PAGES}
+        wrong = [f"{name} should say: {text}" for name, text in sentences() if not says(texts[ROOT / name], text)]
+        if wrong:
+            raise ValueError("\n".join(wrong))
     except ValueError as error:
         sys.exit(str(error))
     for page, text in texts.items():
@@ -45,7 +61,10 @@ def with_tables(text: str) -> str:
     """
 
     def renewed(match: re.Match[str]) -> str:
-        begin, file, commits, title, columns, end = match.groups()
+        begin, wanted, end = match.groups()
+        if wanted.endswith(".md"):
+            return f"{begin}\n{from_template(wanted)}\n\n{end}"
+        file, commits, title, columns = (part.strip() for part in wanted.split("|"))
         return f"{begin}\n{table(file, _listed(commits), title, _listed(columns))}\n\n{end}"
 
     return _TABLE.sub(renewed, text)
@@ -53,10 +72,7 @@ def with_tables(text: str) -> str:
 
 def table(file: str, commits: list[str], title: str, columns: list[str]) -> str:
     """Rows of the runs of these commits, in their order, as Markdown, and below them where they come from."""
-    path = RESULTS / file
-    if not path.is_file():
-        raise ValueError(f"There is no benchmarks/results/{file}, of which a table is wanted.")
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = _runs(file)
     runs = [run for commit in commits for run in kept if run["commit"] == commit and run["title"].startswith(title)]
     if missing := set(commits) - {run["commit"] for run in runs}:
         raise ValueError(f"{file} has no run of commit {', '.join(sorted(missing))} whose title begins {title!r}.")
@@ -68,12 +84,92 @@ def table(file: str, commits: list[str], title: str, columns: list[str]) -> str:
     return "\n".join([*markdown_table(rows), *(line for run in runs for line in ("", source(run)))])
 
 
-def source(run: dict) -> str:
+def from_template(name: str) -> str:
+    """What a template says, with the cells that it names.
+
+    Raises:
+        ValueError: it wants a run, row or column that is not there.
+    """
+    runs, text = _template(name)
+    text = text.replace("{sources}", "\n\n".join(dict.fromkeys(map(source, runs.values()))))
+    return _filled(text, runs).strip()
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """A page's name and what it says, for every figure that stands in a sentence."""
+    runs, text = _template(SENTENCES)
+    for line in filter(None, text.splitlines()):
+        page, _, sentence = line.partition(": ")
+        yield page, _filled(sentence, runs)
+
+
+def says(text: str, sentence: str) -> bool:
+    """Whether a text has a sentence, however its lines are broken."""
+    return " ".join(sentence.split()) in " ".join(text.split())
+
+
+def source(run: dict[str, Any]) -> str:
     machine = run["machine"]
+    if isinstance(machine, str):
+        # What was written down by hand.
+        return f"{run['command']}  \n{run['date']}, commit {run['commit']}; {machine}"
+    load = f", load before {machine['load_before']}" if machine.get("load_before") is not None else ""
     return (
         f"`{run['command']}`  \n{run['date']}, commit {run['commit']}; {machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['vector_instructions']}, torch {machine['torch']}"
+        f"{machine['vector_instructions']}, torch {machine['torch']}{load}"
     )
+
+
+def _runs(file: str) -> list[dict[str, Any]]:
+    path = RESULTS / file
+    if not path.is_file():
+        raise ValueError(f"There is no benchmarks/results/{file}, of which a table is wanted.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _template(name: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """The runs of a template by the names that it gives them, and the rest of it."""
+    path = TEMPLATES / name
+    if not path.is_file():
+        raise ValueError(f"There is no template benchmarks/tables/{name}, of which a table is wanted.")
+    head, _, text = path.read_text(encoding="utf-8").partition("\n\n")
+    runs = {}
+    for line in head.splitlines():
+        key, _, wanted = line.partition(" = ")
+        file, commit, title = (part.strip() for part in wanted.split("|"))
+        found = [run for run in _runs(file) if run["commit"] == commit and run["title"].startswith(title)]
+        if len(found) != 1:
+            raise ValueError(f"{file} has {len(found)} runs of commit {commit} whose title begins {title!r}, not one.")
+        runs[key] = found[0]
+    return runs, text
+
+
+def _filled(text: str, runs: dict[str, dict[str, Any]]) -> str:
+    def cell(match: re.Match[str]) -> str:
+        key, wanted = match.groups()
+        row, column, *form = (part.strip() for part in wanted.split(";"))
+        if key not in runs:
+            raise ValueError(f"A template names no run {key}.")
+        value = _value(runs[key], row, column)
+        return format(_number(value), *form) if form else value
+
+    return _CELL.sub(cell, text)
+
+
+def _value(run: dict[str, Any], row: str, column: str) -> str:
+    """A cell as text, without the spread that may stand behind a number in brackets."""
+    wanted = [part.strip() for part in row.split("&")]
+    found = [one for one in run["rows"] if set(wanted) <= {cell_text(value) for value in one.values()}]
+    if len(found) != 1 or column not in found[0]:
+        raise ValueError(f"{run['title']!r} has {len(found)} rows {row!r}, or none of them a column {column!r}.")
+    return cell_text(found[0][column]).partition(" (")[0]
+
+
+def _number(text: str) -> float:
+    match = _NUMBER.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no number.")
+    return float(match[0].replace(",", ""))
 
 
 def _listed(text: str) -> list[str]:
