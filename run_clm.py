@@ -37,6 +37,7 @@ from experiment.calibration import calibrate_before_training
 from experiment.model_card import RunCard
 from experiment.models import (
     CAUSAL_TOKENS,
+    is_spiking,
     load_config,
     load_model,
     load_tokenizer,
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         if not run.is_left_to_do(config):
             return
         model = load_model(AutoModelForCausalLM, saved_by_run(model_arguments, run.trained), config)
+        check_is_causal(model)
         rows, validation, collator = causal_data(splits, tokenizer, data_arguments, training)
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)
         run.claim(make, model, given)
@@ -146,6 +148,25 @@ def new_tokenizer(documents, arguments: TextArguments, training: TrainingArgumen
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     special_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {"vocab_size": len(tokenizer), **special_ids}
+
+
+@torch.no_grad()
+def check_is_causal(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: what comes behind a token changes its logits, as in a BERT with a head for the next token.
+    """
+    if is_spiking(model.config):
+        # Ours are; of one that is not calibrated yet, all tokens set the amplitudes.
+        return
+    was_training = model.training
+    logits = model.eval()(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]]), use_cache=False).logits
+    model.train(was_training)
+    if not torch.allclose(*logits[:, :2], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"A {type(model).__name__} sees the tokens behind the one that it reads, so it would copy the next one "
+            "instead of predicting it; train an encoder with run_mlm.py."
+        )
 
 
 def load_teacher_for(config, arguments: ModelArguments, teaching: DistillationArguments) -> Teacher | None:

@@ -174,8 +174,8 @@ class Point:
 
     def make(self, text: torch.Tensor) -> PreTrainedModel:
         if self.variant == DENSE:
-            return AutoModelForCausalLM.from_pretrained(self.teacher).eval()
-        model = SpikeLMLlamaForCausalLM.from_pretrained(self.teacher, **parse_fields(self.variant)).eval()
+            return AutoModelForCausalLM.from_pretrained(self.teacher).eval().to(device())
+        model = SpikeLMLlamaForCausalLM.from_pretrained(self.teacher, **parse_fields(self.variant)).eval().to(device())
         if self.change:
             apply(model, self.change)
         if neuron_groups(model):
@@ -190,7 +190,8 @@ class Point:
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, held_out: torch.Tensor) -> float:
     """Nats per token, of every token but the first of its window; window by window, for memory's sake."""
-    losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in held_out]
+    rows = [row[None].to(model.device) for row in held_out]
+    losses = [model(input_ids=row, labels=row, use_cache=False).loss.item() for row in rows]
     return sum(losses) / len(losses)
 
 

@@ -76,7 +76,7 @@ class Rotated(nn.Module):
         self.neurons, self.size = neurons, size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        turn = rotation(self.size or x.shape[-1])
+        turn = rotation(self.size or x.shape[-1]).to(x)
         parts = x.unflatten(-1, (-1, len(turn)))
         return (self.neurons((parts @ turn).flatten(-2)).unflatten(-1, (-1, len(turn))) @ turn.T).flatten(-2)
 

@@ -197,6 +197,11 @@ def load_model(
         ValueError: the weights are damaged, missing, quantised by a library or those of another architecture or size,
             or a SpikeLM checkpoint has no spike amplitudes.
     """
+    if type(config) not in auto_class._model_mapping and auto_class.__name__ not in getattr(config, "auto_map", ()):
+        raise ValueError(
+            f"Models of type {config.model_type!r} have no class for {auto_class.__name__}, which this script trains; "
+            "choose another --model_type or checkpoint."
+        )
     options: dict[str, Any] = {"dtype": WEIGHTS}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation

@@ -184,6 +184,29 @@ def test_bad_flags_end_in_one_line_and_nothing_is_written(corpus, tmp_path, more
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "model_type, message",
+    [
+        ("bert", "BertLMHeadModel sees the tokens behind"),
+        ("spikelm", "type .spikelm. have no class for AutoModelForCausalLM"),
+    ],
+)
+def test_an_encoder_is_refused_in_one_line(corpus, tmp_path, model_type, message):
+    command = from_scratch(corpus, tmp_path / "out", "--model_type", model_type)
+    sizes = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16"
+    command[command.index("--config_overrides") + 1] = sizes
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run_clm.main(command)
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_trains_in_16_bits_and_computes_activations_twice(teacher, corpus, tmp_path):
+    more = ["--bf16", "--gradient_checkpointing", "--max_steps", "2", "--spike_batches", "0"]
+    run_clm.main(student(teacher, corpus, tmp_path / "out", *more))
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "out" / "model.safetensors").values())
+
+
 def test_terms_of_an_encoder_are_refused(teacher, corpus, tmp_path):
     with pytest.raises(SystemExit, match="--sentence_weight is about an encoder alone"):
         run_clm.main(student(teacher, corpus, tmp_path / "out", "--sentence_weight", "1"))

@@ -11,6 +11,7 @@ from transformers import BertTokenizer
 
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification
 from pretraining_data.masking import MaskingCollator
+from tests.modeling_spikelm.test_llama import make_model as make_decoder
 
 HEADS = (SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification)
 every_head = pytest.mark.parametrize("model_class", HEADS, ids=lambda c: c.__name__)
@@ -127,3 +128,20 @@ def test_a_device_is_never_waited_for(model_class, config, collator):
     assert loss.is_meta
     with torch.no_grad():
         model.eval()(**batch)
+
+
+def test_a_decoder_trains_as_one_graph_without_waiting_and_equals_eager():
+    model = make_decoder(1, num_hidden_layers=1).train()
+    rows = torch.randint(3, 61, (3, 2, 12), generator=torch.Generator().manual_seed(0))
+    given = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()} for ids in rows]
+    for number, batch in enumerate(given):
+        batch["attention_mask"][0, : 2 + number] = 0
+        batch["labels"][0, : 2 + number] = -100
+    graphs = []
+    compiled = compiled_into(graphs, copy.deepcopy(model))
+    step(compiled, given[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = [step(compiled, batch) for batch in given]
+    assert [waiting_operations(graph) for graph in graphs] == [[], []]
+    for batch, mine in zip(given, found, strict=True):
+        torch.testing.assert_close(mine, step(model, batch), rtol=1e-4, atol=1e-6)
