@@ -263,7 +263,7 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
                 source.update(neuron_groups(module.memory_neurons))
             elif isinstance(module, SpikeLMBartCrossAttention):
                 source.update(neuron_groups(module.key_neurons), neuron_groups(module.value_neurons))
-        of_source, of_target = text_positions(batch), _target_positions(batch)
+        of_source, of_target = text_positions(batch), _target_positions(batch, self.config.pad_token_id)
         return {group: of_source if group in source else of_target for group in neuron_groups(self)}
 
     def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:
@@ -284,13 +284,16 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
                 yield module, "fc2", module.fc2_neurons
 
 
-def _target_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """The `(B, L)` positions of the decoder that are no padding, bool; None where a batch does not say."""
+def _target_positions(batch: Mapping[str, Any], pad_token_id: int | None) -> torch.Tensor | None:
+    """The `(B, L)` positions of the decoder that are no padding, bool; None where a batch does not say.
+
+    Labels of a collator have -100 there, those of a tokenizer (`text_target`) the token for it.
+    """
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
     if mask is not None:
         return mask != 0 if mask.dim() == 2 else None
     if labels is not None:
-        return labels != -100
+        return (labels != -100) & (labels != pad_token_id)
     if batch.get("decoder_input_ids") is not None or batch.get("decoder_inputs_embeds") is not None:
         return None
     # It reads the source, one position later.

@@ -67,7 +67,8 @@ def read_positions(
         return Positions(counted, nn.functional.pad(counted[:, :-1], (1, 0), value=True))
     mask = given.get("decoder_attention_mask")
     if mask is None and labels is not None:
-        mask = labels != -100
+        # A collator fills labels up with -100, a tokenizer with its token for padding.
+        mask = (labels != -100) & (labels != module.config.pad_token_id)  # type: ignore[union-attr]
     places: Any = labels if target is None else target
     return Positions(counted, _tokens(places, mask, "decoder_attention_mask", include_padding))
 

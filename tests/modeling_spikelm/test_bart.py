@@ -189,6 +189,8 @@ def test_calibration_leaves_padding_out_of_both_sides(batch):
     # Whatever stands where nothing is read or written.
     model.calibrate(batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 33)})
     torch.testing.assert_close(amplitudes(model), found)
+    model.calibrate(batch | {"labels": batch["labels"].masked_fill(batch["labels"] == -100, 1)})
+    torch.testing.assert_close(amplitudes(model), found)
     read = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     read[1, 3:] = 33
     model.calibrate(batch | {"decoder_input_ids": read})

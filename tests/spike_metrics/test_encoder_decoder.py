@@ -102,16 +102,22 @@ def test_accumulates_of_attention_are_those_of_every_pair_that_meets(writer):
             fired = spikes[f"{name}.{role}_neurons"]
             pairs = [(q, k) for q in range(queries) for k in range(fired.shape[1]) if sees(q, k)]
             expected = [sum(int(step[key].count_nonzero()) for _, key in pairs) for step in fired]
-            assert counted[name + suffix].accumulates == expected
+            product = counted[name + suffix]
+            assert product.accumulates == expected
+            # In each of two steps: a score for every pair and head, or a vector of all heads for every query.
+            scores = len(pairs) * (4 if name.startswith("model.encoder") else 2)
+            assert product.outputs == 2 * (scores if role == "key" else queries * WIDTH)
 
 
-@pytest.mark.parametrize("given", ["labels", "ids", "texts", "encoded"])
+@pytest.mark.parametrize("given", ["labels", "tokenizer's labels", "ids", "texts", "encoded"])
 def test_a_target_is_found_however_it_is_given(given, writer, pairs):
     labels = pairs.pop("labels")
     ids = writer.prepare_decoder_input_ids_from_labels(labels)
     wanted = sum(WRITTEN)
     if given == "labels":
         pairs["labels"] = labels
+    elif given == "tokenizer's labels":
+        pairs["labels"] = labels.masked_fill(labels == -100, writer.config.pad_token_id)
     elif given == "ids":
         pairs |= {"decoder_input_ids": ids, "decoder_attention_mask": (labels != -100).long()}
     elif given == "encoded":
