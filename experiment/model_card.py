@@ -81,8 +81,8 @@ class RunCard:
         spiking = is_spiking(config)
         data = ModelCardData(
             language=self.language,
-            # Others' checkpoints have licences of their own.
-            license="apache-2.0" if spiking else None,
+            # What began with another's weights has the licence of those, which a Llama's need not be this one.
+            license="apache-2.0" if spiking and self.started_from is None else None,
             library_name="transformers",
             pipeline_tag=self.pipeline_tag,
             tags=["spikelm", "spiking-neural-network", "custom_code"] if spiking else [config.model_type],
