@@ -176,8 +176,9 @@ def attention_with_dropout(
     """`dropout(softmax(query key^T * scaling + mask)) value`.
 
     Args:
-        query, key, value: `(N, heads, L, d)`; the arithmetic has the dtype of the query.
-        mask: broadcasts to `(N, heads, L, L)`; bool (True: attend) or floats to add.
+        query: `(N, heads, L, d)`, whose dtype the arithmetic has.
+        key, value: `(N, heads, S, d)`.
+        mask: broadcasts to `(N, heads, L, S)`; bool (True: attend) or floats to add.
         scaling, probability: of the scores, and of a probability to be dropped, in (0, 1).
 
     Returns:

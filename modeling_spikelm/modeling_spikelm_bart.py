@@ -242,15 +242,14 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
         """
         steps = config.num_time_steps
         past = past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else None
-        return {
-            "position_ids": _positions(inputs_embeds, attention_mask, past.get_seq_length() if past is not None else 0),
-            "mask": create_causal_mask(
-                config,
-                repeat_steps(inputs_embeds, steps),
-                None if attention_mask is None else repeat_steps(attention_mask, steps),
-                past,
-            ),
-        }
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=repeat_steps(inputs_embeds, steps),
+            attention_mask=None if attention_mask is None else repeat_steps(attention_mask, steps),
+            past_key_values=past,
+        )
+        length = 0 if past is None else past.get_seq_length()
+        return {"mask": mask, "position_ids": _positions(inputs_embeds, attention_mask, length)}
 
     def _text_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """The encoder sees positions of the source, the decoder those of the target, but for what it reads of the
@@ -377,7 +376,11 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
         # asks several rows at a time.
         may_skip = attention_mask is None or (attention_mask.is_cpu and not is_transformed(hidden_states))
         return create_bidirectional_mask(
-            self.config, hidden_states, attention_mask, source, allow_is_bidirectional_skip=may_skip
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            encoder_hidden_states=source,
+            allow_is_bidirectional_skip=may_skip,
         )
 
 

@@ -34,7 +34,7 @@ class InputArguments:
         ValueError: at construction, if there is not exactly one source of text or a number is below 1.
     """
 
-    model_name_or_path: str = field(metadata={"help": "A checkpoint, SpikeLM or BERT, on disk or on the Hub."})
+    model_name_or_path: str = field(metadata={"help": "A checkpoint, SpikeLM or dense, on disk or on the Hub."})
     text: list[str] | None = field(default=None, metadata={"help": "Sentences, each in quotes."})
     text_file: list[str] | None = field(
         default=None,

@@ -245,7 +245,8 @@ def test_a_model_that_is_not_calibrated_says_so_once(batch, caplog):
 
 
 def test_training_calibrates_and_reaches_every_parameter(batch):
-    model = make_model(calibrated=False).train()
+    dropped = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+    model = make_model(calibrated=False, **dropped).train()
     model(**batch).loss.backward()
     assert all(group.is_calibrated for group in neuron_groups(model))
     assert all(weight.grad.any() for weight in model.parameters())

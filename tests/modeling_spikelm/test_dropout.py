@@ -52,14 +52,15 @@ def test_a_gradient_of_dropout_can_be_differentiated():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [5, 160])  # several sequences a piece, and one
-def test_attention_equals_its_equation_under_the_same_mask(masked, length):
+# Several sequences a piece, and one; and, as of a decoder that attends to an encoder, more queries than keys.
+@pytest.mark.parametrize(("queries", "length"), [(5, 5), (160, 160), (7, 5)])
+def test_attention_equals_its_equation_under_the_same_mask(masked, queries, length):
     """With the identity as values, the context is the matrix of kept probabilities, so the drawn mask can be read."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(3, 12, length, 8, requires_grad=True) for _ in range(3))
+    query, key, value = (torch.randn(3, 12, rows, 8, requires_grad=True) for rows in (queries, length, length))
     mask = None
     if masked:
-        mask = torch.ones(3, 1, length, length, dtype=torch.bool)
+        mask = torch.ones(3, 1, queries, length, dtype=torch.bool)
         mask[1, :, :, 3:] = False
     torch.manual_seed(1)
     kept = attention_with_dropout(query, key, torch.eye(length).expand(3, 12, -1, -1), mask, 0.3, 0.2) != 0
