@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
         model_arguments, arguments, teaching, spikes, training, given = parse_arguments(ARGUMENTS, argv)
         set_up_logging(training)
         check_flags(teaching, given, training.label_smoothing_factor)
-        training.check_generation()
         set_direction(training, given, directions(arguments.translates, training.predict_with_generate))
         set_seed(training.seed)
         start = start_of(model_arguments, teaching)
@@ -81,10 +80,10 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(start, NEEDED_TOKENS) or new_tokenizer(pairs, arguments, training)
         is_new = start.model_name_or_path is None
         config = load_config(start, training.do_train, **(vocabulary(tokenizer) if is_new else {}))
-        check_fit(config, tokenizer, arguments)
+        writing = training.generation_fields(arguments.max_target_length)
+        check_fit(config, tokenizer, arguments, writing["max_length"])
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=arguments.max_source_length)
-        writing = {"max_length": arguments.max_target_length} | training.generation_fields
         writing |= set_languages(tokenizer, arguments)
         teacher = None
         if teaching.teacher_name_or_path:
@@ -110,8 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         if not run.is_left_to_do(config):
             return
         model = load_model(AutoModelForSeq2SeqLM, saved_by_run(start, run.trained), config)
-        # The checkpoint then writes as it was evaluated.
+        # The checkpoint then writes as it was evaluated. What does not go together could not be saved.
         model.generation_config.update(**writing)
+        model.generation_config.validate(strict=True)
         make = partial(make_trainer, splits, pairs, tokenizer, start, arguments, teacher, teaching, spikes)
         run.claim(make, model, given)
 

@@ -332,14 +332,17 @@ def _trace(model: nn.Module, bare_model: nn.Module, batch: Batch, findings: Find
         if name:
             watch(name, module)
     try:
-        loss = model(**batch)["loss"]
+        # With label smoothing, for instance, the Trainer makes the loss itself, of what the model gives.
+        loss = model(**batch).get("loss")
     finally:
         for hook in hooks:
             hook.remove()
-    forward.append(("the loss", _is_finite(loss)))
+    forward += [] if loss is None else [("the loss", _is_finite(loss))]
     findings.neurons = findings.neurons or _neurons_at_fault(findings.groups)
     findings.first = next((what for what, is_finite in forward if not is_finite), None)
-    if findings.first is None:
+    if findings.first is None and loss is None:
+        findings.failure = "the loss is not made by the model, so that nothing can be said of its gradients"
+    elif findings.first is None:
         named = [(name, value) for name, value in bare_model.named_parameters() if value.requires_grad]
         gradients = torch.autograd.grad(loss, [value for _, value in named], allow_unused=True)
         backward += [

@@ -18,9 +18,14 @@ import run_clm
 import run_distill
 import run_glue
 import run_mlm
+import run_summarization
 from experiment import training_run
 from experiment.preemption import StopOnSigterm
-from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMLlamaForCausalLM
+from modeling_spikelm import (
+    SpikeLMBartForConditionalGeneration,
+    SpikeLMForMaskedLM,
+    SpikeLMLlamaForCausalLM,
+)
 from modeling_spikelm.pretrained import SpikingPreTrainedModel
 from tests.forked_processes import launch_forked
 
@@ -28,10 +33,15 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"run_mlm": run_mlm, "run_glue": run_glue}
 # What tries the first step of a script and trains.
 WHERE_A_RUN_IS = {"run_mlm": training_run, "run_glue": run_glue}
-ALL_SCRIPTS = SCRIPTS | {"run_distill": run_distill, "run_clm": run_clm}
+ALL_SCRIPTS = SCRIPTS | {"run_distill": run_distill, "run_clm": run_clm, "run_summarization": run_summarization}
 WORDS = "the capital of france is paris . rome italy not a city in europe has river".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+WRITER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+WRITER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+# As in the vocabulary.
+ENDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3, "forced_eos_token_id": 3}
+WRITTEN = "--max_source_length 16 --max_target_length 8"
 SHORT = "--max_seq_length 16 --per_device_train_batch_size 4 --num_train_epochs 1 --spike_batches 1 --report_to none"
 GLUE_FILES = {
     "CoLA": ("x\t{label}\t\t{sentence}\n", ""),
@@ -62,8 +72,11 @@ def inputs(tmp_path_factory) -> Path:
     save_model(folder / "model", SpikeLMForMaskedLM, num_time_steps=2)
     save_model(folder / "teacher", BertForMaskedLM)
     save_model(folder / "decoder", SpikeLMLlamaForCausalLM, num_time_steps=2)
+    save_model(folder / "writer", SpikeLMBartForConditionalGeneration, num_time_steps=2, **WRITER, **ENDS)
     sentences = [" ".join(WORDS[start : start + 7] * 2) for start in range(9)]
     (folder / "text.txt").write_text("\n\n".join(sentences))
+    pairs = [json.dumps({"text": sentence, "summary": sentence[:20]}) for sentence in sentences]
+    (folder / "pairs.json").write_text("\n".join(pairs))
     for task, (row, header) in GLUE_FILES.items():
         (folder / task).mkdir()
         rows = [row.format(label=number % 2, sentence=sentence) for number, sentence in enumerate(sentences)]
@@ -73,11 +86,14 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def command(script: ModuleType, inputs: Path, output: Path, flags: Mapping[str, str] | str = "") -> list[str]:
-    model = inputs / ("decoder" if script is run_clm else "model")
-    argv = ["--model_name_or_path", str(model), "--output_dir", str(output), "--use_cpu", *SHORT.split()]
+    model = inputs / {run_clm: "decoder", run_summarization: "writer"}.get(script, "model")
+    short = SHORT.replace("--max_seq_length 16", WRITTEN) if script is run_summarization else SHORT
+    argv = ["--model_name_or_path", str(model), "--output_dir", str(output), "--use_cpu", *short.split()]
     if script is run_distill:
         argv += ["--teacher_name_or_path", str(inputs / "teacher")]
-    if script is not run_glue:
+    if script is run_summarization:
+        argv += ["--train_file", str(inputs / "pairs.json"), "--validation_file", str(inputs / "pairs.json")]
+    elif script is not run_glue:
         argv += ["--train_file", str(inputs / "text.txt"), "--validation_file", str(inputs / "text.txt")]
     else:
         argv += ["--data_dir", str(inputs), "--task_name", "mrpc"]
@@ -389,6 +405,20 @@ OWN_FLAGS = {
     "run_clm": {
         "hidden_weight": ["0.5", "-1"],
         "streaming": ["True"],
+        "teacher_name_or_path": ["absent"],
+        "vocab_size": ["300", "0"],
+    },
+    "run_summarization": {
+        "generation_length_penalty": ["2", "nan"],
+        "generation_max_length": ["4", "0", "1000"],
+        "generation_min_length": ["2", "-1", "100"],
+        "generation_num_beams": ["2", "0"],
+        "hidden_weight": ["0.5", "-1"],
+        "max_source_length": ["8", "2", "1024"],
+        "max_target_length": ["4", "2"],
+        "predict_with_generate": ["False"],
+        "source_lang": ["en"],
+        "summary_column_name": ["summary"],
         "teacher_name_or_path": ["absent"],
         "vocab_size": ["300", "0"],
     },

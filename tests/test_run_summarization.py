@@ -160,9 +160,13 @@ def test_the_best_checkpoint_can_be_chosen_by_rouge(dense, files, tmp_path):
         (("--sortish_sampler",), "--sortish_sampler is not taken here"),
         (("--metric_for_best_model", "bleu"), "--metric_for_best_model bleu is no metric"),
         (("--predict_with_generate", "False", "--do_predict"), "--predict_with_generate False writes nothing"),
-        (("--generation_min_length", "40", "--generation_max_length", "20"), "--generation_min_length 40 is more"),
+        (("--generation_min_length", "40", "--generation_max_length", "20"), "40 is more than --generation_max_length"),
+        (("--generation_min_length", "40"), "--generation_min_length 40 is more than --max_target_length 12"),
+        (("--generation_length_penalty", "2", "--generation_num_beams", "1"), "only used in beam-based generation"),
+        (("--generation_length_penalty", "nan"), "--generation_length_penalty is nan"),
         (("--generation_num_beams", "0"), "--generation_num_beams is 0"),
         (("--max_source_length", "64"), "--max_source_length is 64, more than the model's max_position_embeddings=32"),
+        (("--generation_max_length", "40"), "--generation_max_length is 40, more than the model's"),
         (("--vocab_size", "100"), "--vocab_size is 100; it has to be 261 or more"),
         (("--hidden_weight", "2"), "--hidden_weight is about learning from a teacher"),
         (
@@ -187,6 +191,6 @@ def test_the_recipes_are_the_published_settings(name, rate, beams, lengths, tmp_
     assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 128
     assert (training.num_train_epochs, training.learning_rate, training.weight_decay) == (20, rate, 0.0)
     assert (data.max_source_length, data.max_target_length) == (1024, 128)
-    assert training.generation_fields["num_beams"] == beams
-    assert (training.generation_fields["min_length"], training.generation_fields["max_length"]) == lengths
+    writing = training.generation_fields(data.max_target_length)
+    assert writing["num_beams"] == beams and (writing["min_length"], writing["max_length"]) == lengths
     assert (teaching.hidden_weight, teaching.logits_weight, teaching.label_weight) == (1.0, 1.0, 1.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class PairArguments:
             raise ValueError("A translation needs both --source_lang and --target_lang; for summaries leave both out.")
         if bool(self.text_column_name) != bool(self.summary_column_name):
             raise ValueError("Give both --text_column_name and --summary_column_name, or neither.")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
+        samples = ("max_train_samples", "max_eval_samples", "max_predict_samples")
+        for name in (*samples, "preprocessing_num_workers", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it has to be 1 or more.")
@@ -183,19 +185,12 @@ class WritingTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Above 0, beams prefer long texts, below 0 short ones (default: as the checkpoint says)."},
     )
 
-    @property
-    def generation_fields(self) -> dict[str, Any]:
-        """What was said of generation, by its names in a `GenerationConfig`."""
-        said = {
-            "max_length": self.generation_max_length,
-            "min_length": self.generation_min_length,
-            "num_beams": self.generation_num_beams,
-            "length_penalty": self.generation_length_penalty,
-        }
-        return {name: value for name, value in said.items() if value is not None}
+    def generation_fields(self, max_target_length: int) -> dict[str, Any]:
+        """What generation is told, by its names in a `GenerationConfig`.
 
-    def check_generation(self) -> None:
-        """
+        Args:
+            max_target_length: the longest text to write, where nothing else was said.
+
         Raises:
             ValueError: a number is impossible, or a text would have to be longer than it may be.
         """
@@ -204,6 +199,17 @@ class WritingTrainingArguments(Seq2SeqTrainingArguments):
             least = 0 if name == "generation_min_length" else 1
             if value is not None and value < least:
                 raise ValueError(f"--{name} is {value}; it has to be {least} or more.")
-        longest, shortest = self.generation_max_length, self.generation_min_length
-        if longest is not None and shortest is not None and shortest > longest:
-            raise ValueError(f"--generation_min_length {shortest} is more than --generation_max_length {longest}.")
+        penalty = self.generation_length_penalty
+        if penalty is not None and not isfinite(penalty):
+            raise ValueError(f"--generation_length_penalty is {penalty}; it has to be a finite number.")
+        longest, shortest = self.generation_max_length or max_target_length, self.generation_min_length or 0
+        if shortest > longest:
+            flag = "generation_max_length" if self.generation_max_length else "max_target_length"
+            raise ValueError(f"--generation_min_length {shortest} is more than --{flag} {longest}.")
+        said = {
+            "max_length": longest,
+            "min_length": self.generation_min_length,
+            "num_beams": self.generation_num_beams,
+            "length_penalty": penalty,
+        }
+        return {name: value for name, value in said.items() if value is not None}

@@ -12,7 +12,12 @@ from .pairs import SOURCE, TARGET
 ROW = "row"
 
 
-def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, arguments: PairArguments) -> None:
+def check_fit(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: PairArguments,
+    generation_max_length: int,
+) -> None:
     """
     Raises:
         ValueError: the model has no encoder and decoder, the tokenizer has more ids than the model has embeddings, or
@@ -29,8 +34,8 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, argu
             "tokenizer that belongs to the model with --tokenizer_name, or leave vocab_size to the script."
         )
     longest = getattr(config, "max_position_embeddings", None)
-    for flag in ("max_source_length", "max_target_length"):
-        length = getattr(arguments, flag)
+    lengths = {flag: getattr(arguments, flag) for flag in ("max_source_length", "max_target_length")}
+    for flag, length in (lengths | {"generation_max_length": generation_max_length}).items():
         if longest is not None and length > longest:
             raise ValueError(
                 f"--{flag} is {length}, more than the model's max_position_embeddings={longest}; lower it, or raise "

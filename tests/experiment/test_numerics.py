@@ -123,6 +123,30 @@ def test_a_bad_step_stops_the_training_and_names_the_neurons(model, rows, tmp_pa
     assert message.count("\n") == 0
 
 
+def bad_gradient(model) -> None:
+    model.get_parameter(f"{FIRST_LAYER}.output.dense.weight").register_hook(lambda gradient: gradient * float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            overflow_in(f"{FIRST_LAYER}.intermediate.dense"),
+            f"What first was not finite: the output of {FIRST_LAYER}.intermediate.dense.",
+        ),
+        (bad_gradient, "the loss is not made by the model, so that nothing can be said of its gradients"),
+    ],
+    ids=["forward", "backward"],
+)
+def test_a_loss_that_the_trainer_makes_of_the_logits_is_looked_at_as_far_as_the_model_goes(
+    model, rows, tmp_path, damage, told
+):
+    trainer = make_trainer(model, rows, tmp_path, From(2, damage), label_smoothing_factor=0.1)
+    message = stopped(trainer)
+    assert message.startswith("The training stopped in step 2, before it changed a weight: loss not known")
+    assert told in message
+
+
 @pytest.fixture(params=["compiled", "on several devices"])
 def make_wrapped_trainer(request):
     """As `make_trainer`, with a model that the Trainer wraps."""
