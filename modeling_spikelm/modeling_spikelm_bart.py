@@ -244,7 +244,8 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
         past = past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else None
         mask = create_causal_mask(
             config=config,
-            inputs_embeds=repeat_steps(inputs_embeds, steps),
+            # Of these, as of a source below, the sizes are looked at: repeating no numbers copies none.
+            inputs_embeds=repeat_steps(inputs_embeds[..., :0], steps),
             attention_mask=None if attention_mask is None else repeat_steps(attention_mask, steps),
             past_key_values=past,
         )
@@ -365,13 +366,14 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
     def source_mask(
         self, hidden_states: torch.Tensor, source: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> Any:
-        """What attention takes as a mask where tokens `(T * B, L, H)` see all of a source `(T * B, S, H)`.
+        """What attention takes as a mask where tokens `(T * B, L, H)` see all of a source `(B, S, H)`.
 
         Args:
             attention_mask: `(B, S)`, or a 4D mask as attention takes it.
         """
+        steps = self.config.num_time_steps
         if attention_mask is not None:
-            attention_mask = repeat_steps(attention_mask, self.config.num_time_steps)
+            attention_mask = repeat_steps(attention_mask, steps)
         # Where nothing is padding no mask is needed, but a device would have to be waited for to know, and torch.vmap
         # asks several rows at a time.
         may_skip = attention_mask is None or (attention_mask.is_cpu and not is_transformed(hidden_states))
@@ -379,7 +381,7 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            encoder_hidden_states=source,
+            encoder_hidden_states=repeat_steps(source[..., :0], steps),
             allow_is_bidirectional_skip=may_skip,
         )
 
@@ -415,7 +417,7 @@ class SpikeLMBartEncoder(SpikeLMBartStack):
         """Arguments as for `SpikeLMBartModel`."""
         embeddings = self.token_embeddings(input_ids, inputs_embeds)
         hidden_states = self.first_hidden_states(embeddings, _positions(embeddings, attention_mask))
-        mask = self.source_mask(hidden_states, hidden_states, attention_mask)
+        mask = self.source_mask(hidden_states, embeddings, attention_mask)
         return BaseModelOutput(last_hidden_state=self.through_layers(hidden_states, mask, **kwargs))
 
 
@@ -465,12 +467,13 @@ class SpikeLMBartDecoder(SpikeLMBartStack):
         if not isinstance(attention_mask, dict):
             attention_mask = self.create_masks_for_generate(self.config, embeddings, attention_mask, past_key_values)
         hidden_states = self.first_hidden_states(embeddings, attention_mask["position_ids"])
-        source = repeat_steps(encoder_hidden_states, self.config.num_time_steps)
-        memory_mask = self.source_mask(hidden_states, source, encoder_attention_mask)
+        memory_mask = self.source_mask(hidden_states, encoder_hidden_states, encoder_attention_mask)
         is_kept = past_key_values is not None and all(
             past_key_values.is_updated.get(number) for number in range(len(self.layers))
         )
-        memory = None if is_kept else self.memory_neurons(source)
+        memory = None
+        if not is_kept:
+            memory = self.memory_neurons(repeat_steps(encoder_hidden_states, self.config.num_time_steps))
         last_hidden_state = self.through_layers(
             hidden_states, memory, attention_mask["mask"], memory_mask, past_key_values=past_key_values, **kwargs
         )

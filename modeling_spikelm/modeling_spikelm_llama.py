@@ -218,7 +218,8 @@ class SpikeLMLlamaPreTrainedModel(SpikingPreTrainedModel):
         """
         steps = config.num_time_steps
         given = {
-            "inputs_embeds": repeat_steps(inputs_embeds, steps),
+            # Its sizes are looked at: repeating no numbers copies none.
+            "inputs_embeds": repeat_steps(inputs_embeds[..., :0], steps),
             "attention_mask": None if attention_mask is None else repeat_steps(attention_mask, steps),
             "position_ids": _repeat_rows(position_ids, steps),
         }
