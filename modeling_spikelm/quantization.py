@@ -9,7 +9,7 @@ symmetrically, scale = max|row| / 127; spikes lose nothing. Between a neuron and
 0, 1, 2 for -1, 0, +1 (quantized_neurons.py). What learned levels add to a spike, a scale and a shift for each channel,
 goes into W before it is rounded, and into b. Attention, LayerNorm, pooler and heads stay float32, and so do the
 embeddings, unless they are asked for: their rows are then rounded like those of a weight, and are real values again
-when they are looked up.
+when they are looked up. Of models that write, linear layers are exchanged one by one (`SpikesLinear`, int8_modules.py).
 
 The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
 `(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.

@@ -434,6 +434,11 @@ class SpikeCounter:
     def _counted_steps(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """`(steps, rows, F)`: of a module's tensor the counted positions, or all rows of one without a position in
         it."""
+        if not self._sequences:
+            raise ValueError(
+                f"{name} ran and the whole model did not, as where generate() calls an encoder. Count a forward on the "
+                "text and what was written of it (decoder_input_ids): that takes each token once, as a cache does."
+            )
         is_counted = self._positions.of(name)
         batch_size, length = is_counted.shape
         x = x.detach()

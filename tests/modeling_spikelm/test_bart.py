@@ -103,10 +103,16 @@ def test_a_warm_start_takes_every_weight_and_how_it_writes(dense, tmp_path):
     assert model.generation_config.num_beams == 3
 
 
-def test_a_model_without_a_head_gives_every_weight_too(tmp_path):
+@pytest.mark.parametrize("saved_as", ["safetensors", "bin"])
+def test_a_model_without_a_head_gives_every_weight_too(saved_as, tmp_path):
     base = BartModel(BartConfig(**SIZES))
     base.save_pretrained(tmp_path)
+    if saved_as == "bin":  # as the first BARTs: tied weights under every name, and versions
+        (tmp_path / "model.safetensors").unlink()
+        versions = {"encoder.version": torch.tensor([3.0]), "decoder.version": torch.tensor([3.0])}
+        torch.save(base.state_dict() | versions, tmp_path / "pytorch_model.bin")
     model, info = SpikeLMBartForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
     assert {name.rpartition(".")[2] for name in info["missing_keys"]} == {"amplitude"}
     for name, weight in base.state_dict().items():
         assert torch.equal(model.model.state_dict()[name], weight), name

@@ -10,7 +10,7 @@ import draw_spikes
 import measure_spikes
 from configuration_spikelm import SpikeLMBartConfig
 from modeling_spikelm import SpikeLMBartForConditionalGeneration
-from spike_metrics.counting import count, layer_and_place, record_spikes
+from spike_metrics.counting import SpikeCounter, count, layer_and_place, record_spikes
 from spike_metrics.energy import compute_energy
 from spike_metrics.evaluation import spike_figures
 from spike_metrics.report import energies
@@ -141,6 +141,11 @@ def test_a_written_token_costs_what_a_longer_target_adds(writer):
     figures = spike_figures(two)
     assert figures["token_energy_mj"] == energies(two)["written_token"]["convention"]
     assert figures["token_energy_ratio"] == figures["token_dense_energy_mj"] / figures["token_energy_mj"]
+
+
+def test_generation_is_not_counted_as_it_runs(writer, pairs):
+    with SpikeCounter(writer), pytest.raises(ValueError, match="ran and the whole model did not, as where generate"):
+        writer.generate(pairs["input_ids"])
 
 
 def test_a_layer_and_its_stack_are_told_from_a_name():
