@@ -1,0 +1,34 @@
+"""Batches for an encoder and a decoder, and a tokenizer of one's own."""
+
+import torch
+
+from text_to_text.encoding import PairCollator
+from text_to_text.tokenizers import train_tokenizer
+
+
+def test_padding_is_marked_on_both_sides_and_the_decoder_reads_what_was_written_before(splits, tokenizer, bart):
+    rows = [splits["train"][number] for number in (0, 3)]
+    batch = PairCollator(tokenizer, bart)(rows)
+    for row, source, target in zip(rows, batch["attention_mask"], batch["decoder_attention_mask"], strict=True):
+        assert source.sum() == len(row["input_ids"]) and target.sum() == len(row["labels"])
+    lengths = [len(row["labels"]) for row in rows]
+    assert lengths[0] != lengths[1] and batch["decoder_attention_mask"].shape == batch["labels"].shape
+    assert batch["decoder_input_ids"][0, : lengths[0]].tolist() == [tokenizer.eos_token_id, *rows[0]["labels"][:-1]]
+
+
+def test_texts_alone_make_a_batch_without_labels(splits, tokenizer, bart):
+    rows = splits["validation"].remove_columns("labels")
+    batch = PairCollator(tokenizer, bart)([rows[0], rows[1]])
+    assert batch.keys() == {"input_ids", "attention_mask", "row"} and batch["row"].tolist() == [0, 1]
+
+
+def test_a_trained_tokenizer_knows_every_character_and_gives_back_what_it_was_given(pairs, tokenizer, tmp_path):
+    text = "Wörter, “quoted”\n and 漢字."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 2)
+    assert train_tokenizer(pairs["train"], 300, 64).get_vocab() == tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(
+        *(torch.tensor(one(text)["input_ids"]) for one in (tokenizer, type(tokenizer).from_pretrained(tmp_path)))
+    )
