@@ -118,12 +118,14 @@ def prepare_pairs(arguments: Arguments) -> Pairs:
         return pairs
     data = DataArguments(train_file=[arguments.train_file], validation_file=[arguments.validation_file])
     documents = load_documents(data, seed=0)
+    recipe = yaml.safe_load(Path(arguments.pretrain_recipe).read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     for split, path in (("train", pairs.train), ("validation", pairs.validation)):
         found = [pair for text in documents[split]["text"] if (pair := first_sentence(text)) is not None]
-        lines = [json.dumps({"text": rest, "summary": sentence}, ensure_ascii=False) for sentence, rest in found]
+        # A word is a token at least, so nothing is lost of what a model reads.
+        cut = [(sentence, " ".join(rest.split()[: recipe["max_source_length"]])) for sentence, rest in found]
+        lines = [json.dumps({"text": rest, "summary": sentence}, ensure_ascii=False) for sentence, rest in cut]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    recipe = yaml.safe_load(Path(arguments.pretrain_recipe).read_text(encoding="utf-8"))
     rows = Dataset.from_list(read(pairs.train))
     # Last of all, so that it says that all is there.
     train_tokenizer(rows, recipe["vocab_size"], recipe["max_source_length"]).save_pretrained(pairs.tokenizer)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import run_clm
 import run_mlm
+import run_summarization
 from modeling_spikelm import SpikeLMForMaskedLM
 from pretraining_data.tokenizers import train_byte_pairs
 from tests.corpus import TINY, write_corpus
@@ -122,3 +123,32 @@ def test_a_decoder_learns_from_its_teacher_alike_on_one_and_on_two_processes(pla
     weights = [load_file(folder / "model.safetensors") for folder in (one, two)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_model_that_writes_is_trained_and_scored_alike_on_two_processes(tmp_path):
+    """Five rows for two processes: one of them is given to both, and counts once."""
+    rows = [
+        {"text": f"The cat {'and cat ' * (number % 4)}{number} sat.", "summary": "cat " * (1 + number % 5)}
+        for number in range(12)
+    ]
+    for name, part in (("train", rows), ("valid", rows[:5])):
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, part)))
+    sizes = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_attention_heads=2,decoder_attention_heads=2"
+    sizes += ",encoder_ffn_dim=24,decoder_ffn_dim=24,max_position_embeddings=32,dropout=0.0"
+    run = f"""--train_file {tmp_path}/train.json --validation_file {tmp_path}/valid.json --max_source_length 32
+        --max_target_length 12 --learning_rate 1e-2 --optim sgd --max_steps 4 --ddp_broadcast_buffers False
+        --report_to none --disable_tqdm True --use_cpu""".split()
+    new = ["--vocab_size", "300", "--config_overrides", f"{sizes},num_time_steps=2", "--do_train"]
+    run_summarization.main([*run, *new, "--output_dir", str(tmp_path / "base")])
+    run += ["--model_name_or_path", str(tmp_path / "base")]
+    run_summarization.main([*run, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
+    several = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3"]
+    done = launch_forked(
+        "two_cpu_processes", ["run_summarization.py", *run, *several, "--output_dir", str(tmp_path / "two")]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6, msg=name)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["validation"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
