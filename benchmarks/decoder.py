@@ -57,7 +57,6 @@ class Arguments:
     variants: list[str] = list_of(
         "num_time_steps=1",
         "num_time_steps=4",
-        "amplitude_scale=1,num_time_steps=1",
         "neuron=thrifty,num_time_steps=1",
         "neuron=thrifty,num_time_steps=4",
         help="Configurations to calibrate.",
@@ -65,11 +64,13 @@ class Arguments:
     changed: str = field(default="neuron=thrifty,num_time_steps=1", metadata={"help": "What --changes are made to."})
     changes: list[str] = list_of(
         *(f"only {place}" for place in PLACES),
+        "all but mlp.down_neurons",
+        "first 1 layers",
         "first 5 layers",
+        "first token real",
         "rotated",
         "largest 0.05 real",
-        "15 levels",
-        "7 levels",
+        *(f"{number} levels" for number in (3, 7, 15, 31, 127)),
         help="Changes to that configuration: " + ", ".join(CHANGES) + ".",
     )
     length: int = field(default=512, metadata={"help": "Tokens in a window."})

@@ -18,6 +18,7 @@ CHANGES = {
     "only PLACE": "one place spikes, every other product sees real values",
     "all but PLACE": "one place is real",
     "first N layers": "the others are dense",
+    "first token real": "the first token of a window, whose states are hundreds of times larger, sees no neurons",
     "rotated": "a random rotation before every group of neurons, which the weights behind it would take in",
     "largest SHARE real": "of every group this share of channels, those of the largest mean square, is real",
     "N levels": "in the place of neurons a symmetric quantiser of so many levels, scaled to each token's largest entry",
@@ -54,6 +55,8 @@ def parse(change: str, head_size: int) -> Change:
         return lambda neurons, layer, place: neurons if (place == found[2]) == only else nn.Identity()
     if found := re.fullmatch(r"first (\d+) layers", change):
         return lambda neurons, layer, place: neurons if layer < int(found[1]) else nn.Identity()
+    if change == "first token real":
+        return lambda neurons, layer, place: FirstTokenReal(neurons)
     if change == "rotated":
         return lambda neurons, layer, place: Rotated(neurons, head_size if place in PER_HEAD else None)
     if found := re.fullmatch(r"largest (0?\.\d+) real", change):
@@ -85,6 +88,17 @@ class Rotated(nn.Module):
 def rotation(size: int) -> torch.Tensor:
     """`(size, size)`, orthogonal and random, always the same."""
     return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))[0]
+
+
+class FirstTokenReal(nn.Module):
+    """Neurons for all tokens but the first of each sequence."""
+
+    def __init__(self, neurons: nn.Module):
+        super().__init__()
+        self.neurons = neurons
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x[:, :1], self.neurons(x[:, 1:])), dim=1)
 
 
 class LargestReal(nn.Module):

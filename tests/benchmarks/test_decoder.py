@@ -78,6 +78,11 @@ def test_the_largest_channels_are_real_and_a_finer_alphabet_has_its_levels():
     assert values(levels) > 7
 
 
+def test_the_first_token_alone_is_real():
+    inputs = inputs_of(changed("first token real"), "mlp.up_proj").unflatten(0, TOKENS.shape)
+    assert values(inputs[:, 1:]) <= 3 < values(inputs[:, 0])
+
+
 @pytest.mark.parametrize("change", ["only mlp", "largest 5 real", "2 levels", "nonsense"])
 def test_a_change_that_there_is_not_is_refused_with_those_that_there_are(change):
     with pytest.raises(ValueError, match=f"no change '{change}'. There are: 'only PLACE'"):
