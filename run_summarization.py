@@ -240,7 +240,7 @@ def make_card(
         datasets=[dataset.name] if dataset else [],
         metrics=metrics | {f"test_{name}": kind for name, kind in metrics.items()},
         figures=DECODER_FIGURES,
-        dataset_for_results="the validation split (and, where a name begins so, the test split)",
+        dataset_for_results="the validation split (names with test_: the test split)",
         results_dataset=dataset.name if dataset else None,
         results_config=dataset.config if dataset else None,
         results_splits=dict.fromkeys(metrics, "validation") | {f"test_{name}": "test" for name in metrics},

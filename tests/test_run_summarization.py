@@ -14,6 +14,7 @@ import run_summarization
 from experiment.arguments import parse_arguments
 from experiment.publishing import Publisher
 from modeling_spikelm.calibration import calibrated_groups
+from tests.hub_server import check_card
 from tests.test_run_mlm import assert_same_weights, interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,7 @@ def test_a_run_leaves_a_model_that_writes_its_scores_and_what_it_wrote(spiking, 
 
 
 def test_the_card_shows_scores_of_both_splits_and_how_to_write(spiking):
+    assert check_card((spiking / "README.md").read_text()) == ([], [])
     card = ModelCard.load(spiking / "README.md")
     assert card.data.pipeline_tag == "summarization" and card.data.license == "apache-2.0"
     shown = {result.metric_name: (result.dataset_split, result.metric_value) for result in card.data.eval_results}

@@ -57,7 +57,21 @@ def load_pairs(arguments: PairArguments, splits: Mapping[str, bool], cache_dir: 
     if arguments.hub_dataset:
         return _from_hub(arguments.hub_dataset, arguments, splits, cache_dir)
     tables = {split: read_table(path) for split, path in arguments.files.items() if split in splits}
-    return DatasetDict({split: _of_table(table, split, arguments) for split, table in tables.items()})
+    pairs = DatasetDict({split: _of_table(table, split, arguments) for split, table in tables.items()})
+    _report_shared(pairs)
+    return pairs
+
+
+def _report_shared(pairs: DatasetDict) -> None:
+    """Says how many texts that a user's files score by were trained on as well."""
+    known = set(pairs["train"][SOURCE]) if "train" in pairs else set()
+    for split in (split for split in pairs if split != "train"):
+        shared = sum(text in known for text in pairs[split][SOURCE])
+        if shared:
+            logger.warning(
+                "%d of the %d %s texts are training texts as well; of new text a score on these says nothing.",
+                *(shared, len(pairs[split]), split),
+            )
 
 
 def _of_table(table: Table, split: str, arguments: PairArguments) -> Dataset:

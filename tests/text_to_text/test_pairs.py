@@ -37,6 +37,14 @@ def test_columns_are_found_by_their_names_and_incomplete_rows_are_dropped_and_sa
     assert "3 rows read, 1 used, 2 dropped" in caplog.text and "train.json:2" in caplog.text
 
 
+def test_texts_that_were_trained_on_are_counted_where_they_are_scored(tmp_path, caplog):
+    train = write(tmp_path / "train.json", [{"text": "A", "summary": "a"}, {"text": "B", "summary": "b"}])
+    valid = write(tmp_path / "valid.json", [{"text": "C", "summary": "c"}, {"text": "B", "summary": "d"}])
+    with caplog.at_level(logging.WARNING):
+        load_pairs(PairArguments(train_file=train, validation_file=valid), {"train": True, "validation": True})
+    assert "1 of the 2 validation texts are training texts as well" in caplog.text
+
+
 def test_every_row_of_a_test_file_is_kept_and_needs_no_summary(tmp_path):
     texts = write(tmp_path / "texts.json", [{"text": "A"}, {"text": ""}])
     some = write(tmp_path / "some.json", [{"text": "A", "summary": "a"}, {"text": "B", "summary": None}])
