@@ -8,7 +8,6 @@ Without --model_type a BART stays the BART it is, the yardstick. With --teacher_
 dense model as well. `python run_summarization.py --help` lists every flag.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -57,8 +56,6 @@ from text_to_text.results import hub_metrics, write_predictions, write_results
 from text_to_text.scoring import by_row, directions, make_compute_metrics, without_prefix, written_texts
 from text_to_text.tokenizers import train_tokenizer
 from text_to_text.trainer import TaughtWritingTrainer, WritingTrainer, mean_token_loss
-
-logger = logging.getLogger(__name__)
 
 ARGUMENTS = (ModelArguments, PairArguments, DistillationArguments, SpikeArguments, WritingTrainingArguments)
 # What a text begins and ends with, and what batches are filled up with.
