@@ -47,7 +47,8 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, arguments: PairArguments) 
     """Tells a tokenizer of many languages which two a translation is between; others have no use for it.
 
     Returns:
-        What the model's generation has to be told: the token that a translation begins with.
+        What generation has to be told: the token of the language, which a translation begins with (mBART-50, NLLB), or
+        which the decoder begins with, where labels end with it (mBART).
 
     Raises:
         ValueError: the tokenizer knows languages, but not these.
@@ -60,7 +61,9 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, arguments: PairArguments) 
                 f"The tokenizer knows no language {lang!r}; write it as the tokenizer does, such as en_XX."
             )
     tokenizer.src_lang, tokenizer.tgt_lang = arguments.source_lang, arguments.target_lang
-    return {"forced_bos_token_id": tokenizer.convert_tokens_to_ids(arguments.target_lang)}
+    language = tokenizer.convert_tokens_to_ids(arguments.target_lang)
+    begins = tokenizer(text_target="")["input_ids"][0] == language
+    return {"forced_bos_token_id" if begins else "decoder_start_token_id": language}
 
 
 def encode(pairs: DatasetDict, tokenizer: PreTrainedTokenizerBase, arguments: PairArguments) -> DatasetDict:

@@ -1,8 +1,12 @@
 """Batches for an encoder and a decoder, and a tokenizer of one's own."""
 
+import pytest
 import torch
+from datasets import Dataset, DatasetDict
+from transformers import MBart50Tokenizer, MBartTokenizer
 
-from text_to_text.encoding import PairCollator
+from text_to_text.arguments import PairArguments
+from text_to_text.encoding import PairCollator, encode, set_languages
 from text_to_text.tokenizers import train_tokenizer
 
 
@@ -32,3 +36,35 @@ def test_a_trained_tokenizer_knows_every_character_and_gives_back_what_it_was_gi
     assert torch.equal(
         *(torch.tensor(one(text)["input_ids"]) for one in (tokenizer, type(tokenizer).from_pretrained(tmp_path)))
     )
+
+
+def of_many_languages(kind: type):
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁yes", "▁da", "▁", *"adesy"]
+    return kind(vocab=[(piece, -float(number > 3)) for number, piece in enumerate(pieces)], src_lang="en_XX")
+
+
+@pytest.mark.parametrize(
+    "kind, source, target, told",
+    [
+        (MBartTokenizer, ["▁da", "</s>", "ro_RO"], ["▁yes", "</s>", "en_XX"], "decoder_start_token_id"),
+        (MBart50Tokenizer, ["ro_RO", "▁da", "</s>"], ["en_XX", "▁yes", "</s>"], "forced_bos_token_id"),
+    ],
+)
+def test_a_tokenizer_of_many_languages_is_told_which_two(kind, source, target, told):
+    tokenizer = of_many_languages(kind)
+    arguments = PairArguments(dataset_name="x", source_lang="ro_RO", target_lang="en_XX")
+    assert set_languages(tokenizer, arguments) == {told: tokenizer.convert_tokens_to_ids("en_XX")}
+    pairs = DatasetDict(validation=Dataset.from_dict({"source": ["da"], "target": ["yes"]}))
+    (row,) = encode(pairs, tokenizer, arguments)["validation"]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == source
+    assert tokenizer.convert_ids_to_tokens(row["labels"]) == target
+
+
+def test_a_language_that_the_tokenizer_does_not_know_is_refused():
+    arguments = PairArguments(dataset_name="x", source_lang="ro_RO", target_lang="en")
+    with pytest.raises(ValueError, match="knows no language 'en'; write it as the tokenizer does, such as en_XX"):
+        set_languages(of_many_languages(MBartTokenizer), arguments)
+
+
+def test_a_tokenizer_without_languages_is_left_alone(tokenizer):
+    assert set_languages(tokenizer, PairArguments(dataset_name="x", source_lang="ro", target_lang="en")) == {}
