@@ -135,7 +135,8 @@ def build() -> gr.Blocks:
             right = gr.Dropdown(**options, value="", label="Beside it (may be empty)")
         with gr.Row():
             layer = gr.Slider(0, 5, 0, step=1, label="Layer", min_width=200)
-            place = gr.Dropdown([(title, name) for name, title in PLACES.items()], label="Neurons", min_width=200)
+            titles = [(title, name) for name, title in PLACES.items()]
+            place = gr.Dropdown(titles, label="Where in the layer", min_width=200)
             neurons = gr.Slider(32, 1536, NEURONS, step=32, label="Neurons drawn, at most", min_width=200)
         button = gr.Button("Show", variant="primary")
         gr.Examples(SENTENCES, [text, other], label="Try", example_labels=[one for one, _ in SENTENCES])
@@ -147,7 +148,12 @@ def build() -> gr.Blocks:
 
         choice = [layer, place, neurons]
         # The models keep hooks while they are watched, so one at a time.
-        one_at_a_time: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
+        # What is changed meanwhile is shown next.
+        one_at_a_time: dict[str, Any] = {
+            "concurrency_id": "models",
+            "concurrency_limit": 1,
+            "trigger_mode": "always_last",
+        }
         private: dict[str, Any] = {"api_visibility": "private", **one_at_a_time}
         changes = [button.click, text.submit, other.submit, left.change, right.change]
         changes += [layer.release, place.input, neurons.release]

@@ -17,7 +17,7 @@ LEGEND = "<br>" + ", ".join(
 )
 SIGNS = [(0, NEGATIVE), (1 / 3, NEGATIVE), (1 / 3, SILENT), (2 / 3, SILENT), (2 / 3, POSITIVE), (1, POSITIVE)]
 LINE = 18
-FRAME = 150
+FRAME = 160
 
 
 def raster(seen: Observation, layer: int, place: str, neurons: int) -> go.Figure:
@@ -53,7 +53,7 @@ def raster(seen: Observation, layer: int, place: str, neurons: int) -> go.Figure
     figure.update_xaxes(title={"text": f"{len(shown)} of {width} neurons", "standoff": 4}, row=steps)
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, fixedrange=True)
     height = FRAME + steps * (LINE * length + 40)
-    return _framed(figure, f"Layer {layer}, {PLACES.get(place, place)}{LEGEND}, else silent", height, top=90)
+    return _framed(figure, f"Layer {layer}, {PLACES.get(place, place)}{LEGEND}, else silent", height, top=100)
 
 
 def rates(seen: Observation) -> go.Figure:
@@ -90,7 +90,7 @@ def energy(seen: Observation) -> go.Figure:
     ]
     figure = go.Figure(bars)
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11})
-    figure.update_xaxes(exponentformat="none")
+    figure.update_xaxes(exponentformat="none", nticks=4)
     figure.update_layout(legend={"orientation": "h", "y": -0.12}, bargap=0.3)
     return _framed(figure, "Energy of the encoder, mJ", FRAME + 40 * len(parts))
 
@@ -99,16 +99,16 @@ def _millijoules(part: SpikeCount, is_dense: bool) -> float:
     return compute_energy(part, dense=is_dense).convention
 
 
-def _framed(figure: go.Figure, title: str, height: int, top: int = 50) -> go.Figure:
+def _framed(figure: go.Figure, title: str, height: int, top: int = 60) -> go.Figure:
     # Transparent, and a grey that can be read on white and on black: the page has both.
     figure.update_layout(
-        title={"text": title, "font": {"size": 15}, "x": 0, "y": 1, "yanchor": "top", "pad": {"t": 12, "l": 12}},
+        title={"text": title, "font": {"size": 15}, "x": 0, "y": 1, "yanchor": "top", "pad": {"t": 24, "l": 12}},
         height=height,
         margin={"l": 8, "r": 8, "t": top, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#777777"},
+        font={"color": "#888888"},
     )
-    figure.update_xaxes(automargin=True)
+    figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.3)")
     figure.update_yaxes(automargin=True)
     return figure

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, PreTrainedModel
 
-from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification
+from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMLlamaForCausalLM
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the man plays guitar cat sleeps on sofa < b > .".split()
 SIZES = {
@@ -40,7 +40,7 @@ def tokenizer() -> BertTokenizer:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, tokenizer) -> Path:
-    """A folder with the checkpoints masked (T = 2), labels (thrifty, T = 1), dense, and several that are broken."""
+    """A folder with the checkpoints masked (T = 2), labels (T = 1), decoder, dense, and several that are broken."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoints")
     batch = dict(tokenizer([TEXT, OTHER], padding=True, return_tensors="pt"))
@@ -49,7 +49,8 @@ def checkpoints(tmp_path_factory, tokenizer) -> Path:
     labels = SpikeLMForSequenceClassification(
         SpikeLMConfig(**SIZES, num_time_steps=1, neuron="thrifty", id2label=names)
     )
-    for name, model in (("masked", masked), ("labels", labels)):
+    decoder = SpikeLMLlamaForCausalLM(SpikeLMLlamaConfig(**SIZES, num_time_steps=2))
+    for name, model in (("masked", masked), ("labels", labels), ("decoder", decoder)):
         model.calibrate([batch])
         _save(model, tokenizer, folder / name)
     _save(BertForMaskedLM(BertConfig(**SIZES)), tokenizer, folder / "dense")

@@ -39,6 +39,14 @@ def test_a_layer_that_the_model_does_not_have_is_its_last(checkpoints):
     assert raster["value"].layout.title.text.startswith("Layer 1, into query")
 
 
+def test_a_decoder_is_drawn_with_the_places_that_it_has(checkpoints):
+    folder = str(checkpoints / "decoder")
+    _, place = app._controls_for(folder, 0, PLACE)
+    facts, raster, *_ = app.show(TEXT, OTHER, folder, 1, place["value"], 8)
+    assert "similarity" in facts and raster["value"].layout.title.text.startswith(f"Layer 1, {place['choices'][0][0]}")
+    assert place["value"] == place["choices"][0][1] != PLACE
+
+
 def test_a_dense_model_has_no_raster(checkpoints):
     facts, raster, guesses, rates, energy = app.show(TEXT, "", str(checkpoints / "dense"), 0, PLACE, 8)
     assert "dense" in facts and "similarity" not in facts

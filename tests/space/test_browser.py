@@ -10,6 +10,7 @@ from tests.space.conftest import OTHER, TEXT
 CHROMIUM = shutil.which("chromium")
 RASTER = ".js-plotly-plot .heatmaplayer"
 WAIT = 60_000
+expect.set_options(timeout=WAIT)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 
@@ -34,9 +35,9 @@ def page(browser, url, checkpoints) -> Page:
     page.on("request", lambda request: request.url.startswith(("data:", "blob:", url)) or errors.append(request.url))
     page.goto(url)
     # Our own checkpoint comes first.
-    expect(page.get_by_text("spikelm-minilm-l6", exact=True).first).to_be_visible(timeout=WAIT)
+    expect(page.get_by_text("spikelm-minilm-l6", exact=True).first).to_be_visible()
     choose(page, "Checkpoint", checkpoints / "masked")
-    expect(page.get_by_text("2 layers, 16 wide")).to_be_visible(timeout=WAIT)
+    expect(page.get_by_text("2 layers, 16 wide")).to_be_visible()
     yield page
     assert not errors
     context.close()
@@ -87,6 +88,13 @@ def test_two_models_stand_side_by_side_and_one_below_the_other_on_a_phone(page, 
     page.wait_for_function("document.documentElement.scrollWidth <= 390")
     left, right = (page.get_by_role("cell", name=name).bounding_box() for name in ("elastic", "thrifty"))
     assert right["y"] > left["y"] + 300
+
+
+def test_what_is_typed_while_the_page_is_busy_is_shown_in_the_end(page, checkpoints):
+    choose(page, "Beside it", checkpoints / "labels")
+    show(page, "cat " * 30)
+    show(page, OTHER)
+    expect(page.locator(".js-plotly-plot:has-text('sofa')")).to_have_count(2)
 
 
 def test_what_cannot_be_shown_is_said_on_the_page_and_can_be_mended(page, checkpoints):
