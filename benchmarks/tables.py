@@ -8,13 +8,13 @@ A page says what it wants in a comment, and has it between this comment and the 
     <!-- end of table -->
 
 The rows are those of all runs of these commits whose titles begin so; the lines below the table say command, date and
-machine of each. A column may be renamed: `masked-LM loss = loss`.
+machine of each. A column may be renamed: `masked-LM loss = loss`. Without columns all are shown.
 
 A table whose cells come from several rows or files has a template, `benchmarks/tables/NAME.md`, and the page says
 `<!-- table: NAME.md -->`. A template begins with its runs, a line each, `run = FILE.json | COMMIT | how the TITLE
 begins`. After an empty line is what the page gets: `{run; ROW; COLUMN}` is a cell, `{run; ROW; COLUMN; .1f}` a number
-formatted anew, `{sources}` the commands, dates and machines. ROW is what a cell of the row says, or several of them
-with `&` between.
+formatted anew, `{sources}` the commands, dates and machines. ROW is what a cell of the row says, or `COLUMN=TEXT`, or
+several of them with `&` between.
 
 Figures in sentences are in `benchmarks/tables/sentences.md`, which begins with runs, too. Each line of the rest names a
 page and what stands in it. A page that says something else is named, and so is a run, row or column that is not there.
@@ -29,6 +29,7 @@ from typing import Any
 
 from report import cell_text, markdown_table
 
+Run = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 TEMPLATES = ROOT / "benchmarks/tables"
@@ -64,19 +65,26 @@ def with_tables(text: str) -> str:
         begin, wanted, end = match.groups()
         if wanted.endswith(".md"):
             return f"{begin}\n{from_template(wanted)}\n\n{end}"
-        file, commits, title, columns = (part.strip() for part in wanted.split("|"))
-        return f"{begin}\n{table(file, _listed(commits), title, _listed(columns))}\n\n{end}"
+        file, commits, title, *columns = (part.strip() for part in wanted.split("|"))
+        return f"{begin}\n{table(file, _listed(commits), title, *map(_listed, columns))}\n\n{end}"
 
     return _TABLE.sub(renewed, text)
 
 
-def table(file: str, commits: list[str], title: str, columns: list[str]) -> str:
-    """Rows of the runs of these commits, in their order, as Markdown, and below them where they come from."""
+def table(file: str, commits: list[str], title: str, columns: list[str] | None = None) -> str:
+    """Rows of the runs of these commits, in their order, as Markdown, and below them where they come from.
+
+    Args:
+        columns: those that are shown, in their order, each `name` or `name = another name`; by default all.
+    """
     kept = _runs(file)
     runs = [run for commit in commits for run in kept if run["commit"] == commit and run["title"].startswith(title)]
     if missing := set(commits) - {run["commit"] for run in runs}:
         raise ValueError(f"{file} has no run of commit {', '.join(sorted(missing))} whose title begins {title!r}.")
-    shown = {name.strip(): (renamed or name).strip() for name, _, renamed in (c.partition("=") for c in columns)}
+    if columns is None:
+        shown = {name: name for name in runs[0]["rows"][0]}
+    else:
+        shown = {name.strip(): (renamed or name).strip() for name, _, renamed in (c.partition("=") for c in columns)}
     for run in runs:
         if unknown := shown.keys() - run["rows"][0].keys():
             raise ValueError(f"{file}, commit {run['commit']}, has no column {', '.join(sorted(unknown))}.")
@@ -91,7 +99,8 @@ def from_template(name: str) -> str:
         ValueError: it wants a run, row or column that is not there.
     """
     runs, text = _template(name)
-    text = text.replace("{sources}", "\n\n".join(dict.fromkeys(map(source, runs.values()))))
+    sources = dict.fromkeys(source(run) for found in runs.values() for run in found)
+    text = text.replace("{sources}", "\n\n".join(sources))
     return _filled(text, runs).strip()
 
 
@@ -108,7 +117,7 @@ def says(text: str, sentence: str) -> bool:
     return " ".join(sentence.split()) in " ".join(text.split())
 
 
-def source(run: dict[str, Any]) -> str:
+def source(run: Run) -> str:
     machine = run["machine"]
     if isinstance(machine, str):
         # What was written down by hand.
@@ -120,15 +129,15 @@ def source(run: dict[str, Any]) -> str:
     )
 
 
-def _runs(file: str) -> list[dict[str, Any]]:
+def _runs(file: str) -> list[Run]:
     path = RESULTS / file
     if not path.is_file():
         raise ValueError(f"There is no benchmarks/results/{file}, of which a table is wanted.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _template(name: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """The runs of a template by the names that it gives them, and the rest of it."""
+def _template(name: str) -> tuple[dict[str, list[Run]], str]:
+    """The runs of a template, one or more of a title, by the names that it gives them, and the rest of it."""
     path = TEMPLATES / name
     if not path.is_file():
         raise ValueError(f"There is no template benchmarks/tables/{name}, of which a table is wanted.")
@@ -138,13 +147,13 @@ def _template(name: str) -> tuple[dict[str, dict[str, Any]], str]:
         key, _, wanted = line.partition(" = ")
         file, commit, title = (part.strip() for part in wanted.split("|"))
         found = [run for run in _runs(file) if run["commit"] == commit and run["title"].startswith(title)]
-        if len(found) != 1:
-            raise ValueError(f"{file} has {len(found)} runs of commit {commit} whose title begins {title!r}, not one.")
-        runs[key] = found[0]
+        if not found:
+            raise ValueError(f"{file} has no run of commit {commit} whose title begins {title!r}.")
+        runs[key] = found
     return runs, text
 
 
-def _filled(text: str, runs: dict[str, dict[str, Any]]) -> str:
+def _filled(text: str, runs: dict[str, list[Run]]) -> str:
     def cell(match: re.Match[str]) -> str:
         key, wanted = match.groups()
         row, column, *form = (part.strip() for part in wanted.split(";"))
@@ -156,13 +165,20 @@ def _filled(text: str, runs: dict[str, dict[str, Any]]) -> str:
     return _CELL.sub(cell, text)
 
 
-def _value(run: dict[str, Any], row: str, column: str) -> str:
+def _value(runs: list[Run], row: str, column: str) -> str:
     """A cell as text, without the spread that may stand behind a number in brackets."""
     wanted = [part.strip() for part in row.split("&")]
-    found = [one for one in run["rows"] if set(wanted) <= {cell_text(value) for value in one.values()}]
+    rows = [{name: cell_text(value) for name, value in one.items()} for run in runs for one in run["rows"]]
+    found = [one for one in rows if all(_has(one, part) for part in wanted)]
     if len(found) != 1 or column not in found[0]:
-        raise ValueError(f"{run['title']!r} has {len(found)} rows {row!r}, or none of them a column {column!r}.")
-    return cell_text(found[0][column]).partition(" (")[0]
+        raise ValueError(f"{runs[0]['title']!r} has {len(found)} rows {row!r}, or none of them a column {column!r}.")
+    return found[0][column].partition(" (")[0]
+
+
+def _has(row: dict[str, str], wanted: str) -> bool:
+    """Whether a row has a cell that says what is wanted, or, of `COLUMN=TEXT`, has it in this column."""
+    name, _, text = wanted.partition("=")
+    return row[name] == text if name in row else wanted in row.values()
 
 
 def _number(text: str) -> float:
