@@ -55,7 +55,7 @@ FLAGS = {
 # Of recipes: what takes a hub, a cluster or days.
 DROPPED = ("dataset_name", "dataset_config_name", "dataset_revision", "rows_per_document", "preprocessing_num_workers")
 DROPPED += ("validation_split_percentage",)
-NAMES = {"$MINILM": "BERT", "RECIPE": "recipes/pretrain_two_cores.yaml"}
+NAMES = {"$MINILM": "BERT", "RECIPE": "recipes/pretrain_base_nominal.yaml"}
 
 
 def run_here(page: Path) -> list[list[str]]:
