@@ -71,7 +71,8 @@ class Arguments:
         "rotated",
         "largest 0.05 real",
         *(f"{number} levels" for number in (3, 7, 15, 31, 127)),
-        help="Changes to that configuration: " + ", ".join(CHANGES) + ".",
+        *(f"only mlp.down_neurons + {change}" for change in ("first token real", "rotated", "largest 0.05 real")),
+        help="Changes to that configuration: " + ", ".join(CHANGES) + "; several at once with ' + ' between them.",
     )
     length: int = field(default=512, metadata={"help": "Tokens in a window."})
     windows: int = field(default=8, metadata={"help": "Windows to measure on."})

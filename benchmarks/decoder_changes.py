@@ -29,27 +29,31 @@ Change = Callable[[nn.Module, int, str], nn.Module]
 
 
 def apply(model: SpikeLMLlamaForCausalLM, change: str) -> None:
-    """Makes a change to a model that is not calibrated yet, in place.
+    """Makes a change, or several with ` + ` between them, to a model that is not calibrated yet, in place.
 
     Raises:
         ValueError: there is no such change.
     """
-    replacement = parse(change, model.config.head_dim)
     # A cache keeps codes of neurons, which may be none any more.
     model.config.use_cache = False
-    for number, layer in enumerate(model.model.layers):
-        for place in PLACES:
-            parent, _, name = place.rpartition(".")
-            neurons = layer.get_submodule(place)
-            setattr(layer.get_submodule(parent), name, replacement(neurons, number, place))
+    for replacement in parse(change, model.config.head_dim):
+        for number, layer in enumerate(model.model.layers):
+            for place in PLACES:
+                parent, _, name = place.rpartition(".")
+                neurons = layer.get_submodule(place)
+                setattr(layer.get_submodule(parent), name, replacement(neurons, number, place))
 
 
-def parse(change: str, head_size: int) -> Change:
-    """What a change puts in the stead of each group.
+def parse(changes: str, head_size: int) -> list[Change]:
+    """What each of the changes puts in the stead of each group.
 
     Raises:
         ValueError: there is no such change.
     """
+    return [_parse_one(change, head_size) for change in changes.split(" + ")]
+
+
+def _parse_one(change: str, head_size: int) -> Change:
     if (found := re.fullmatch(r"(only|all but) (\S+)", change)) and found[2] in PLACES:
         only = found[1] == "only"
         return lambda neurons, layer, place: neurons if (place == found[2]) == only else nn.Identity()

@@ -81,6 +81,10 @@ def test_the_largest_channels_are_real_and_a_finer_alphabet_has_its_levels():
 def test_the_first_token_alone_is_real():
     inputs = inputs_of(changed("first token real"), "mlp.up_proj").unflatten(0, TOKENS.shape)
     assert values(inputs[:, 1:]) <= 3 < values(inputs[:, 0])
+    both = changed("first token real + only mlp.down_neurons")
+    assert values(inputs_of(both, "mlp.up_proj").unflatten(0, TOKENS.shape)[:, 1:]) > 100
+    inputs = inputs_of(both, "mlp.down_proj").unflatten(0, TOKENS.shape)
+    assert values(inputs[:, 1:]) <= 3 < values(inputs[:, 0])
 
 
 @pytest.mark.parametrize("change", ["only mlp", "largest 5 real", "2 levels", "nonsense"])
