@@ -25,6 +25,18 @@ NEURONS = 64
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
+class Inputs(NamedTuple):
+    """What a visitor types and chooses."""
+
+    text: gr.Textbox
+    other: gr.Textbox
+    left: gr.Dropdown
+    right: gr.Dropdown
+    layer: gr.Slider
+    place: gr.Dropdown
+    neurons: gr.Slider
+
+
 class Column(NamedTuple):
     """What is shown of one model."""
 
@@ -121,48 +133,59 @@ def _column() -> Column:
     )
 
 
+def _inputs() -> Inputs:
+    checkpoints = offered()
+    with gr.Row():
+        text = gr.Textbox(SENTENCES[0][0], label="Sentence", lines=2, scale=2, min_width=280)
+        other = gr.Textbox(SENTENCES[0][1], label="Compare with (may be empty)", lines=2, scale=2, min_width=280)
+    with gr.Row():
+        options: dict[str, Any] = {"choices": checkpoints, "allow_custom_value": True, "min_width": 280}
+        left = gr.Dropdown(**options, value=checkpoints[0][1], label="Checkpoint: a folder or a name on the Hub")
+        right = gr.Dropdown(**options, value="", label="Beside it (may be empty)")
+    with gr.Row():
+        titles = [(title, name) for name, title in PLACES.items()]
+        layer = gr.Slider(0, 5, 0, step=1, label="Layer", min_width=200)
+        place = gr.Dropdown(titles, label="Where in the layer", min_width=200)
+        neurons = gr.Slider(32, 1536, NEURONS, step=32, label="Neurons drawn, at most", min_width=200)
+    return Inputs(text, other, left, right, layer, place, neurons)
+
+
 def build() -> gr.Blocks:
     """The page, not yet served."""
-    checkpoints = offered()
     with gr.Blocks(title="SpikeLM at work", analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
-        with gr.Row():
-            text = gr.Textbox(SENTENCES[0][0], label="Sentence", lines=2, scale=2, min_width=280)
-            other = gr.Textbox(SENTENCES[0][1], label="Compare with (may be empty)", lines=2, scale=2, min_width=280)
-        with gr.Row():
-            options: dict[str, Any] = {"choices": checkpoints, "allow_custom_value": True, "min_width": 280}
-            left = gr.Dropdown(**options, value=checkpoints[0][1], label="Checkpoint: a folder or a name on the Hub")
-            right = gr.Dropdown(**options, value="", label="Beside it (may be empty)")
-        with gr.Row():
-            layer = gr.Slider(0, 5, 0, step=1, label="Layer", min_width=200)
-            titles = [(title, name) for name, title in PLACES.items()]
-            place = gr.Dropdown(titles, label="Where in the layer", min_width=200)
-            neurons = gr.Slider(32, 1536, NEURONS, step=32, label="Neurons drawn, at most", min_width=200)
+        inputs = _inputs()
         button = gr.Button("Show", variant="primary")
-        gr.Examples(SENTENCES, [text, other], label="Try", example_labels=[one for one, _ in SENTENCES])
+        labels = [one for one, _ in SENTENCES]
+        examples = gr.Examples(SENTENCES, [inputs.text, inputs.other], label="Try", example_labels=labels)
         with gr.Row():
             with gr.Column(min_width=320):
                 first = _column()
             with gr.Column(min_width=320, visible=False) as beside:
                 second = _column()
-
-        choice = [layer, place, neurons]
-        # The models keep hooks while they are watched, so one at a time.
-        # What is changed meanwhile is shown next.
-        one_at_a_time: dict[str, Any] = {
-            "concurrency_id": "models",
-            "concurrency_limit": 1,
-            "trigger_mode": "always_last",
-        }
-        private: dict[str, Any] = {"api_visibility": "private", **one_at_a_time}
-        changes = [button.click, text.submit, other.submit, left.change, right.change]
-        changes += [layer.release, place.input, neurons.release]
-        gr.on([*changes, page.load], show, [text, other, left, *choice], [*first], api_name="show", **one_at_a_time)
-        drawn = gr.on(changes, _show_beside, [text, other, right, *choice], [beside, *second], **private)
-        # What has been drawn does not see by itself that it has less room, or more, now.
-        drawn.then(None, js="() => window.dispatchEvent(new Event('resize'))", api_visibility="private")
-        left.change(_controls_for, [left, layer, place], [layer, place], **private)
+        _connect(page, inputs, button, examples, [*first], [beside, *second])
     return page
+
+
+def _connect(
+    page: gr.Blocks, inputs: Inputs, button: gr.Button, examples: gr.Examples, first: list[Any], second: list[Any]
+) -> None:
+    """Shows both columns anew whenever something is changed, and the first one to begin with."""
+    text, other, left, right, *choice = inputs
+    # The models keep hooks while they are watched, so one at a time; what is changed meanwhile is shown next.
+    one_at_a_time = {"concurrency_id": "models", "concurrency_limit": 1, "trigger_mode": "always_last"}
+    private = {"api_visibility": "private", **one_at_a_time}
+    show_first = (show, [text, other, left, *choice], first)
+    show_second = (_show_beside, [text, other, right, *choice], second)
+    changes = [button.click, text.submit, other.submit, left.change, right.change]
+    changes += [inputs.layer.release, inputs.place.input, inputs.neurons.release]
+    gr.on([*changes, page.load], *show_first, api_name="show", **one_at_a_time)
+    drawn = gr.on(changes, *show_second, **private)
+    # What has been drawn does not see by itself that it has less room, or more, now.
+    drawn.then(None, js="() => window.dispatchEvent(new Event('resize'))", api_visibility="private")
+    examples.load_input_event.then(*show_first, **private).then(*show_second, **private)
+    controls = [inputs.layer, inputs.place]
+    left.change(_controls_for, [left, *controls], controls, **private)
 
 
 page = build()

@@ -16,6 +16,7 @@ LEGEND = "<br>" + ", ".join(
     f"<span style='color:{colour}'>\u25a0</span> {sign}" for colour, sign in ((POSITIVE, "+1"), (NEGATIVE, "-1"))
 )
 SIGNS = [(0, NEGATIVE), (1 / 3, NEGATIVE), (1 / 3, SILENT), (2 / 3, SILENT), (2 / 3, POSITIVE), (1, POSITIVE)]
+# Pixels: a token, and what stands around the panels.
 LINE = 18
 FRAME = 160
 

@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, pipeline
+from transformers import pipeline
 
 from spike_metrics.counting import SpikeCount, count, layer_and_place, record_spikes, spike_sizes
 from spike_metrics.energy import compute_energy
@@ -29,7 +29,6 @@ class Observation:
         counted: all that costs energy.
     """
 
-    model: PreTrainedModel
     tokens: tuple[str, ...]
     spikes: dict[str, torch.Tensor]
     sizes: dict[str, torch.Tensor]
@@ -65,7 +64,6 @@ def observe(checkpoint: str, text: str) -> Observation:
     batch = _encode(checkpoint, text)
     model, tokenizer = load(checkpoint)
     return Observation(
-        model,
         tuple(tokenizer.convert_ids_to_tokens(batch["input_ids"][0])),
         record_spikes(model, batch),
         spike_sizes(model),

@@ -95,6 +95,7 @@ def test_the_controls_offer_what_the_checkpoint_has(checkpoints):
 
 
 def test_programs_ask_for_one_thing_and_get_what_the_page_shows(url, checkpoints):
+    assert url.startswith("http://127.0.0.1:")
     client = Client(url, verbose=False)
     assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/show"]
     folder = str(checkpoints / "masked")

@@ -67,6 +67,11 @@ def test_another_sentence_changes_the_picture(page):
         assert tokens(page) == ["[CLS]", *text.split(), "[SEP]"]
 
 
+def test_a_sentence_that_is_offered_is_shown_at_once(page):
+    page.get_by_text("The cat sleeps on the sofa.").click()
+    expect(page.locator(".js-plotly-plot").first).to_contain_text("sofa")
+
+
 def test_under_the_mouse_are_a_neurons_amplitude_and_rate(page):
     raster = page.locator(".js-plotly-plot").first
     raster.scroll_into_view_if_needed()
