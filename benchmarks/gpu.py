@@ -170,6 +170,8 @@ def parity(
     model.train()
     if checkpoints:
         checkpoint_activations(model)
+    # As TrainingStep has it.
+    torch._functorch.config.donated_buffer = not compiles
     # The first batch calibrates, which is nothing to be compiled.
     run = torch.compile(model, fullgraph=True) if compiles else model
     errors = []

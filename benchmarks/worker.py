@@ -30,6 +30,9 @@ class TrainingStep:
         self.case = case
         self.model = build_model(case)
         self.eager_loss = training_loss(case, self.model)
+        if case.compile:
+            # As the scripts have it, so that one compiled layer serves all (modeling_spikelm/compiled_layers.py).
+            torch._functorch.config.donated_buffer = False
         self.loss = torch.compile(self.eager_loss) if case.compile else self.eager_loss
         # The optimizer that the Trainer takes by default.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

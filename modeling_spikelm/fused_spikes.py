@@ -16,7 +16,7 @@ def spike(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `spike_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons or is_transformed(inputs):
+    if not FAST_PATHS.fused_neurons or torch.compiler.is_compiling() or is_transformed(inputs):
         return spike_reference(inputs, amplitude, decay, reset, has_membrane)
     if runs_in_triton(inputs) and not torch.is_grad_enabled():
         return emit(inputs, amplitude, decay, reset, has_membrane, with_codes=False)[0]

@@ -36,7 +36,7 @@ def lif_reference(inputs: torch.Tensor, decay: float, has_membrane: bool = True)
 
 def lif(inputs: torch.Tensor, decay: float, has_membrane: bool = True) -> torch.Tensor:
     """The spikes of `lif_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons or is_transformed(inputs):
+    if not FAST_PATHS.fused_neurons or torch.compiler.is_compiling() or is_transformed(inputs):
         return lif_reference(inputs, decay, has_membrane)
     if runs_in_triton(inputs) and not torch.is_grad_enabled():
         return _emit_in_triton(inputs, decay, has_membrane, with_codes=False)[0]

@@ -27,6 +27,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compiled_layers import run_layer
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
 from .int8_modules import make_embedding
@@ -89,7 +90,7 @@ class SpikeLMEncoder(nn.Module):
         """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps."""
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = run_layer(self.config, layer, hidden_states, attention_mask, **kwargs)
             if records_layers:
                 # The recorder of `capture_outputs` listens to this module.
                 hidden_states, _ = self.step_mean(hidden_states)

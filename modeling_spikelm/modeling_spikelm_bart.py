@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention
 from .calibration import neuron_groups, text_positions
+from .compiled_layers import run_layer
 from .configuration_spikelm_bart import SpikeLMBartConfig
 from .fast_paths import is_transformed
 from .int8_modules import make_linear
@@ -357,7 +358,7 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with packing(hidden_states, self.config.num_time_steps):
             for layer in self.layers:
-                hidden_states = layer(hidden_states, *args, **kwargs)
+                hidden_states = run_layer(self.config, layer, hidden_states, *args, **kwargs)
                 if records_layers:
                     # The recorder of `capture_outputs` listens to this module.
                     hidden_states, _ = self.layer_mean(hidden_states)

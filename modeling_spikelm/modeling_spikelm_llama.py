@@ -30,6 +30,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention
+from .compiled_layers import run_layer
 from .configuration_spikelm_llama import SpikeLMLlamaConfig
 from .int8_modules import make_linear
 from .neurons import SpikingNeurons, make_neurons
@@ -298,7 +299,9 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with packing(hidden_states, self.config.num_time_steps):
             for layer, kind in zip(self.layers, self.layer_types, strict=True):
-                hidden_states = layer(hidden_states, masks[kind], rotary, past_key_values=past_key_values, **kwargs)
+                hidden_states = run_layer(
+                    self.config, layer, hidden_states, masks[kind], rotary, past_key_values=past_key_values, **kwargs
+                )
                 if records_layers:
                     # The recorder of `capture_outputs` listens to this module.
                     hidden_states, _ = self.layer_mean(hidden_states)

@@ -52,6 +52,12 @@ def calibrated(model_class, config, batch) -> torch.nn.Module:
     return model
 
 
+@pytest.fixture
+def regions_train() -> Iterator[None]:
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield
+
+
 def compiled_into(graphs: list[torch.fx.GraphModule], model: torch.nn.Module) -> torch.nn.Module:
     """The model as one graph; its forward and its backward are put into `graphs` as a compiler gets them."""
 
@@ -87,7 +93,9 @@ def waiting_operations(graph: torch.fx.GraphModule) -> list[str]:
 
 
 @every_head
-def test_training_compiles_once_into_one_graph_without_waiting_and_equals_eager(model_class, config, collator):
+def test_training_compiles_once_into_one_graph_without_waiting_and_equals_eager(
+    model_class, config, collator, regions_train
+):
     given = list(batches(model_class, collator))
     model = calibrated(model_class, config, given[0])
     graphs = []
@@ -145,3 +153,60 @@ def test_a_decoder_trains_as_one_graph_without_waiting_and_equals_eager():
     assert [waiting_operations(graph) for graph in graphs] == [[], []]
     for batch, mine in zip(given, found, strict=True):
         torch.testing.assert_close(mine, step(model, batch), rtol=1e-4, atol=1e-6)
+
+
+def regions(graph: torch.fx.GraphModule) -> list[str]:
+    """The name of the compiled part that each region of a graph calls."""
+    calls = graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+    return [call.args[0].target for call in calls]
+
+
+def size(graph: torch.fx.GraphModule) -> int:
+    """How many nodes a compiler makes code of."""
+    return sum(len(part.graph.nodes) for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_one_layer_is_compiled_for_all(mode, config, collator, regions_train):
+    batch, *_ = batches(SpikeLMForMaskedLM, collator)
+    sizes = []
+    for config.num_hidden_layers in (2, 5):
+        model = calibrated(SpikeLMForMaskedLM, config, batch)
+        graphs = []
+        compiled = compiled_into(graphs, model)
+        if mode == "training":
+            step(compiled, batch)
+        else:
+            with torch.no_grad():
+                compiled.eval()(**batch)
+        assert [len(regions(graph)) for graph in graphs] == [config.num_hidden_layers] * len(graphs)
+        assert all(len(set(regions(graph))) == 1 for graph in graphs)
+        sizes.append(sum(map(size, graphs)))
+    # What three layers more add are calls; compiled one by one, they would more than double it.
+    assert sizes[1] - sizes[0] < sizes[0] / 2, sizes
+
+
+def test_where_a_backward_pass_may_write_over_what_it_is_given_each_layer_is_compiled_by_itself(config, collator):
+    """Inductor would write over a region's inputs, and gradients would be wrong; no other backend does so."""
+    batch, *_ = batches(SpikeLMForMaskedLM, collator)
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    graphs = []
+    with torch._functorch.config.patch(donated_buffer=True):  # as torch has it
+        found = step(compiled_into(graphs, copy.deepcopy(model)), batch)
+    assert [regions(graph) for graph in graphs] == [[], []]
+    torch.testing.assert_close(found, step(model, batch), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["output_attentions", "checkpointing"])
+def test_what_a_layer_does_beside_its_output_compiles_into_the_one_graph_too(what, config, collator, regions_train):
+    batch, *_ = batches(SpikeLMForMaskedLM, collator)
+    config._attn_implementation = "eager"
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    if what == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        batch[what] = True
+    # The first forward that records installs the recorders of transformers, which cannot be compiled.
+    expected = step(model, batch)
+    found = step(compiled_into([], copy.deepcopy(model)), batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
