@@ -12,7 +12,8 @@ import yaml
 from explorer.observing import MAX_CHARACTERS
 from gradio_client import Client
 
-from tests.clean_machine import PROJECT_ROOT, neutral_environment
+from tests.clean_machine import PROJECT_ROOT
+from tests.hub_server import HubServer
 from tests.space.conftest import OTHER, TEXT
 
 SPACE = PROJECT_ROOT / "space"
@@ -120,23 +121,31 @@ def test_the_header_is_what_the_hub_reads():
     }
 
 
-def test_the_space_needs_nothing_else_of_the_project_and_no_network_to_begin(tmp_path):
+def test_the_space_needs_nothing_else_of_the_project_and_the_network_for_named_checkpoints_alone(tmp_path, checkpoints):
     folder = tmp_path / "space"
     subprocess.run(["make", "-s", "space", f"SPACE={folder}"], cwd=PROJECT_ROOT, check=True, capture_output=True)
     code = f"""
 import socket
+from unittest import mock
 def refuse(*address):
     raise SystemExit(f"asked the network: {{address}}")
-socket.socket.connect = socket.getaddrinfo = refuse
-import app, modeling_spikelm, spike_metrics
-for module in (app, modeling_spikelm, spike_metrics):
-    assert module.__file__.startswith({str(folder)!r}), module.__file__
-checkpoint = app.offered()[0][1]
-assert checkpoint.startswith({str(folder)!r})
-print(app.show("A man plays the guitar.", "", checkpoint, 0, "output.neurons", 8)[0])
+with mock.patch.object(socket.socket, "connect", refuse), mock.patch.object(socket, "getaddrinfo", refuse):
+    import app, modeling_spikelm, spike_metrics
+    for module in (app, modeling_spikelm, spike_metrics):
+        assert module.__file__.startswith({str(folder)!r}), module.__file__
+    checkpoint = app.offered()[0][1]
+    assert checkpoint.startswith({str(folder)!r})
+    print(app.show("A man plays the guitar.", "", checkpoint, 0, "output.neurons", 8)[0])
+from huggingface_hub import HfApi
+HfApi().create_repo("tester/masked")
+HfApi().upload_folder(repo_id="tester/masked", folder_path={str(checkpoints / "masked")!r})
+for name in ("tester/masked", "tester/nothing"):
+    print(app.show({TEXT!r}, "", name, 0, "output.neurons", 8)[0])
 """
-    environment = neutral_environment() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path / "cache") | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "spikelm-minilm-l6" in done.stdout and "times" in done.stdout
+    assert "spikelm-minilm-l6" in done.stdout and "2 layers, 16 wide, elastic" in done.stdout
+    assert done.stdout.strip().splitlines()[-1].startswith("⚠️ tester/nothing cannot be loaded: ")
     assert {path.name for path in folder.iterdir()} >= {"README.md", "requirements.txt", "app.py"}
