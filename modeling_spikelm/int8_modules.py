@@ -7,6 +7,7 @@ spikes of all steps and makes one integer product of them, so that a token that 
 """
 
 import platform
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,23 @@ MACHINE_HAS_INT8_KERNEL = (
 def has_int8_kernel(device: torch.device) -> bool:
     """Whether oneDNN's int8 product is there; `torch.backends.mkldnn.flags(enabled=False)` turns it off."""
     return MACHINE_HAS_INT8_KERNEL and device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
+
+
+# Rows and columns that cuBLAS takes: so many at least of the left operand, and the others in such multiples.
+LEAST_ROWS, MULTIPLE = 17, 8
+
+
+@torch.compiler.assume_constant_result
+@cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether this is a GPU that multiplies int8 matrices into int32: whether a first product comes out right."""
+    if device.type != "cuda":
+        return False
+    ones = torch.ones(LEAST_ROWS, MULTIPLE, dtype=torch.int8, device=device)
+    try:
+        return bool((torch._int_mm(ones, ones[:MULTIPLE].T) == MULTIPLE).all())
+    except RuntimeError:
+        return False
 
 
 class Int8Module(nn.Module):
@@ -108,7 +126,8 @@ def make_embedding(
 
 
 class Int8Matrix(Int8Module):
-    """Rows that oneDNN multiplies with uint8 codes of spikes, 0, 1, 2 for -1, 0, +1."""
+    """Rows that are multiplied with spikes: by oneDNN with their uint8 codes, 0, 1, 2 for -1, 0, +1; by a GPU's tensor
+    cores with their signs."""
 
     def __init__(self, rows: int, columns: int):
         super().__init__(rows, columns)
@@ -126,6 +145,22 @@ class Int8Matrix(Int8Module):
             self._packed_weight = torch.ops.onednn.qlinear_prepack(self.int8_weight, None)
             self._weight_zero_points = torch.zeros_like(self.weight_scale, dtype=torch.int32)
         return self._packed_weight, self.weight_scale, self._weight_zero_points
+
+    def sums(self, signs: torch.Tensor) -> torch.Tensor:
+        """Sums of the weights with signs `(..., in)`, of any dtype: whole numbers, float32 `(..., out)`."""
+        if not self._fits_tensor_cores(signs):
+            # Signs times int8 sum up to integers that float32 holds exactly (in_features <= 2 ** 24 / 127).
+            with torch.autocast(signs.device.type, enabled=False):
+                return nn.functional.linear(signs.float(), self.int8_weight.float())
+        rows = signs.to(torch.int8).flatten(0, -2)
+        count = len(rows)
+        if count < LEAST_ROWS:
+            rows = nn.functional.pad(rows, (0, 0, 0, LEAST_ROWS - count))
+        return torch._int_mm(rows, self.int8_weight.T)[:count].float().unflatten(0, signs.shape[:-1])
+
+    def _fits_tensor_cores(self, signs: torch.Tensor) -> bool:
+        fits = all(size % MULTIPLE == 0 for size in self.int8_weight.shape) and signs.numel() > 0
+        return fits and has_tensor_cores(signs.device) and not is_transformed(signs)
 
     @staticmethod
     def _forget_after_load(module: "Int8Matrix", incompatible_keys: Any) -> None:
@@ -193,10 +228,8 @@ class QuantizedLinear(Int8Matrix):
             # The decorator takes its time; without torch.compile there is nothing to keep out of.
             product = self._product_outside_graphs if torch.compiler.is_compiling() else self._onednn_product
             return product(spikes, residual)
-        # Signs times int8 sum up to integers that float32 holds exactly (in_features <= 2 ** 24 / 127).
-        with torch.autocast(spikes.codes.device.type, enabled=False):
-            sums = nn.functional.linear(spikes.codes.float() - 1, self.int8_weight.float())
-        outputs = sums.mul_(self.weight_scale * spikes.amplitude).add_(self.bias)
+        # A tracer knows no view of another dtype.
+        outputs = self.sums(spikes.codes.to(torch.int8) - 1).mul_(self.weight_scale * spikes.amplitude).add_(self.bias)
         if residual is not None:
             return residual.add_(outputs)
         return outputs if self.activation is None else ACT2FN[self.activation](outputs)
@@ -294,8 +327,7 @@ class SpikesLinear(Int8Matrix):
             product = self._product_outside_graphs if torch.compiler.is_compiling() else self._onednn_product
             sums = product(ternary_codes(signs))
         else:
-            with torch.autocast(spikes.device.type, enabled=False):
-                sums = nn.functional.linear(signs.float(), self.int8_weight.float()) * self.weight_scale
+            sums = self.sums(signs) * self.weight_scale
         amplitude = self.amplitude.view(-1, *(1 for _ in sums.shape))
         return torch.addcmul(self.bias, sums.unflatten(0, (len(self.amplitude), -1)), amplitude).flatten(0, 1)
 

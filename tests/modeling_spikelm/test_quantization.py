@@ -22,6 +22,7 @@ from modeling_spikelm import (
     SpikeLMForSequenceClassification,
     SpikeLMForTokenClassification,
     SpikeLMModel,
+    int8_modules,
     quantization,
 )
 from modeling_spikelm.int8_modules import QuantizedEmbedding, QuantizedLinear
@@ -198,6 +199,58 @@ def test_sums_are_exact_integers(onednn, data):
     expected = (codes - 1) @ linear.int8_weight.T.long()
     with torch.backends.mkldnn.flags(enabled=onednn):
         assert torch.equal(linear(SpikeCodes(codes.to(torch.uint8), 1.0)).long(), expected)
+
+
+@pytest.fixture
+def multiplied_as_on_a_gpu(monkeypatch):
+    """Products of int8 matrices as a GPU has them, by torch on this CPU; the shapes of their left operands."""
+    shapes = []
+    multiply = torch._int_mm
+
+    def record(left, right):
+        shapes.append(tuple(left.shape))
+        assert left.dtype == right.dtype == torch.int8
+        # What cuBLAS asks for.
+        assert left.shape[0] > 16 and left.shape[1] % 8 == 0 and right.shape[1] % 8 == 0
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch, "_int_mm", record)
+    monkeypatch.setattr(int8_modules, "has_tensor_cores", lambda device: True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield shapes
+
+
+@pytest.mark.parametrize(("rows", "product"), [(1, (17, 40)), (3, (17, 40)), (40, (80, 40))])
+def test_tensor_cores_sum_exact_integers_of_however_few_rows(rows, product, multiplied_as_on_a_gpu):
+    linear = QuantizedLinear(40, 24)
+    linear.int8_weight = torch.randint(-127, 128, (24, 40)).to(torch.int8)
+    linear.weight_scale = torch.ones(24)
+    codes = torch.randint(0, 3, (2, rows, 40))
+    expected = (codes - 1) @ linear.int8_weight.T.long()
+    assert torch.equal(linear(SpikeCodes(codes.to(torch.uint8), 1.0)).long(), expected)
+    assert multiplied_as_on_a_gpu == [product]
+
+
+@pytest.mark.parametrize("sizes", [(37, 24), (40, 30)])
+def test_sizes_that_tensor_cores_do_not_take_are_multiplied_as_floats(sizes, multiplied_as_on_a_gpu):
+    linear = QuantizedLinear(*sizes)
+    assert linear(SpikeCodes(torch.ones(2, 9, sizes[0], dtype=torch.uint8), 1.0)).shape == (2, 9, sizes[1])
+    assert not multiplied_as_on_a_gpu
+
+
+@pytest.mark.parametrize("neuron", ["elastic", "thrifty"])
+def test_on_tensor_cores_it_is_the_float_model_with_rounded_weights(config, batch, neuron, multiplied_as_on_a_gpu):
+    config.neuron, config.intermediate_size = neuron, 40
+    model = calibrated(SpikeLMModel, config, batch)
+    model.quantize_weights()
+    found = model(**batch).last_hidden_state
+    assert len(multiplied_as_on_a_gpu) == 4 * config.num_hidden_layers * config.num_time_steps
+    model.dequantize_weights()
+    torch.testing.assert_close(found, model(**batch).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_without_integer_products_has_no_tensor_cores():
+    assert not int8_modules.has_tensor_cores(torch.device("cpu"))
 
 
 @every_kernel
