@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, HfArgumentParser
 
 from configuration_spikelm import SpikeLMConfig
+from deployment.folders import filled, refuse_used
 from experiment.reporting import input_errors
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, convert_reference_state_dict
 
@@ -37,8 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(ConverterArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
     with input_errors():
         output_dir = Path(arguments.output_dir)
-        if output_dir.exists() and any(output_dir.iterdir()):
-            raise ValueError(f"{output_dir} is not empty; choose another --output_dir.")
+        refuse_used(output_dir)
         state_dict = read_weights(Path(arguments.reference))
         config = read_config(Path(arguments.reference), state_dict)
         model = SpikeLMForPreTraining(config)
@@ -53,13 +53,14 @@ def main(argv: list[str] | None = None) -> None:
             if arguments.tokenizer_name:
                 raise
             tokenizer = None
-    model.save_pretrained(output_dir)
+    with filled(output_dir) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     if tokenizer is None:
         print(
             f"{arguments.reference} has no tokenizer; save one beside the model with --tokenizer_name.", file=sys.stderr
         )
-    else:
-        tokenizer.save_pretrained(output_dir)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -110,7 +110,9 @@ def test_a_masked_lm_is_exported_for_any_number_of_sentences_and_any_length(tmp_
 
 def test_a_classifier_is_made_int8_and_keeps_the_names_of_its_labels(tmp_path):
     labels = {0: "bad", 1: "good"}
-    model = saved(SpikeLMForSequenceClassification, tmp_path / "model", neuron="learned", num_time_steps=1, id2label=labels)
+    model = saved(
+        SpikeLMForSequenceClassification, tmp_path / "model", neuron="learned", num_time_steps=1, id2label=labels
+    )
     exported(tmp_path / "model", tmp_path / "onnx", "--weights", "int8")
     (logits,), facts = run_without_torch(tmp_path / "onnx", list(SENTENCES))
     batch, *_ = batches(AutoTokenizer.from_pretrained(tmp_path / "model"), 24)
