@@ -21,6 +21,7 @@ from transformers import (
 
 import run_clm
 from experiment.publishing import Publisher
+from modeling_spikelm import SpikeLMLlamaForCausalLM
 from tests.corpus import write_corpus
 from tests.test_run_mlm import assert_same_weights, interrupted
 
@@ -133,6 +134,17 @@ def test_a_stream_is_read_pass_after_pass_and_resumed_where_it_was(corpus, tmp_p
     interrupted(cut, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == 6, run_clm)
     run_clm.main(cut)
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_int8_weights_are_evaluated_as_they_are_and_trained_as_floats(trained, corpus, tmp_path):
+    SpikeLMLlamaForCausalLM.from_pretrained(trained).quantize_weights().save_pretrained(tmp_path / "int8")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "int8")
+    command = ["--model_name_or_path", str(tmp_path / "int8"), "--train_file", str(corpus), *SHORT]
+    run_clm.main([*command, "--do_eval", "--output_dir", str(tmp_path / "evaluated")])
+    run_clm.main([*command, "--max_steps", "1", "--learning_rate", "1e-6", "--output_dir", str(tmp_path / "trained")])
+    for name in ("evaluated", "trained"):
+        assert results(tmp_path / name)["eval_loss"] == pytest.approx(results(trained)["eval_loss"], abs=0.05)
+    assert not json.loads((tmp_path / "trained" / "config.json").read_text())["int8_weights"]
 
 
 def test_the_dense_model_is_trained_by_the_same_command(corpus, tmp_path):
