@@ -179,9 +179,9 @@ class QuantizedLayer(nn.Module):
         contexts, _ = self.attention.self(steps, mask, **kwargs)
         attended = self.attention.output(contexts, steps)
         del contexts
-        # A tracer or an exporter would keep the number of parts, whatever the batch.
-        is_kept = is_transformed(attended) or torch.compiler.is_exporting()
-        parts = (attended,) if is_kept else attended.split(self._part_size(attended), dim=1)
+        # It is for a CPU's cache; and a tracer or an exporter would keep the number of parts, whatever the batch.
+        is_whole = not attended.is_cpu or is_transformed(attended) or torch.compiler.is_exporting()
+        parts = (attended,) if is_whole else attended.split(self._part_size(attended), dim=1)
         outputs = [self.output(self.intermediate(part), part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
 

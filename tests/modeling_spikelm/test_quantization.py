@@ -413,6 +413,22 @@ def test_a_batch_split_for_the_cache_gives_the_same(config, batch, monkeypatch):
     torch.testing.assert_close(model(**batch).last_hidden_state, whole, rtol=1e-5, atol=1e-6)
 
 
+def test_a_device_without_a_cpus_cache_gets_the_batch_as_a_whole(config, batch, monkeypatch):
+    monkeypatch.setattr(quantization, "MAX_ACTIVATIONS", 1)
+    config.intermediate_size = 40
+    model = calibrated(SpikeLMModel, config, batch)
+    model.quantize_weights()
+    sizes = []
+    for layer in model.encoder.layer:
+        layer.intermediate.register_forward_hook(lambda module, args, _: sizes.append(args[0].shape[1]))
+    model(**batch)
+    assert sizes == [1] * 3 * config.num_hidden_layers
+    sizes.clear()
+    monkeypatch.setattr(int8_modules, "has_tensor_cores", lambda device: True)
+    model.to("meta")(**{name: value.to("meta") for name, value in batch.items()})
+    assert sizes == [3] * config.num_hidden_layers
+
+
 def test_autocast_changes_no_product(config, batch):
     """Attention alone may run in bfloat16; the sums of both kernels stay exact, so that they still agree."""
     model = calibrated(SpikeLMModel, config, batch).quantize_weights()
