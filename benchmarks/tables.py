@@ -122,9 +122,10 @@ def source(run: Run) -> str:
     if isinstance(machine, str):
         # What was written down by hand.
         return f"{run['command']}  \n{run['date']}, commit {run['commit']}; {machine}"
+    card = f"one {machine['gpu']}, " if machine.get("gpu") else ""
     load = f", load before {machine['load_before']}" if machine.get("load_before") is not None else ""
     return (
-        f"`{run['command']}`  \n{run['date']}, commit {run['commit']}; {machine['cores']} cores of {machine['cpu']}, "
+        f"`{run['command']}`  \n{run['date']}, commit {run['commit']}; {card}{machine['cores']} cores of {machine['cpu']}, "
         f"{machine['vector_instructions']}, torch {machine['torch']}{load}"
     )
 
