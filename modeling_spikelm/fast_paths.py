@@ -20,8 +20,8 @@ class FastPaths:
     GPU's; everywhere else torch's own code runs.
 
     Attributes:
-        fused_neurons: neurons that keep a byte per spike and have their gradient written out, on every device; else the
-            oracles `spike_reference` and `lif_reference`.
+        fused_neurons: neurons that keep a byte per spike and have their gradient written out, in eager mode on every
+            device; else the oracles `spike_reference`, `level_spikes_reference` and `lif_reference`.
         cpu_neurons: elastic and bi-spiking neurons without passes that take or give bool, which torch's CPU kernels do
             one value at a time.
         triton_neurons: neurons in one kernel for all time steps, forwards and backwards, and spikes unpacked in one,
@@ -29,7 +29,8 @@ class FastPaths:
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
         cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
-        packed_spikes: what autograd keeps of spikes is their int8 codes, on every device.
+        packed_spikes: what autograd keeps of spikes is their int8 codes, on every device; where neurons run in Triton,
+            of more than one time step.
         autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.
     """
 

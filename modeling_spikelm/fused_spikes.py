@@ -16,6 +16,7 @@ def spike(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `spike_reference`, same arguments, same numbers, in less time and memory."""
+    # A compiler fuses the plain equations by itself.
     if not FAST_PATHS.fused_neurons or torch.compiler.is_compiling() or is_transformed(inputs):
         return spike_reference(inputs, amplitude, decay, reset, has_membrane)
     if runs_in_triton(inputs) and not torch.is_grad_enabled():
@@ -34,8 +35,7 @@ class _Spike(torch.autograd.Function):
         spikes, codes = way(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
-        if not torch.compiler.is_compiling():
-            SpikePacking.announce(spikes, codes, amplitude)
+        SpikePacking.announce(spikes, codes, amplitude)
         return spikes
 
     @staticmethod

@@ -138,8 +138,7 @@ class _LevelSpikes(torch.autograd.Function):
             spikes, codes = _emit(inputs, levels, decay, reset, has_membrane)
         ctx.save_for_backward(inputs if cost is None else None, codes, amplitude, scale, shift)
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
-        if not torch.compiler.is_compiling():
-            SpikePacking.announce(spikes, codes, levels.sizes(), shift)
+        SpikePacking.announce(spikes, codes, levels.sizes(), shift)
         return spikes
 
     @staticmethod
