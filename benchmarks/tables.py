@@ -125,8 +125,8 @@ def source(run: Run) -> str:
     card = f"one {machine['gpu']}, " if machine.get("gpu") else ""
     load = f", load before {machine['load_before']}" if machine.get("load_before") is not None else ""
     return (
-        f"`{run['command']}`  \n{run['date']}, commit {run['commit']}; {card}{machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['vector_instructions']}, torch {machine['torch']}{load}"
+        f"`{run['command']}`  \n{run['date']}, commit {run['commit']}; {card}{machine['cores']} cores of "
+        f"{machine['cpu']}, {machine['vector_instructions']}, torch {machine['torch']}{load}"
     )
 
 
