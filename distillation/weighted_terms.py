@@ -78,8 +78,8 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         if self.diagnoses and (self.state.global_step + 1) % self.state.logging_steps == 0:
             self._diagnose(model, weighted)
         loss = torch.stack(list(weighted.values())).sum()
-        # Sharded weights are made ready for the backward pass where its gradient enters what a forward has returned. What
-        # comes of a head called outside of it came before that, and torch 2.13 ended with a segmentation fault.
+        # Sharded weights are made ready for the backward pass where its gradient enters what a forward has returned.
+        # The gradient of a head that is called outside of it came before, and torch 2.13 ended with SIGSEGV.
         if self.is_fsdp_enabled and outputs.get("logits") is not None:
             loss = loss + 0 * outputs["logits"].float().sum()
         return (loss, outputs) if return_outputs else loss
