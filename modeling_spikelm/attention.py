@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spiking import SpikingConfig
-from .dropout import attention_with_dropout
+from .dropout import written_out_attention
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
 from .steps import SpikeLMStepMean
 
@@ -112,10 +112,12 @@ class SpikingAttention(nn.Module):
         query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        drops_quickly = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
-        if drops_quickly and 0 < dropout < 1 and is_eager_on_cpu(query):
-            # torch's own is written out on a CPU when it has to drop, and keeps three matrices of probabilities.
-            context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
+        is_quicker = self.training and (0 < dropout < 1 or (dropout == 0 and _is_half_on_cpu(query)))
+        is_torchs = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
+        if is_quicker and is_torchs and is_eager_on_cpu(query):
+            # torch's own keeps three matrices of probabilities on a CPU when it has to drop; in 16 bits its backward
+            # pass takes up to six times as long when it has not.
+            context = written_out_attention(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation == "sdpa" and not self.training and _is_half_on_cpu(query):

@@ -28,7 +28,8 @@ class FastPaths:
             where Triton is installed and works (kernels.py).
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
-        cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
+        cpu_attention: attention in training, with dropout or in 16 bits, that keeps no probabilities (of dropout a byte
+            for each) and computes them again backwards.
         packed_spikes: what autograd keeps of spikes is their int8 codes, on every device; where neurons run in Triton,
             of more than one time step.
         autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.

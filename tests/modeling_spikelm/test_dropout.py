@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from modeling_spikelm import SpikeLMConfig, SpikingNeurons
-from modeling_spikelm.dropout import attention_with_dropout, dropout
+from modeling_spikelm import SpikeLMConfig, SpikeLMModel, SpikingNeurons
+from modeling_spikelm.dropout import dropout, written_out_attention
 from modeling_spikelm.packing import _PACKING, SpikePacking
 
 
@@ -54,7 +54,8 @@ def test_a_gradient_of_dropout_can_be_differentiated():
 @pytest.mark.parametrize("masked", [False, True])
 # Several sequences a piece, and one; and, as of a decoder that attends to an encoder, more queries than keys.
 @pytest.mark.parametrize(("queries", "length"), [(5, 5), (160, 160), (7, 5)])
-def test_attention_equals_its_equation_under_the_same_mask(masked, queries, length):
+@pytest.mark.parametrize("probability", [0.0, 0.2])
+def test_attention_equals_its_equation_under_the_same_mask(masked, queries, length, probability):
     """With the identity as values, the context is the matrix of kept probabilities, so the drawn mask can be read."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, 12, rows, 8, requires_grad=True) for rows in (queries, length, length))
@@ -63,13 +64,13 @@ def test_attention_equals_its_equation_under_the_same_mask(masked, queries, leng
         mask = torch.ones(3, 1, queries, length, dtype=torch.bool)
         mask[1, :, :, 3:] = False
     torch.manual_seed(1)
-    kept = attention_with_dropout(query, key, torch.eye(length).expand(3, 12, -1, -1), mask, 0.3, 0.2) != 0
+    kept = written_out_attention(query, key, torch.eye(length).expand(3, 12, -1, -1), mask, 0.3, probability) != 0
     torch.manual_seed(1)
-    context = attention_with_dropout(query, key, value, mask, 0.3, 0.2)
+    context = written_out_attention(query, key, value, mask, 0.3, probability)
     scores = query @ key.transpose(2, 3) * 0.3
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    expected = (torch.softmax(scores, -1) * kept / 0.8) @ value
+    expected = (torch.softmax(scores, -1) * kept / (1 - probability)) @ value
     torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
     gradient = torch.randn_like(context)
     found = torch.autograd.grad(context, (query, key, value), gradient)
@@ -77,20 +78,22 @@ def test_attention_equals_its_equation_under_the_same_mask(masked, queries, leng
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_of_attention_can_be_differentiated():
+@pytest.mark.parametrize("probability", [0.0, 0.2])
+def test_a_gradient_of_attention_can_be_differentiated(probability):
     operands = [torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=needed) for needed in (True, False, True)]
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
     mask[1, :, :, 2:] = False
 
     def attend(*operands):
         torch.manual_seed(0)
-        return attention_with_dropout(*operands, mask, 0.3, 0.2)
+        return written_out_attention(*operands, mask, 0.3, probability)
 
     assert torch.autograd.gradgradcheck(attend, operands)
 
 
 @pytest.mark.parametrize("form", [torch.bool, torch.float32])
-def test_bfloat16_attention_is_the_float32_one_also_where_a_sequence_is_masked_as_a_whole(form):
+@pytest.mark.parametrize("probability", [0.0, 0.2])
+def test_bfloat16_attention_is_the_float32_one_also_where_a_sequence_is_masked_as_a_whole(form, probability):
     """float32's lowest number, which masks floats, is no finite number of bfloat16's."""
     torch.manual_seed(0)
     mask = torch.ones(3, 1, 5, 5, dtype=torch.bool)
@@ -104,7 +107,7 @@ def test_bfloat16_attention_is_the_float32_one_also_where_a_sequence_is_masked_a
     def attend(dtype):
         torch.manual_seed(1)
         inputs = [operand.to(dtype).requires_grad_() for operand in operands]
-        context = attention_with_dropout(*inputs, mask, 0.3, 0.2)
+        context = written_out_attention(*inputs, mask, 0.3, probability)
         return [found.float() for found in (context, *torch.autograd.grad(context, inputs, gradient.to(dtype)))]
 
     torch.testing.assert_close(attend(torch.bfloat16), attend(torch.float32), rtol=0.02, atol=0.02)
@@ -115,7 +118,7 @@ def test_attention_of_two_dtypes_has_the_querys(dtypes):
     query = torch.randn(2, 3, 5, 8, dtype=dtypes[0], requires_grad=True)
     key, value = (torch.randn(2, 3, 5, 8, dtype=dtypes[1], requires_grad=True) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        context = attention_with_dropout(query, key, value, None, 0.3, 0.2)
+        context = written_out_attention(query, key, value, None, 0.3, 0.2)
     context.float().sum().backward()
     assert context.dtype == query.grad.dtype == dtypes[0] and key.grad.dtype == value.grad.dtype == dtypes[1]
 
@@ -189,3 +192,20 @@ def test_threads_that_pack_side_by_side_leave_nothing_behind():
     # The spikes as floats, and the outputs: nobody packs any more.
     kept, outputs = kept_bytes(lambda: linear(neurons(inputs)))
     assert kept >= 4 * (inputs.numel() + outputs.numel())
+
+
+def test_training_in_16_bits_without_dropout_leaves_torchs_attention_whose_backward_is_slow():
+    config = SpikeLMConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_time_steps=2
+    )
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    model = SpikeLMModel(config)
+    inputs = torch.randint(20, (3, 5))
+
+    def names(is_training):
+        model.train(is_training)
+        with torch.autocast("cpu", torch.bfloat16), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            model(inputs).last_hidden_state.sum().backward()
+        return " ".join(event.key for event in profiled.key_averages())
+
+    assert "flash_attention" in names(False) and "flash_attention" not in names(True)
