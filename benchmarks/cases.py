@@ -33,6 +33,7 @@ FAST_PATHS = (
     "fused_neurons",
     "cpu_neurons",
     "triton_neurons",
+    "triton_dropout",
     "cpu_products",
     "cpu_dropout",
     "cpu_attention",

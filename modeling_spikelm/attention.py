@@ -12,8 +12,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spiking import SpikingConfig
 from .dropout import written_out_attention
-from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
+from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_eager_on_gpu, is_transformed
+from .spiking import spikes_dtype
 from .steps import SpikeLMStepMean
+
+# Rows of a mask that begin at a multiple of so many values are not copied by torch's attention.
+MASK_ALIGNMENT = 8
 
 
 def eager_attention_forward(
@@ -67,6 +71,22 @@ def _attend_in_float32(
     with torch.autocast("cpu", enabled=False):
         context, probabilities = attention(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
     return context.to(query.dtype), probabilities
+
+
+def mask_for_all_layers(mask: Any, hidden_states: torch.Tensor, config: SpikingConfig) -> Any:
+    """A mask as the attention of every layer takes it, where each would make that of the same bool tensor, and keep it.
+
+    Args:
+        mask: for the attention of `config`; `(N, 1, L, S)` bool (True: attend) where it is torch's own.
+        hidden_states: `(N, L, H)`, of the dtype of the model.
+    """
+    is_bool = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    if config._attn_implementation != "sdpa" or not is_bool or not is_eager_on_gpu(mask) or is_transformed(mask):
+        return mask
+    length = mask.shape[-1]
+    row = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
+    added = hidden_states.new_zeros(*mask.shape[:-1], row, dtype=spikes_dtype(hidden_states))[..., :length]
+    return added.masked_fill_(~mask, -torch.inf)
 
 
 class SpikingAttention(nn.Module):

@@ -26,6 +26,11 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 torch_dropout = nn.functional.dropout
 
 
+def levels_to_drop(probability: float) -> int:
+    """At how many of the 65,536 levels of 16 random bits a value is dropped, with a probability in (0, 1)."""
+    return min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
+
+
 def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
     """A mask of int8: 0 with the probability, else -1, which has all bits set."""
     count = shape.numel()
@@ -33,8 +38,7 @@ def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
     bits = np.random.SFC64(seed).random_raw(-(-count // 4))
     levels = torch.from_numpy(bits.view(np.int16))[:count].view(shape)
     # Clamping to two neighbouring levels compares, and other than a comparison is vectorised on a CPU.
-    dropped_levels = min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
-    first_dropped = _LEVELS // 2 - dropped_levels
+    first_dropped = _LEVELS // 2 - levels_to_drop(probability)
     return levels.clamp_(first_dropped - 1, first_dropped).sub_(first_dropped).to(torch.int8)
 
 

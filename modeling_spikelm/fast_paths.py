@@ -26,6 +26,8 @@ class FastPaths:
             one value at a time.
         triton_neurons: neurons in one kernel for all time steps, forwards and backwards, and spikes unpacked in one,
             where Triton is installed and works (kernels.py).
+        triton_dropout: dropout of many values at a time that keeps a seed instead of a mask, where Triton works, too
+            (seeded_dropout.py).
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
         cpu_attention: attention in training, with dropout or in 16 bits, that keeps no probabilities (of dropout a byte
@@ -38,6 +40,7 @@ class FastPaths:
     fused_neurons: bool = True
     cpu_neurons: bool = True
     triton_neurons: bool = True
+    triton_dropout: bool = True
     cpu_products: bool = True
     cpu_dropout: bool = True
     cpu_attention: bool = True

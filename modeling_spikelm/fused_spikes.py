@@ -7,7 +7,7 @@ import torch
 
 from .cpu_passes import emit_on_cpu, pass_back_on_cpu
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
-from .kernels import emit, pass_back, runs_in_triton
+from .kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .packing import SpikePacking
 from .spiking import integrate, kept_share, spike_reference, spikes_dtype, ternary
 
@@ -25,7 +25,7 @@ def spike(
 
 
 class _Spike(torch.autograd.Function):
-    """`spike_reference` with its gradient written out; a spike and its gradient mask are kept in one int8."""
+    """`spike_reference` with its gradient written out; a spike and its gradient mask are kept in one int8, or half."""
 
     @staticmethod
     def forward(
@@ -44,6 +44,8 @@ class _Spike(torch.autograd.Function):
         # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
         is_plain = torch.is_grad_enabled()
         way = _pass_back if is_plain else _quickest(codes, pass_back, pass_back_on_cpu, _pass_back)
+        if way is not pass_back:
+            codes = codes_of_steps(codes, len(spikes_gradient))
         gradient = way(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype)
         return gradient, None, None, None, None
 

@@ -8,49 +8,27 @@ writes forwards, two reads and one write backwards, where torch's own operations
 A tensor `(T, ..., F)` is T matrices of rows, which are positions, and F channels. A program has a tile of such a matrix
 and takes it through all steps.
 
+Codes are small, and those of two steps share a byte: that of an even step, and 16 times that of the step after it.
+
 Triton may be missing, or unable to run: `runs_in_triton` says whether these functions may be called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from .fast_paths import FAST_PATHS, is_eager_on_gpu
+from .fast_paths import FAST_PATHS
+from .launching import can_launch, jit, launch, readable, tiles, tl
 from .spiking import spikes_dtype
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
-
-logger = logging.get_logger(__name__)
 
 # A row of a tile is 128 bytes of bfloat16: a line of the cache.
 TILE_ROWS, TILE_CHANNELS = 32, 64
 
-
-# What may begin anywhere in memory, as a part of a larger parameter does; of the other tensors, `_readable` sees to it.
-PARAMETERS = ("amplitude", "scale", "shift", "cost")
-
-# How a kernel was launched on tensors of one kind. For what a launch takes besides, Triton finds it out in each again,
-# which costs a host several times as much, and at T = 1 it is the host that a step waits for.
-_LAUNCHERS: dict[tuple, Callable[..., None]] = {}
-MAX_LAUNCHERS = 4096
-
-
-def _jit(function: Callable) -> Any:
-    if not HAS_TRITON:
-        return function
-    names = [name for name in PARAMETERS if name in function.__annotations__]
-    return triton.jit(function, do_not_specialize_on_alignment=names)
+# What may begin anywhere in memory, as a part of a larger parameter does; of the other tensors, `readable` sees to it.
+_jit = partial(jit, unaligned=("amplitude", "scale", "shift", "cost"))
 
 
 def runs_in_triton(tensor: torch.Tensor) -> bool:
@@ -58,23 +36,7 @@ def runs_in_triton(tensor: torch.Tensor) -> bool:
 
     To be asked of a tensor that is not transformed (`is_transformed`).
     """
-    return HAS_TRITON and FAST_PATHS.triton_neurons and is_eager_on_gpu(tensor) and _triton_works(tensor.device)
-
-
-@cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether a first kernel runs. Triton needs a C compiler, which many containers lack, and a GPU that it knows."""
-    try:
-        for _ in range(2):  # the second time, Triton is not asked how
-            emit(torch.zeros(1, 1, device=device), torch.ones(1, device=device), 0.0, "symmetric", has_membrane=False)
-    except Exception as error:  # its compilers and drivers raise what they like
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning(
-            f"Triton is installed but does not run on {device} ({type(error).__name__}: {reason}). The spiking neurons "
-            "run in torch's own operations, with the same results, which takes several times as long."
-        )
-        return False
-    return True
+    return FAST_PATHS.triton_neurons and can_launch(tensor)
 
 
 def emit(
@@ -89,7 +51,7 @@ def emit(
     is_binary: bool = False,
     with_codes: bool = True,
 ) -> tuple[torch.Tensor, Any]:
-    """Spikes and their codes, contiguous and of the shape of the inputs.
+    """Spikes and their codes, contiguous; the spikes have the shape of the inputs.
 
     Args:
         inputs: `(T, ..., F)`, any floating dtype and strides.
@@ -100,15 +62,24 @@ def emit(
         with_codes: there will be a backward pass.
 
     Returns:
-        Spikes of the dtype that the products take, and int8 codes, or None. Ternary, 0: no spike (nor of a NaN); +-1: a
-        spike that passes gradient on; +-2: one that does not. Binary, as lif.py has them.
+        Spikes of the dtype that the products take, and int8 codes of two steps in a byte, `(ceil(T / 2), ..., F)`, or
+        None. Ternary, 0: no spike (nor of a NaN); +-1: a spike that passes gradient on; +-2: one that does not. Binary,
+        as lif.py has them.
     """
-    inputs = _readable(inputs)
+    inputs = readable(inputs)
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
-    codes = torch.empty_like(inputs, dtype=torch.int8) if with_codes else None
+    codes = inputs.new_empty(tiles(len(inputs), 2), *inputs.shape[1:], dtype=torch.int8) if with_codes else None
     tensors = inputs, amplitude, scale, shift, cost, spikes, codes
     _launch(_emit, inputs, tensors, (decay, reset, has_membrane, is_binary))
     return spikes, codes
+
+
+def codes_of_steps(codes: torch.Tensor, num_time_steps: int) -> torch.Tensor:
+    """The codes of T steps in a byte each, `(T, ..., F)`, in torch's own operations: what other ways to go on take."""
+    if len(codes) == num_time_steps:
+        return codes
+    moved = codes + 8
+    return torch.stack(((moved & 15) - 8, moved >> 4), 1).flatten(0, 1)[:num_time_steps]
 
 
 def pass_back(
@@ -121,10 +92,14 @@ def pass_back(
     dtype: torch.dtype,
     is_binary: bool = False,
 ) -> torch.Tensor:
-    """Gradient of the inputs, of this dtype, from that of the spikes and their codes; arguments as for `emit`."""
-    gradient = torch.empty_like(codes, dtype=dtype)
-    tensors = _readable(spikes_gradient), codes, amplitude, gradient
-    _launch(_pass_back, codes, tensors, (decay, reset, has_membrane, is_binary))
+    """Gradient of the inputs, of this dtype, from that of the spikes and their codes; arguments as for `emit`.
+
+    Here and below, codes may lie in a byte each, too, as those of `codes_of_steps` do.
+    """
+    arrived = readable(spikes_gradient)
+    gradient = torch.empty_like(arrived, dtype=dtype)
+    tensors = arrived, codes, amplitude, gradient
+    _launch(_pass_back, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane, is_binary))
     return gradient
 
 
@@ -150,15 +125,15 @@ def pass_back_levels(
         spikes; `(F,)`, gradients. For LSQ also: `(T, F)`, gradients that spikes pass on times their membranes; `(F,)`,
         gradients of the inputs times scaled inputs; `(F,)`, gradients of the inputs.
     """
-    gradient = torch.empty_like(codes, dtype=dtype)
-    steps, rows, channels = _sizes(codes)
-    arrived, inputs = _readable(spikes_gradient), None if inputs is None else _readable(inputs)
+    arrived, inputs = readable(spikes_gradient), None if inputs is None else readable(inputs)
+    gradient = torch.empty_like(arrived, dtype=dtype)
+    steps, rows, channels = _sizes(arrived)
     # Each tile of rows has sums of its own, added up in one order: the same in every run, as atomic additions are not.
     sums = torch.empty(
-        _tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
+        tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
     )
     tensors = arrived, codes, inputs, amplitude, scale, shift, gradient, sums
-    _launch(_pass_back_levels, codes, tensors, (decay, reset, has_membrane))
+    _launch(_pass_back_levels, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane))
     sums = sums.sum(0)
     signed, total = sums[:steps], sums[steps]
     if inputs is None:
@@ -170,9 +145,14 @@ def unpack(
     codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The spikes of ternary neurons from their codes: amplitude `(T,)`, or with a shift `(F,)`, sizes `(T, F)`."""
-    spikes = torch.empty_like(codes, dtype=dtype)
-    _launch(_unpack, codes, (_readable(codes), amplitude, shift, spikes), ())
+    spikes = codes.new_empty(len(amplitude), *codes.shape[1:], dtype=dtype)
+    _launch(_unpack, spikes, (readable(codes), amplitude, shift, spikes), (_in_a_byte(codes, spikes),))
     return spikes
+
+
+def _in_a_byte(codes: torch.Tensor, steps: torch.Tensor) -> int:
+    """Of how many steps the codes lie in a byte."""
+    return 1 if len(codes) == len(steps) else 2
 
 
 def _sizes(steps: torch.Tensor) -> tuple[int, int, int]:
@@ -181,43 +161,18 @@ def _sizes(steps: torch.Tensor) -> tuple[int, int, int]:
     return len(steps), steps.shape[1:-1].numel(), channels
 
 
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as kernels read it: in one piece that begins at a whole number of 16 bytes."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _launch(
     kernel: Any, steps: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...]
 ) -> None:
-    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its arguments are tensors, settings, T and the sizes."""
-    key = kernel.fn, steps.shape, steps.device, settings, *[None if each is None else each.dtype for each in tensors]
-    # Triton launches on the current device.
-    with torch.cuda.device_of(steps):
-        launcher = _LAUNCHERS.get(key)
-        if launcher is not None:
-            launcher(*tensors)
-        elif steps.numel():
-            _launch_first(key, kernel, steps, tensors, settings)
+    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its arguments are tensors, settings, and the sizes."""
+    launch(kernel, steps, tensors, settings, _tiling)
 
 
-def _launch_first(key: tuple, kernel: Any, steps: torch.Tensor, tensors: tuple, settings: tuple) -> None:
-    """Launches a kernel by Triton's way for the first time, which compiles it, and keeps how to do that again."""
+def _tiling(steps: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """The grid of programs for `(T, ..., F)`, and the sizes that a kernel is told."""
     num_steps, rows, channels = _sizes(steps)
-    grid = _tiles(rows, TILE_ROWS), _tiles(channels, TILE_CHANNELS), 1
-    settings = (*settings, rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS)
-    # Without fusion a product is rounded before it is added, as torch's is.
-    compiled = kernel[grid](*tensors, *settings, enable_fp_fusion=False)
-    if compiled is None:  # its interpreter compiles nothing
-        return
-    if len(_LAUNCHERS) >= MAX_LAUNCHERS:
-        _LAUNCHERS.clear()
-    launch = compiled[grid]
-    _LAUNCHERS[key] = lambda *tensors: launch(*tensors, *settings)
+    grid = tiles(rows, TILE_ROWS), tiles(channels, TILE_CHANNELS), 1
+    return grid, (rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS)
 
 
 @_jit
@@ -244,6 +199,26 @@ def _of_channels(values: tl.tensor, channel: tl.tensor, is_channel: tl.tensor, o
 @_jit
 def _scaled(inputs: tl.tensor, shift: tl.tensor, scale: tl.tensor) -> tl.tensor:
     return tl.div_rn(inputs.to(tl.float32) - shift, scale)
+
+
+@_jit
+def _code(
+    codes: tl.tensor,
+    offsets: tl.tensor,
+    is_inside: tl.tensor,
+    step_size: tl.tensor,
+    step: tl.constexpr,
+    IN_A_BYTE: tl.constexpr,
+) -> tl.tensor:
+    """The codes of a step, given the offsets of the first one. For its neighbour, a byte comes from the cache."""
+    byte = tl.load(codes + offsets + tl.cast(step_size, tl.int64) * (step // IN_A_BYTE), is_inside, 0)
+    if IN_A_BYTE == 1:
+        code = byte
+    elif step % 2 == 0:
+        code = ((byte + 8) & 15) - 8
+    else:
+        code = (byte + 8) >> 4
+    return code
 
 
 @_jit
@@ -293,6 +268,7 @@ def _emit(
         channel_scale = _of_channels(scale, channel, is_channel, 1.0)
         channel_shift = _of_channels(shift, channel, is_channel, 0.0)
     left = tl.zeros([ROWS, CHANNELS], tl.float32)  # of the membrane, by the step before
+    code_offsets = offsets
     for step in tl.static_range(STEPS):
         step_amplitude = _of_step(amplitude, step, IS_BINARY)
         threshold = step_amplitude * 0.5
@@ -312,7 +288,14 @@ def _emit(
         is_outside = (membrane if IS_BINARY else tl.abs(membrane)) > limit
         direction = is_up.to(tl.int8) - is_down.to(tl.int8)
         if codes is not None:
-            tl.store(codes + offsets, tl.where(is_outside, direction * 2, direction), is_inside)
+            code = tl.where(is_outside, direction * 2, direction)
+            if step % 2 == 0:
+                byte = code
+            else:
+                byte += code * 16
+            if step % 2 == 1 or step == STEPS - 1:
+                tl.store(codes + code_offsets, byte, is_inside)
+                code_offsets += step_size
 
         sign = tl.where(membrane == membrane, _sign(direction, IS_BINARY), membrane)  # a NaN stays one
         if scale is not None:
@@ -331,6 +314,7 @@ def _pass_back(
     codes: tl.tensor,
     amplitude: tl.tensor,
     gradient: tl.tensor,
+    IN_A_BYTE: tl.constexpr,
     decay: tl.tensor,
     RESET: tl.constexpr,
     HAS_MEMBRANE: tl.constexpr,
@@ -342,13 +326,14 @@ def _pass_back(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    offsets = first_offsets
     for _step in tl.static_range(STEPS):
         offsets += step_size
     later = tl.zeros([ROWS, CHANNELS], tl.float32)
     for back in tl.static_range(STEPS):
         offsets -= step_size
-        code = tl.load(codes + offsets, is_inside, 0)
+        code = _code(codes, first_offsets, is_inside, step_size, STEPS - 1 - back, IN_A_BYTE)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, IS_BINARY)
         if HAS_MEMBRANE:
             step_amplitude = _of_step(amplitude, STEPS - 1 - back, IS_BINARY)
@@ -367,6 +352,7 @@ def _pass_back_levels(
     shift: tl.tensor,
     gradient: tl.tensor,
     sums: tl.tensor,
+    IN_A_BYTE: tl.constexpr,
     decay: tl.tensor,
     RESET: tl.constexpr,
     HAS_MEMBRANE: tl.constexpr,
@@ -377,7 +363,7 @@ def _pass_back_levels(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
     channel_scale = _of_channels(scale, channel, is_channel, 1.0)
     channel_shift = _of_channels(shift, channel, is_channel, 0.0)
     num_sums = STEPS + 1 if inputs is None else 2 * STEPS + 3
@@ -385,10 +371,11 @@ def _pass_back_levels(
     row_of_sums = sums + tl.program_id(0).to(tl.int64) * num_sums * channels + channel
 
     # Forwards in time, for the membranes of LSQ are made once more.
+    offsets = first_offsets
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     left = tl.zeros([ROWS, CHANNELS], tl.float32)
     for step in tl.static_range(STEPS):
-        code = tl.load(codes + offsets, is_inside, 0)
+        code = _code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE)
         sign = _sign(code, False)
         arrived = tl.load(spikes_gradient + offsets, is_inside, 0.0).to(tl.float32)
         total += arrived
@@ -409,7 +396,7 @@ def _pass_back_levels(
     later = tl.zeros([ROWS, CHANNELS], tl.float32)
     for back in tl.static_range(STEPS):
         offsets -= step_size
-        code = tl.load(codes + offsets, is_inside, 0)
+        code = _code(codes, first_offsets, is_inside, step_size, STEPS - 1 - back, IN_A_BYTE)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, False)
         if HAS_MEMBRANE:
             step_amplitude = _of_step(amplitude, STEPS - 1 - back, False)
@@ -430,6 +417,7 @@ def _unpack(
     amplitude: tl.tensor,
     shift: tl.tensor,
     spikes: tl.tensor,
+    IN_A_BYTE: tl.constexpr,
     rows: tl.tensor,
     channels: tl.tensor,
     step_size: tl.tensor,
@@ -437,9 +425,10 @@ def _unpack(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    offsets = first_offsets
     for step in tl.static_range(STEPS):
-        sign = _sign(tl.load(codes + offsets, is_inside, 0), False)
+        sign = _sign(_code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE), False)
         if shift is None:
             spike = sign * _of_step(amplitude, step, False)
         else:

@@ -34,7 +34,7 @@ import torch
 
 from .cpu_passes import passed_on
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import emit, pass_back_levels, runs_in_triton
+from .kernels import codes_of_steps, emit, pass_back_levels, runs_in_triton
 from .packing import SpikePacking
 from .spiking import BELOW_ONE, integrate, kept_share, spikes_dtype
 
@@ -117,7 +117,7 @@ def level_spikes_reference(
 
 
 class _LevelSpikes(torch.autograd.Function):
-    """`level_spikes_reference` with its gradient written out; it keeps an int8 per spike, and for LSQ the inputs."""
+    """`level_spikes_reference`, its gradient written out; it keeps an int8 per spike or two, and for LSQ the inputs."""
 
     @staticmethod
     def forward(
@@ -145,7 +145,9 @@ class _LevelSpikes(torch.autograd.Function):
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, codes, amplitude, scale, shift = ctx.saved_tensors
         # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
-        way = pass_back_levels if runs_in_triton(codes) and not torch.is_grad_enabled() else _pass_back
+        way = pass_back_levels
+        if torch.is_grad_enabled() or not runs_in_triton(codes):
+            way, codes = _pass_back, codes_of_steps(codes, len(spikes_gradient))
         gradient, signed, arrived, *of_lsq = way(
             spikes_gradient, codes, inputs, amplitude, scale, shift, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype
         )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import emit, pass_back, runs_in_triton
+from .kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .spiking import integrate, spikes_dtype
 
 
@@ -44,7 +44,7 @@ def lif(inputs: torch.Tensor, decay: float, has_membrane: bool = True) -> torch.
 
 
 class _LIF(torch.autograd.Function):
-    """`lif_reference` with its gradient written out; a spike and its gradient mask are kept in one int8."""
+    """`lif_reference` with its gradient written out; a spike and its gradient mask are kept in one int8, or half."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, decay: float, has_membrane: bool) -> torch.Tensor:
@@ -58,8 +58,9 @@ class _LIF(torch.autograd.Function):
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (codes,) = ctx.saved_tensors
         # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
-        is_quick = runs_in_triton(codes) and not torch.is_grad_enabled()
-        way = _pass_back_in_triton if is_quick else _pass_back
+        way = _pass_back_in_triton
+        if torch.is_grad_enabled() or not runs_in_triton(codes):
+            way, codes = _pass_back, codes_of_steps(codes, len(spikes_gradient))
         return way(spikes_gradient, codes, ctx.decay, ctx.has_membrane, ctx.dtype), None, None
 
 

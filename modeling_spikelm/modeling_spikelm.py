@@ -27,6 +27,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import mask_for_all_layers
 from .compiled_layers import run_layer
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
@@ -266,6 +267,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             allow_is_bidirectional_skip=attention_mask is None
             or (attention_mask.is_cpu and not is_transformed(hidden_states)),
         )
+        mask = mask_for_all_layers(mask, hidden_states, self.config)
         with packing(hidden_states, self.config.num_time_steps):
             last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None

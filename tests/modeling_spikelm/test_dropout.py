@@ -169,7 +169,8 @@ def test_codes_of_spikes_that_are_gone_are_not_kept():
     with packing:
         for _ in range(3):
             neurons(torch.randn(6, 5, 8))
-    assert len(packing._announced) == 1
+        assert len(packing._announced) == 1
+    assert not packing._announced
 
 
 def test_threads_that_pack_side_by_side_leave_nothing_behind():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from modeling_spikelm import SpikeLMForMaskedLM, fused_spikes, kernels
+from modeling_spikelm import SpikeLMForMaskedLM, fused_spikes, kernels, launching
 from modeling_spikelm.fast_paths import FAST_PATHS
 from modeling_spikelm.fused_spikes import spike
 from modeling_spikelm.learned import Levels, level_spikes, level_spikes_reference
@@ -39,7 +39,7 @@ def in_triton():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
-        patch.setattr(kernels, "is_eager_on_gpu", lambda tensor: True)
+        patch.setattr(launching, "is_eager_on_gpu", lambda tensor: True)
         patch.setattr(kernels, "TILE_ROWS", 4)
         patch.setattr(kernels, "TILE_CHANNELS", 4)
         yield
@@ -179,9 +179,10 @@ def test_strides_do_not_matter():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_what_a_product_keeps_is_a_byte_per_spike_and_comes_back_the_same(dtype):
-    inputs = torch.randn(2, 3, 3, 5, dtype=dtype)
-    amplitude = torch.tensor([0.7, 1.1])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_what_a_product_keeps_is_half_a_byte_per_spike_and_comes_back_the_same(dtype, steps):
+    inputs = torch.randn(steps, 3, 3, 5, dtype=dtype)
+    amplitude = torch.rand(steps) + 0.5
     packing = SpikePacking()
     with packing:
         for spikes in (
@@ -189,9 +190,11 @@ def test_what_a_product_keeps_is_a_byte_per_spike_and_comes_back_the_same(dtype)
             level_spikes(inputs, Levels(amplitude, torch.rand(5) + 0.5, torch.randn(5)), 0.25, "reference"),
         ):
             kept = packing._pack(spikes)
-            assert kept.codes.dtype == torch.int8
+            assert kept.codes.dtype == torch.int8 and len(kept.codes) == (steps + 1) // 2
             with torch.no_grad():
                 assert torch.equal(_unpack(kept), spikes)
+            # Where gradients are asked of the gradient, torch's own operations read the same codes.
+            torch.testing.assert_close(_unpack(kept), spikes, rtol=TOLERANCE[dtype], atol=0)
 
 
 def refuse(*arguments):
@@ -211,25 +214,35 @@ def test_switched_off_they_do_not_run(monkeypatch):
 def test_where_triton_does_not_run_torch_does_and_one_line_says_why(monkeypatch, caplog):
     inputs = torch.randn(2, 3, 4)
     wanted = spike(inputs, torch.ones(2), 0.25, "reference")
-    kernels._triton_works.cache_clear()
-    monkeypatch.setattr(kernels, "_launch", refuse)
-    monkeypatch.setattr(kernels.logger, "propagate", True)
+    launching._triton_works.cache_clear()
+    monkeypatch.setattr(launching, "launch", refuse)
+    monkeypatch.setattr(launching.logger, "propagate", True)
     try:
         for _ in range(2):
             assert torch.equal(spike(inputs, torch.ones(2), 0.25, "reference"), wanted)
     finally:
-        kernels._triton_works.cache_clear()
+        launching._triton_works.cache_clear()
     (said,) = caplog.messages
     assert "does not run on cpu (RuntimeError: Failed to find C compiler.)" in said and "\n" not in said
 
 
+def import_again(module):
+    spec = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    return again
+
+
 def test_without_triton_the_file_is_imported_and_serves_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("modeling_spikelm.kernels_without_triton", kernels.__file__)
-    without = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(without)
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    for module in (launching, kernels):
+        # The second imports the first by this name.
+        monkeypatch.setitem(sys.modules, module.__name__, import_again(module))
+    without = sys.modules[launching.__name__]
     monkeypatch.setattr(without, "is_eager_on_gpu", lambda tensor: True)
-    assert not without.runs_in_triton(torch.ones(1))
+    assert not without.can_launch(torch.ones(1))
+    assert not sys.modules[kernels.__name__].runs_in_triton(torch.ones(1))
 
 
 def test_a_gradient_can_be_differentiated_again():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_spikelm import SpikeLMForMaskedLM, kernels
+from modeling_spikelm import SpikeLMForMaskedLM, kernels, launching
 from modeling_spikelm.packing import SpikePacking
 
 GROUPS = 6  # of neurons, in every layer
@@ -34,7 +34,7 @@ def launched(monkeypatch):
                 tensor.zero_()
 
     pytest.importorskip("triton")
-    monkeypatch.setattr(kernels, "is_eager_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(launching, "is_eager_on_gpu", lambda tensor: True)
     monkeypatch.setattr(kernels, "_launch", launch)
     return launches
 
@@ -119,7 +119,7 @@ class Compiled:
 
 
 def test_triton_is_asked_once_how_to_launch_on_tensors_of_a_kind(monkeypatch):
-    monkeypatch.setattr(kernels, "_LAUNCHERS", {})
+    monkeypatch.setattr(launching, "_LAUNCHERS", {})
     kernel = Kernel()
 
     def launch(shape, dtype=torch.float32, decay=0.25):
@@ -144,17 +144,17 @@ def test_triton_is_asked_once_how_to_launch_on_tensors_of_a_kind(monkeypatch):
 def test_what_is_read_begins_where_kernels_may_read_sixteen_bytes_at_once():
     whole = torch.arange(12.0)
     shifted = whole[1:9]
-    assert kernels._readable(whole) is whole
-    assert torch.equal(kernels._readable(shifted), shifted)
-    assert kernels._readable(shifted).data_ptr() % 16 == 0
+    assert launching.readable(whole) is whole
+    assert torch.equal(launching.readable(shifted), shifted)
+    assert launching.readable(shifted).data_ptr() % 16 == 0
 
 
 def test_the_launchers_kept_are_no_more_than_the_kinds_of_some_thousand_tensors(monkeypatch):
-    monkeypatch.setattr(kernels, "_LAUNCHERS", {})
-    monkeypatch.setattr(kernels, "MAX_LAUNCHERS", 3)
+    monkeypatch.setattr(launching, "_LAUNCHERS", {})
+    monkeypatch.setattr(launching, "MAX_LAUNCHERS", 3)
     kernel = Kernel()
     for length in range(1, 9):
         steps = torch.zeros(1, length, 4)
         kernels._launch(kernel, steps, (steps,), ())
-        assert len(kernels._LAUNCHERS) <= 3
+        assert len(launching._LAUNCHERS) <= 3
     assert len(kernel.compiled) == 8

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import SpikeLMForPreTraining, convert_reference_state_dict, kernels
+from modeling_spikelm import SpikeLMForPreTraining, convert_reference_state_dict, launching
 from modeling_spikelm.fast_paths import FAST_PATHS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -41,7 +41,7 @@ def test_two_training_steps_equal_the_reference(steps, attention, path, monkeypa
         monkeypatch.setattr(FAST_PATHS, "fused_neurons", False)
     if path == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(kernels, "is_eager_on_gpu", lambda tensor: True)
+        monkeypatch.setattr(launching, "is_eager_on_gpu", lambda tensor: True)
     config, tensors = golden(steps, attention)
     reference = convert_reference_state_dict(part(tensors, "state."), config)
     model = SpikeLMForPreTraining(config)
