@@ -16,6 +16,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_spiking import SpikingConfig
 from .fast_paths import is_transformed
+from .int8_kernels import SpikeSigns, Sums, floats_of
+from .kernels import runs_in_triton
 from .neurons import SpikingNeurons
 from .quantized_neurons import (
     KINDS,
@@ -152,15 +154,23 @@ class Int8Matrix(Int8Module):
             # Signs times int8 sum up to integers that float32 holds exactly (in_features <= 2 ** 24 / 127).
             with torch.autocast(signs.device.type, enabled=False):
                 return nn.functional.linear(signs.float(), self.int8_weight.float())
-        rows = signs.to(torch.int8).flatten(0, -2)
+        return self._integer_sums(signs.to(torch.int8)).float()
+
+    def _integer_sums(self, signs: torch.Tensor) -> torch.Tensor:
+        """The same of int8 signs, int32, by tensor cores."""
+        rows = signs.flatten(0, -2)
         count = len(rows)
         if count < LEAST_ROWS:
             rows = nn.functional.pad(rows, (0, 0, 0, LEAST_ROWS - count))
-        return torch._int_mm(rows, self.int8_weight.T)[:count].float().unflatten(0, signs.shape[:-1])
+        return torch._int_mm(rows, self.int8_weight.T)[:count].unflatten(0, signs.shape[:-1])
 
     def _fits_tensor_cores(self, signs: torch.Tensor) -> bool:
         fits = all(size % MULTIPLE == 0 for size in self.int8_weight.shape) and signs.numel() > 0
         return fits and has_tensor_cores(signs.device) and not is_transformed(signs)
+
+    def takes_all_steps(self, inputs: torch.Tensor) -> bool:
+        """Whether all steps go through this product at once, on a device whose kernels take its sums."""
+        return self._fits_tensor_cores(inputs) and runs_in_triton(inputs)
 
     @staticmethod
     def _forget_after_load(module: "Int8Matrix", incompatible_keys: Any) -> None:
@@ -220,6 +230,14 @@ class QuantizedLinear(Int8Matrix):
         for linear, own_weight, own_bias in zip(linears, weight.split(sizes), bias.split(sizes), strict=True):
             linear.weight.copy_(own_weight)
             linear.bias.copy_(own_bias)
+
+    def sums_of(self, spikes: SpikeSigns) -> Sums:
+        """What stands for `activation(W s + b)`, `(T, B, L, out)`, of all steps at once; only of some sizes.
+
+        An activation that kernels do not know is for whoever takes the sums.
+        """
+        has_gelu = self.activation == "gelu"
+        return Sums(self._integer_sums(spikes.signs), self.weight_scale, self.bias, spikes.amplitude, has_gelu)
 
     def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Codes `(B, L, in)` to float32 `(B, L, out)`; a `residual` of that shape is added to, in place."""
@@ -323,13 +341,17 @@ class SpikesLinear(Int8Matrix):
         check_inference(self, torch.float32 if torch.is_autocast_enabled(spikes.device.type) else spikes.dtype)
         # Spikes about a shift were rounded to their dtype, and so was the shift where there is none.
         signs = torch.sign(spikes if self.shift is None else spikes - self.shift.to(spikes.dtype))
+        num_time_steps = len(self.amplitude)
+        if self.takes_all_steps(spikes):
+            sums = self._integer_sums(signs.to(torch.int8)).unflatten(0, (num_time_steps, -1))
+            return floats_of(Sums(sums, self.weight_scale, self.bias, self.amplitude)).flatten(0, 1)
         if has_int8_kernel(spikes.device) and not is_transformed(spikes):
             product = self._product_outside_graphs if torch.compiler.is_compiling() else self._onednn_product
             sums = product(ternary_codes(signs))
         else:
             sums = self.sums(signs) * self.weight_scale
         amplitude = self.amplitude.view(-1, *(1 for _ in sums.shape))
-        return torch.addcmul(self.bias, sums.unflatten(0, (len(self.amplitude), -1)), amplitude).flatten(0, 1)
+        return torch.addcmul(self.bias, sums.unflatten(0, (num_time_steps, -1)), amplitude).flatten(0, 1)
 
     def _onednn_product(self, codes: torch.Tensor) -> torch.Tensor:
         # As in QuantizedLinear; the amplitudes of the steps differ, and are multiplied in when the steps are one again.

@@ -70,7 +70,7 @@ def emit(
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = inputs.new_empty(tiles(len(inputs), 2), *inputs.shape[1:], dtype=torch.int8) if with_codes else None
     tensors = inputs, amplitude, scale, shift, cost, spikes, codes
-    _launch(_emit, inputs, tensors, (decay, reset, has_membrane, is_binary))
+    launch_on_tiles(_emit, inputs, tensors, (decay, reset, has_membrane, is_binary))
     return spikes, codes
 
 
@@ -99,7 +99,7 @@ def pass_back(
     arrived = readable(spikes_gradient)
     gradient = torch.empty_like(arrived, dtype=dtype)
     tensors = arrived, codes, amplitude, gradient
-    _launch(_pass_back, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane, is_binary))
+    launch_on_tiles(_pass_back, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane, is_binary))
     return gradient
 
 
@@ -133,7 +133,7 @@ def pass_back_levels(
         tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
     )
     tensors = arrived, codes, inputs, amplitude, scale, shift, gradient, sums
-    _launch(_pass_back_levels, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane))
+    launch_on_tiles(_pass_back_levels, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane))
     sums = sums.sum(0)
     signed, total = sums[:steps], sums[steps]
     if inputs is None:
@@ -146,7 +146,7 @@ def unpack(
 ) -> torch.Tensor:
     """The spikes of ternary neurons from their codes: amplitude `(T,)`, or with a shift `(F,)`, sizes `(T, F)`."""
     spikes = codes.new_empty(len(amplitude), *codes.shape[1:], dtype=dtype)
-    _launch(_unpack, spikes, (readable(codes), amplitude, shift, spikes), (_in_a_byte(codes, spikes),))
+    launch_on_tiles(_unpack, spikes, (readable(codes), amplitude, shift, spikes), (_in_a_byte(codes, spikes),))
     return spikes
 
 
@@ -161,7 +161,7 @@ def _sizes(steps: torch.Tensor) -> tuple[int, int, int]:
     return len(steps), steps.shape[1:-1].numel(), channels
 
 
-def _launch(
+def launch_on_tiles(
     kernel: Any, steps: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...]
 ) -> None:
     """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its arguments are tensors, settings, and the sizes."""
@@ -176,7 +176,7 @@ def _tiling(steps: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]]
 
 
 @_jit
-def _tile(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tensor:
+def tile_of(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tensor:
     """Offsets in the matrix of a step, the channels' numbers, and what of both is in there."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -185,20 +185,38 @@ def _tile(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl
 
 
 @_jit
-def _of_step(amplitude: tl.tensor, step: tl.constexpr, IS_BINARY: tl.constexpr) -> tl.tensor:
+def of_step(amplitude: tl.tensor, step: tl.constexpr, IS_BINARY: tl.constexpr) -> tl.tensor:
     """The amplitude of a step, float32, whatever has cast it since."""
     return 1.0 if IS_BINARY else tl.load(amplitude + step).to(tl.float32)
 
 
 @_jit
-def _of_channels(values: tl.tensor, channel: tl.tensor, is_channel: tl.tensor, other: tl.constexpr) -> tl.tensor:
+def of_channels(values: tl.tensor, channel: tl.tensor, is_channel: tl.tensor, other: tl.constexpr) -> tl.tensor:
     """Values of each channel, float32, as one row of a tile."""
     return tl.load(values + channel, is_channel, other).to(tl.float32)[None, :]
 
 
 @_jit
-def _scaled(inputs: tl.tensor, shift: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def scaled(inputs: tl.tensor, shift: tl.tensor, scale: tl.tensor) -> tl.tensor:
     return tl.div_rn(inputs.to(tl.float32) - shift, scale)
+
+
+@_jit
+def threshold_of(step_amplitude: tl.tensor, cost: tl.tensor, channel: tl.tensor, is_channel: tl.tensor) -> tl.tensor:
+    """`spike_threshold` of learned.py."""
+    threshold = step_amplitude * 0.5
+    if cost is not None:
+        threshold += tl.div_rn(of_channels(cost, channel, is_channel, 0.0), step_amplitude * 2.0)
+    return threshold
+
+
+@_jit
+def direction_of(membrane: tl.tensor, threshold: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
+    """Ternary: the sign of a spike; binary: 1 for a spike, -1 for a membrane below 0; else 0. int8."""
+    # Rounding membrane / amplitude half to even says the same as these comparisons, for amplitude / 2 is exact.
+    is_up = membrane > threshold
+    is_down = membrane < (0.0 if IS_BINARY else -threshold)
+    return is_up.to(tl.int8) - is_down.to(tl.int8)
 
 
 @_jit
@@ -222,7 +240,7 @@ def _code(
 
 
 @_jit
-def _sign(code: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
+def sign_of(code: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
     """The sign of the spike that a code says, float32."""
     return tl.minimum(tl.maximum(code.to(tl.float32), 0.0 if IS_BINARY else -1.0), 1.0)
 
@@ -234,7 +252,7 @@ def _passed_on(gradient: tl.tensor, code: tl.tensor, IS_BINARY: tl.constexpr) ->
 
 
 @_jit
-def _kept_share(sign: tl.tensor, amplitude: tl.tensor, decay: tl.tensor, RESET: tl.constexpr) -> tl.tensor:
+def share_kept(sign: tl.tensor, amplitude: tl.tensor, decay: tl.tensor, RESET: tl.constexpr) -> tl.tensor:
     """`kept_share` of spiking.py."""
     if RESET == "reference":
         share = decay * (amplitude - amplitude * sign)
@@ -263,30 +281,25 @@ def _emit(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
     if scale is not None:
-        channel_scale = _of_channels(scale, channel, is_channel, 1.0)
-        channel_shift = _of_channels(shift, channel, is_channel, 0.0)
+        channel_scale = of_channels(scale, channel, is_channel, 1.0)
+        channel_shift = of_channels(shift, channel, is_channel, 0.0)
     left = tl.zeros([ROWS, CHANNELS], tl.float32)  # of the membrane, by the step before
     code_offsets = offsets
     for step in tl.static_range(STEPS):
-        step_amplitude = _of_step(amplitude, step, IS_BINARY)
-        threshold = step_amplitude * 0.5
-        if cost is not None:
-            threshold += tl.div_rn(_of_channels(cost, channel, is_channel, 0.0), step_amplitude * 2.0)
+        step_amplitude = of_step(amplitude, step, IS_BINARY)
+        threshold = threshold_of(step_amplitude, cost, channel, is_channel)
         limit = threshold + step_amplitude * 0.5
 
         membrane = tl.load(inputs + offsets, is_inside, 0.0).to(tl.float32)
         if scale is not None:
-            membrane = _scaled(membrane, channel_shift, channel_scale)
+            membrane = scaled(membrane, channel_shift, channel_scale)
         if HAS_MEMBRANE:
             membrane += left
 
-        # Rounding membrane / amplitude half to even says the same as these comparisons, for amplitude / 2 is exact.
-        is_up = membrane > threshold
-        is_down = membrane < (0.0 if IS_BINARY else -threshold)
+        direction = direction_of(membrane, threshold, IS_BINARY)
         is_outside = (membrane if IS_BINARY else tl.abs(membrane)) > limit
-        direction = is_up.to(tl.int8) - is_down.to(tl.int8)
         if codes is not None:
             code = tl.where(is_outside, direction * 2, direction)
             if step % 2 == 0:
@@ -297,14 +310,14 @@ def _emit(
                 tl.store(codes + code_offsets, byte, is_inside)
                 code_offsets += step_size
 
-        sign = tl.where(membrane == membrane, _sign(direction, IS_BINARY), membrane)  # a NaN stays one
+        sign = tl.where(membrane == membrane, sign_of(direction, IS_BINARY), membrane)  # a NaN stays one
         if scale is not None:
             spike = channel_shift + sign * (step_amplitude * channel_scale)
         else:
             spike = sign * step_amplitude
         tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
 
-        left = _kept_share(sign, step_amplitude, decay, RESET) * membrane
+        left = share_kept(sign, step_amplitude, decay, RESET) * membrane
         offsets += step_size
 
 
@@ -326,7 +339,7 @@ def _pass_back(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    first_offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
     offsets = first_offsets
     for _step in tl.static_range(STEPS):
         offsets += step_size
@@ -336,8 +349,8 @@ def _pass_back(
         code = _code(codes, first_offsets, is_inside, step_size, STEPS - 1 - back, IN_A_BYTE)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, IS_BINARY)
         if HAS_MEMBRANE:
-            step_amplitude = _of_step(amplitude, STEPS - 1 - back, IS_BINARY)
-            passed += later * _kept_share(_sign(code, IS_BINARY), step_amplitude, decay, RESET)
+            step_amplitude = of_step(amplitude, STEPS - 1 - back, IS_BINARY)
+            passed += later * share_kept(sign_of(code, IS_BINARY), step_amplitude, decay, RESET)
         tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
         later = passed
 
@@ -363,9 +376,9 @@ def _pass_back_levels(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    first_offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
-    channel_scale = _of_channels(scale, channel, is_channel, 1.0)
-    channel_shift = _of_channels(shift, channel, is_channel, 0.0)
+    first_offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
+    channel_scale = of_channels(scale, channel, is_channel, 1.0)
+    channel_shift = of_channels(shift, channel, is_channel, 0.0)
     num_sums = STEPS + 1 if inputs is None else 2 * STEPS + 3
     # One row of sums after the other, in the order that the function of this name without the line returns them in.
     row_of_sums = sums + tl.program_id(0).to(tl.int64) * num_sums * channels + channel
@@ -376,17 +389,17 @@ def _pass_back_levels(
     left = tl.zeros([ROWS, CHANNELS], tl.float32)
     for step in tl.static_range(STEPS):
         code = _code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE)
-        sign = _sign(code, False)
+        sign = sign_of(code, False)
         arrived = tl.load(spikes_gradient + offsets, is_inside, 0.0).to(tl.float32)
         total += arrived
         tl.store(row_of_sums + step * channels, tl.sum(arrived * sign, 0), is_channel)
         if inputs is not None:
-            membrane = _scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
+            membrane = scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
             if HAS_MEMBRANE:
                 membrane += left
             moved = tl.sum(_passed_on(arrived, code, False) * membrane, 0)
             tl.store(row_of_sums + (STEPS + 1 + step) * channels, moved, is_channel)
-            left = _kept_share(sign, _of_step(amplitude, step, False), decay, RESET) * membrane
+            left = share_kept(sign, of_step(amplitude, step, False), decay, RESET) * membrane
         offsets += step_size
     tl.store(row_of_sums + STEPS * channels, tl.sum(total, 0), is_channel)
 
@@ -399,12 +412,12 @@ def _pass_back_levels(
         code = _code(codes, first_offsets, is_inside, step_size, STEPS - 1 - back, IN_A_BYTE)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, False)
         if HAS_MEMBRANE:
-            step_amplitude = _of_step(amplitude, STEPS - 1 - back, False)
-            passed += later * _kept_share(_sign(code, False), step_amplitude, decay, RESET)
+            step_amplitude = of_step(amplitude, STEPS - 1 - back, False)
+            passed += later * share_kept(sign_of(code, False), step_amplitude, decay, RESET)
         tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
         if inputs is not None:
             of_inputs += passed
-            of_scaled += passed * _scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
+            of_scaled += passed * scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
         later = passed
     if inputs is not None:
         tl.store(row_of_sums + (2 * STEPS + 1) * channels, tl.sum(of_scaled, 0), is_channel)
@@ -425,14 +438,14 @@ def _unpack(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    first_offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
     offsets = first_offsets
     for step in tl.static_range(STEPS):
-        sign = _sign(_code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE), False)
+        sign = sign_of(_code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE), False)
         if shift is None:
-            spike = sign * _of_step(amplitude, step, False)
+            spike = sign * of_step(amplitude, step, False)
         else:
-            size = _of_channels(amplitude + step * channels, channel, is_channel, 0.0)
-            spike = _of_channels(shift, channel, is_channel, 0.0) + sign * size
+            size = of_channels(amplitude + step * channels, channel, is_channel, 0.0)
+            spike = of_channels(shift, channel, is_channel, 0.0) + sign * size
         tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
         offsets += step_size

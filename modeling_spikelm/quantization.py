@@ -11,9 +11,11 @@ goes into W before it is rounded, and into b. Attention, LayerNorm, pooler and h
 embeddings, unless they are asked for: their rows are then rounded like those of a weight, and are real values again
 when they are looked up. Of models that write, linear layers are exchanged one by one (`SpikesLinear`, int8_modules.py).
 
-The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
-`(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.
-What one part of a layer made for the next one alone may be overwritten there: a hook that keeps it has to clone it.
+On a GPU whose kernels run (int8_kernels.py) a layer takes all time steps at once, and what lies between its products
+is read and written once. Elsewhere the layers work one time step after the other, so that a step's activations stay in
+the cache and no tensor of `(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the
+last one pulls them all. What one part of a layer made for the next one alone may be overwritten there: a hook that
+keeps it has to clone it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,13 +23,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .configuration_spiking import NEURONS, SpikingConfig
 from .fast_paths import is_transformed
+from .int8_kernels import floats_of
 from .int8_modules import Int8Module, QuantizedLinear, check_inference
 from .layers import SpikeLMLayer, SpikeLMSelfAttention
 from .neurons import SpikingNeurons
 from .quantized_neurons import QuantizedNeurons, make_quantized_neurons
+from .spiking import spikes_dtype
 
 # How many values the widest tensors of a layer hold at most, where the batch can be split: larger ones leave the cache,
 # and the C library then asks the system for fresh pages in every layer.
@@ -61,9 +66,19 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
         self.value_neurons = make_quantized_neurons(config, config.hidden_size, has_membrane=False)
 
     def forward(  # type: ignore[override]
-        self, steps: Iterable[torch.Tensor], attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """T times `(B, L, H)`, and one step's mask, to T contexts `(B, L, H)` and the mean of the probabilities."""
+        self,
+        steps: Any,
+        attention_mask: torch.Tensor | None = None,
+        at_once: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """T times `(B, L, H)`, and one step's mask, to T contexts `(B, L, H)` and the mean of the probabilities.
+
+        Args:
+            at_once: steps and contexts are tensors `(T, B, L, H)`, and the mask is for all steps.
+        """
+        if at_once:
+            return self._attend_in_all_steps(steps, attention_mask, **kwargs)
         contexts, probabilities = [], []
         for step, spikes in enumerate(self.neurons(steps)):
             query, key, value = self.query_key_value(spikes).chunk(3, dim=-1)
@@ -74,6 +89,20 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
                 probabilities.append(step_probabilities)
         return contexts, torch.stack(probabilities).mean(0) if probabilities else None
 
+    def _attend_in_all_steps(
+        self, steps: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size, dtype = steps.shape[-1], spikes_dtype(steps)
+        sums = self.query_key_value.sums_of(self.neurons.signs(steps))
+        query = floats_of(sums, dtype, size=size)
+        key = self.key_neurons.spikes_of_sums(sums, size, dtype)
+        value = self.value_neurons.spikes_of_sums(sums, 2 * size, dtype)
+        query, key, value = (operand.flatten(0, 1) for operand in (query, key, value))
+        contexts, probabilities = self.attend(query, key, value, attention_mask, **kwargs)
+        if probabilities is not None:
+            probabilities = probabilities.unflatten(0, (len(steps), -1)).mean(0)
+        return contexts.unflatten(0, (len(steps), -1)), probabilities
+
 
 class QuantizedIntermediate(nn.Module):
     """`SpikeLMIntermediate`, one time step after the other."""
@@ -83,8 +112,16 @@ class QuantizedIntermediate(nn.Module):
         self.neurons = make_quantized_neurons(config, config.hidden_size)
         self.dense = QuantizedLinear(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, steps: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """T times `(B, L, H)` to T times `(B, L, intermediate_size)`."""
+    def forward(self, steps: Any, at_once: bool = False) -> Any:
+        """T times `(B, L, H)` to T times `(B, L, intermediate_size)`.
+
+        Args:
+            at_once: steps are a tensor `(T, B, L, H)`, and what comes out is one, or what stands for one.
+        """
+        if at_once:
+            sums = self.dense.sums_of(self.neurons.signs(steps))
+            is_whole = sums.has_gelu or self.dense.activation is None
+            return sums if is_whole else ACT2FN[self.dense.activation](floats_of(sums))
         return (self.dense(spikes) for spikes in self.neurons(steps))
 
 
@@ -97,8 +134,14 @@ class QuantizedResidual(nn.Module):
         self.dense = QuantizedLinear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, steps: Iterable[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
-        """T times `(B, L, input_size)`, which may be overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
+    def forward(self, steps: Any, residual: torch.Tensor, at_once: bool = False) -> torch.Tensor:
+        """T times `(B, L, input_size)`, which may be overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`.
+
+        Args:
+            at_once: steps are a tensor `(T, B, L, input_size)`, or what stands for one.
+        """
+        if at_once:
+            return self.LayerNorm(floats_of(self.dense.sums_of(self.neurons.signs(steps)), residual=residual))
         sums = residual.clone(memory_format=torch.contiguous_format)
         for step, spikes in enumerate(self.neurons(steps, may_overwrite=True)):
             self.dense(spikes, residual=sums[step])
@@ -174,6 +217,10 @@ class QuantizedLayer(nn.Module):
         """
         check_inference(self, hidden_states.dtype)
         steps = hidden_states.unflatten(0, (self.num_time_steps, -1))
+        if self.output.dense.takes_all_steps(steps):
+            contexts, _ = self.attention.self(steps, attention_mask, at_once=True, **kwargs)
+            attended = self.attention.output(contexts, steps, at_once=True)
+            return self.output(self.intermediate(attended, at_once=True), attended, at_once=True).flatten(0, 1)
         # The mask says the same in every step.
         mask = None if attention_mask is None else attention_mask[: steps.shape[1]]
         contexts, _ = self.attention.self(steps, mask, **kwargs)

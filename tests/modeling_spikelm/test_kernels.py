@@ -204,7 +204,7 @@ def refuse(*arguments):
 def test_switched_off_they_do_not_run(monkeypatch):
     inputs = torch.randn(2, 3, 4)
     wanted = spike(inputs, torch.ones(2), 0.25, "reference")
-    monkeypatch.setattr(kernels, "_launch", refuse)
+    monkeypatch.setattr(kernels, "launch_on_tiles", refuse)
     with pytest.raises(RuntimeError, match="C compiler"):
         spike(inputs, torch.ones(2), 0.25, "reference")
     monkeypatch.setattr(FAST_PATHS, "triton_neurons", False)
@@ -264,8 +264,10 @@ def test_a_model_trains_through_them_alone(config, batch, monkeypatch):
     torch.manual_seed(0)
     model = SpikeLMForMaskedLM(config).train()
     launched = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest)))
+    launch = kernels.launch_on_tiles
+    monkeypatch.setattr(
+        kernels, "launch_on_tiles", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest))
+    )
     monkeypatch.setattr(kernels, "TILE_ROWS", 32)
     monkeypatch.setattr(kernels, "TILE_CHANNELS", 64)
 
