@@ -31,13 +31,23 @@ def test_every_path_keeps_parity_and_every_side_is_timed_with_torch_and_transfor
     assert {"default", "oracle", "checkpointing", "-triton_neurons", "-packed_spikes"} <= {r["path"] for r in parity}
     assert {row["neuron"] for row in neurons} == set(NEURONS)
     assert all(row["ms"] > 0 and row["note"] is None for row in timed), timed
-    spiking = {"spikelm T=2", "spikelm T=2 -triton_neurons", "spikelm-int8 T=2", "oracle T=2"}
+    spiking = {
+        "spikelm T=2",
+        "spikelm T=2 -triton_neurons",
+        "spikelm T=2 -triton_dropout",
+        "spikelm-int8 T=2",
+        "oracle T=2",
+    }
     assert {row["side"] for row in timed} == {"bert"} | spiking
     assert all(row["ratio to bert"] is not None for row in timed)
     # Whoever stops the command before its end has what was printed.
     printed = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     assert len(printed) == len(parity + neurons + timed)
     assert {row["work"] for row in timed} == {"training", "training, checkpointing", "inference"}
+    # What no card has measured yet comes first, for the time may end.
+    before_parity = [row["side"] for row in printed[: printed.index(parity[0])]]
+    assert before_parity[:2] == ["bert", "spikelm T=2"] and before_parity.count("spikelm-int8 T=2") == 2
+    assert {"oracle T=2", "spikelm T=2 -triton_neurons"}.isdisjoint(before_parity)
 
 
 def test_a_side_that_fails_or_does_not_end_stops_no_other_and_says_why(tmp_path, monkeypatch):
