@@ -38,7 +38,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import SpikingAttention
+from .attention import SpikingAttention, mask_for_all_layers
 from .calibration import neuron_groups, text_positions
 from .compiled_layers import run_layer
 from .configuration_spikelm_bart import SpikeLMBartConfig
@@ -378,13 +378,14 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
         # Where nothing is padding no mask is needed, but a device would have to be waited for to know, and torch.vmap
         # asks several rows at a time.
         may_skip = attention_mask is None or (attention_mask.is_cpu and not is_transformed(hidden_states))
-        return create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             encoder_hidden_states=repeat_steps(source[..., :0], steps),
             allow_is_bidirectional_skip=may_skip,
         )
+        return mask_for_all_layers(mask, hidden_states, self.config)
 
 
 # The embeddings are the state before the first layer; both recorders see `(B, L, H)`, never the T copies.
@@ -468,6 +469,7 @@ class SpikeLMBartDecoder(SpikeLMBartStack):
         if not isinstance(attention_mask, dict):
             attention_mask = self.create_masks_for_generate(self.config, embeddings, attention_mask, past_key_values)
         hidden_states = self.first_hidden_states(embeddings, attention_mask["position_ids"])
+        mask = mask_for_all_layers(attention_mask["mask"], hidden_states, self.config)
         memory_mask = self.source_mask(hidden_states, encoder_hidden_states, encoder_attention_mask)
         is_kept = past_key_values is not None and all(
             past_key_values.is_updated.get(number) for number in range(len(self.layers))
@@ -476,7 +478,7 @@ class SpikeLMBartDecoder(SpikeLMBartStack):
         if not is_kept:
             memory = self.memory_neurons(repeat_steps(encoder_hidden_states, self.config.num_time_steps))
         last_hidden_state = self.through_layers(
-            hidden_states, memory, attention_mask["mask"], memory_mask, past_key_values=past_key_values, **kwargs
+            hidden_states, memory, mask, memory_mask, past_key_values=past_key_values, **kwargs
         )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=last_hidden_state, past_key_values=past_key_values if use_cache else None

@@ -29,7 +29,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import SpikingAttention
+from .attention import SpikingAttention, mask_for_all_layers
 from .compiled_layers import run_layer
 from .configuration_spikelm_llama import SpikeLMLlamaConfig
 from .int8_modules import make_linear
@@ -296,6 +296,7 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
             )
         rotary = self.rotary_emb(embeddings, _repeat_rows(position_ids, self.config.num_time_steps))
         hidden_states, _ = self.steps(embeddings)
+        masks = {kind: mask_for_all_layers(mask, hidden_states, self.config) for kind, mask in masks.items()}
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with packing(hidden_states, self.config.num_time_steps):
             for layer, kind in zip(self.layers, self.layer_types, strict=True):

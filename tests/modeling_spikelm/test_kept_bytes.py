@@ -7,7 +7,17 @@ from collections import Counter
 import pytest
 import torch
 
-from modeling_spikelm import SpikeLMConfig, SpikeLMModel, attention, launching, seeded_dropout
+from modeling_spikelm import (
+    SpikeLMBartConfig,
+    SpikeLMBartModel,
+    SpikeLMConfig,
+    SpikeLMLlamaConfig,
+    SpikeLMLlamaModel,
+    SpikeLMModel,
+    attention,
+    launching,
+    seeded_dropout,
+)
 from modeling_spikelm.fast_paths import FAST_PATHS
 from modeling_spikelm.packing import SpikePacking, _PackedSpikes
 
@@ -119,12 +129,48 @@ def test_what_a_step_has_kept_goes_with_it_and_does_not_wait_for_the_garbage_col
         gc.enable()
 
 
-def test_a_mask_that_all_layers_share_masks_as_that_of_each_does(on_gpu, monkeypatch):
-    model = make_model(2)
-    model.calibrate([make_batch(1)])
-    found = forward(model.eval(), 2)
-    monkeypatch.setattr(attention, "is_eager_on_gpu", lambda tensor: False)
-    assert torch.equal(found, forward(model, 2))
-    monkeypatch.setattr(attention, "is_eager_on_gpu", lambda tensor: True)
+def make_bart():
+    sizes = {"d_model": WIDTH, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
+    layers = {"encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_ffn_dim": WIDTH, "decoder_ffn_dim": WIDTH}
+    return SpikeLMBartModel(SpikeLMBartConfig(vocab_size=32, num_time_steps=2, **sizes, **layers))
+
+
+def make_llama():
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 1, "intermediate_size": WIDTH}
+    config = SpikeLMLlamaConfig(vocab_size=32, num_time_steps=2, num_hidden_layers=LAYERS, **sizes)
+    return SpikeLMLlamaModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "masks"), [(lambda: make_model(2), 1), (make_bart, 3), (make_llama, 1)], ids=["bert", "bart", "llama"]
+)
+def test_a_mask_that_all_layers_share_masks_as_that_of_each_does(make, masks, on_gpu, monkeypatch):
+    model = make().eval()
+    batch = make_batch(2)
+    # Padding at the front, where a decoder sees a mask that is not its own.
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    if model.config.is_encoder_decoder:
+        batch |= {"decoder_input_ids": batch["input_ids"], "decoder_attention_mask": batch["attention_mask"]}
+    model.calibrate([batch])
+    taken = []
+    attend = attention.SpikingAttention.attend
+
+    def watch(self, query, key, value, mask, **kwargs):
+        taken.append(mask)
+        return attend(self, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(attention.SpikingAttention, "attend", watch)
+
+    @torch.no_grad()
+    def run():
+        taken.clear()
+        return model(**batch).last_hidden_state
+
+    found = run()
+    assert {mask.dtype for mask in taken} == {torch.float32}
+    assert len({mask.untyped_storage()._cdata for mask in taken}) == masks and len(taken) == masks * LAYERS
     monkeypatch.setattr(attention, "MASK_ALIGNMENT", 1)
-    assert torch.equal(found, forward(model, 2))
+    assert torch.equal(found, run())
+    monkeypatch.setattr(attention, "is_eager_on_gpu", lambda tensor: False)
+    assert torch.equal(found, run())
+    assert {mask.dtype for mask in taken} == {torch.bool}
