@@ -32,7 +32,7 @@ LONG_FILES = """
     benchmarks/test_commands.py benchmarks/test_ablation.py test_flags.py test_hub.py test_run_distill.py
     test_run_summarization.py test_safety.py test_hub_server.py test_distributed_training.py test_resuming.py
     test_run_clm.py modeling_spikelm/test_remote_code.py deployment/test_onnx.py spike_metrics/test_commands.py
-    space/test_app.py space/test_browser.py
+    space/test_app.py space/test_browser.py modeling_spikelm/test_compiled_kernels.py
 """.split()
 
 
