@@ -85,7 +85,7 @@ class DemoDataArguments:
 
     output_dir: str = field(metadata={"help": "Folder for text/ and glue/; files of an earlier run are overwritten."})
     packages: list[str] = field(
-        default_factory=lambda: "numpy scipy sklearn pandas sympy networkx".split(),
+        default_factory=lambda: "numpy scipy sklearn pandas networkx".split(),
         metadata={"help": "Installed packages to read beside the standard library; those not installed are left out."},
     )
     dev_examples: int = field(default=1500, metadata={"help": "Held-out probe examples (an even number)."})
