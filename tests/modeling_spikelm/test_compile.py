@@ -11,6 +11,7 @@ from transformers import BertTokenizer
 
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification
 from pretraining_data.masking import MaskingCollator
+from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 from tests.modeling_spikelm.test_llama import make_model as make_decoder
 
 HEADS = (SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification)
@@ -123,6 +124,7 @@ def test_inference_compiles_once_into_one_graph_without_waiting_and_equals_eager
             torch.testing.assert_close(mine, model(**batch).to_tuple(), rtol=1e-4, atol=1e-5)
 
 
+@takes_masks_unseen
 @every_head
 def test_a_device_is_never_waited_for(model_class, config, collator):
     """Nothing on the meta device has a value, so whoever asks for one there fails."""

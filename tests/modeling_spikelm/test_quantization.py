@@ -39,6 +39,7 @@ from modeling_spikelm.quantized_neurons import (
 )
 from modeling_spikelm.spiking import spike_reference, ternary
 from tests.clean_machine import run_on_clean_machine
+from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 
 every_class = pytest.mark.parametrize(
     "model_class",
@@ -413,6 +414,7 @@ def test_a_batch_split_for_the_cache_gives_the_same(config, batch, monkeypatch):
     torch.testing.assert_close(model(**batch).last_hidden_state, whole, rtol=1e-5, atol=1e-6)
 
 
+@takes_masks_unseen
 def test_a_device_without_a_cpus_cache_gets_the_batch_as_a_whole(config, batch, monkeypatch):
     monkeypatch.setattr(quantization, "MAX_ACTIVATIONS", 1)
     config.intermediate_size = 40

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
 from modeling_spikelm.learned import Levels, level_spikes
+from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 
 every_neuron = pytest.mark.parametrize("neuron", NEURONS)
 every_neuron_and_attention = pytest.mark.parametrize(
@@ -127,6 +128,7 @@ class TestFunctionTransforms:
         loss, parameters = loss_of(model, batch)
         assert_gradients(grad(loss)(parameters, batch, LABELS), gradients(model, batch, LABELS))
 
+    @takes_masks_unseen
     def test_vmap_of_grad_gives_each_rows_gradient(self, neuron, attention, config, batch):
         """As for differential privacy and influence functions."""
         model = calibrated(SpikeLMForSequenceClassification, config, batch, attention, neuron=neuron)
