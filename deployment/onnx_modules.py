@@ -131,6 +131,10 @@ class OnnxLinear(nn.Module):
         self.register_buffer("weight_scale", linear.weight_scale)
         self.register_buffer("bias", linear.bias)
 
+    def takes_all_steps(self, inputs: torch.Tensor) -> bool:
+        """Of a step's codes at a time, unlike on a GPU."""
+        return False
+
     def forward(self, spikes: SpikeCodes) -> torch.Tensor:
         """Codes `(B, L, in)` to float32 `(B, L, out)`."""
         sums = torch.onnx.ops.symbolic(
