@@ -135,8 +135,8 @@ class SpikingAttention(nn.Module):
         is_quicker = self.training and (0 < dropout < 1 or (dropout == 0 and _is_half_on_cpu(query)))
         is_torchs = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
         if is_quicker and is_torchs and is_eager_on_cpu(query):
-            # torch's own keeps three matrices of probabilities on a CPU when it has to drop; in 16 bits its backward
-            # pass takes up to six times as long when it has not.
+            # torch's own keeps three matrices of probabilities on a CPU when it has to drop; in 16 bits it takes
+            # up to four times as long, forwards and backwards, when it has not.
             context = written_out_attention(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
