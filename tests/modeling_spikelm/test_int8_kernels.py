@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMModel, attention, int8_modules, kernels, launching
@@ -13,6 +12,7 @@ from modeling_spikelm.int8_kernels import SpikeSigns, floats_of
 from modeling_spikelm.int8_modules import QuantizedLinear, SpikesLinear
 from modeling_spikelm.neurons import LearnedNeurons, make_neurons
 from modeling_spikelm.quantized_neurons import KINDS, make_quantized_neurons
+from tests.modeling_spikelm.operations import Operations
 
 WIDTH = 24
 # Views, and memory for what kernels write.
@@ -132,16 +132,6 @@ def test_a_product_in_the_place_of_a_linear_layer_is_the_same_and_has_one_pass_b
         assert set(names[names.index("_int_mm") + 1 :]) <= FREE
         monkeypatch.setattr(FAST_PATHS, "triton_neurons", False)
         torch.testing.assert_close(found, product(spikes), rtol=1e-6, atol=1e-6)
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
 
 
 def make_model(neuron="elastic", **fields):

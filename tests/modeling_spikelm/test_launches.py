@@ -4,22 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_spikelm import SpikeLMForMaskedLM, kernels, launching
 from modeling_spikelm.packing import SpikePacking
+from tests.modeling_spikelm.operations import Operations
 
 GROUPS = 6  # of neurons, in every layer
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names[function.overloadpacket.__name__] += 1
-        return function(*args, **kwargs or {})
 
 
 @pytest.fixture
