@@ -37,7 +37,7 @@ RECORDED = frozenset(
     do_train do_eval do_predict seed data_seed full_determinism
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
-    label_smoothing_factor neftune_noise_alpha train_sampling_strategy
+    label_smoothing_factor neftune_noise_alpha train_sampling_strategy length_column_name
     load_best_model_at_end metric_for_best_model greater_is_better
     """.split()
 )
@@ -136,7 +136,6 @@ NOT_RECORDED = {
     "accelerator_config.even_batches": "every step is whole, so there is nothing to make even",
     "accelerator_config.non_blocking": "how batches get to the device",
     "accelerator_config.use_configured_state": "there is none before the arguments",
-    "length_column_name": "read by sampling strategies that are refused",
     "eval_accumulation_steps": "where predictions wait",
     "eval_use_gather_object": "how predictions are collected",
     "torch_empty_cache_steps": "when memory is given back",
@@ -177,8 +176,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "gives batches in another order every time, so that no run can be resumed. Leave it out.",
     ),
     "train_sampling_strategy": (
-        lambda value: value not in ("random", "sequential"),
-        "draws an order that a resumed run cannot draw again. Take random (the default) or sequential.",
+        lambda value: value == "batch_rebalance",
+        "draws an order that a resumed run cannot draw again. Take group_by_length, or random, the default.",
     ),
     "accelerator_config.use_seedable_sampler": (
         lambda value: not value,

@@ -6,10 +6,12 @@ run that is resumed on another number of devices would be another one from there
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from torch.utils.data import Dataset, RandomSampler, Sampler
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from .recorded_arguments import EXPLANATIONS, sequences_per_step
 
@@ -38,18 +40,71 @@ class WholeStepsTrainer(Trainer):
     end, are left as they are.
 
     Raises:
-        ValueError: when the training begins, if leaving out the rest leaves nothing.
+        ValueError: when the training begins, if leaving out the rest leaves nothing, or if rows of a stream are to be
+            grouped by their length.
     """
+
+    _by_length: "_ByLength | None" = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(
+                "--train_sampling_strategy group_by_length sorts rows, and a stream has none before they are read. "
+                "Leave it out."
+            )
+        loader = super().get_train_dataloader()
+        if self._by_length is not None:
+            # As accelerate does with its own, so that the epoch gets to it in a resumed run of several processes.
+            loader.set_sampler(self._by_length)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if sampler is None:
             return None
         rows = rows_of_an_epoch(len(sampler), self.args)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._by_length = _ByLength(sampler.lengths, sequences_per_step(self.args), rows, seed)
+            return self._by_length
         if isinstance(sampler, RandomSampler):
             # What it yields after all rows are the first of another order of them.
             return RandomSampler(sampler.data_source, num_samples=rows)
         return _FromTheBeginning(sampler, rows)
+
+
+class _ByLength(Sampler[int]):
+    """Steps of rows of about the same length, in an order that hangs on the seed and the epoch alone.
+
+    The sampler of transformers draws from the global random numbers, which a resumed run has at another place.
+
+    Args:
+        lengths: tokens of every row.
+        step: sequences of a step.
+        rows: how many indices an epoch has, a whole number of steps.
+        seed: of all epochs.
+    """
+
+    def __init__(self, lengths: Sequence[int], step: int, rows: int, seed: int) -> None:
+        self.lengths = lengths
+        self.step = step
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        orders = (torch.randperm(len(self.lengths), generator=generator).tolist() for _ in itertools.count())
+        chosen = list(itertools.islice(itertools.chain.from_iterable(orders), self.rows))
+        lengths = [self.lengths[row] for row in chosen]
+        for place in get_length_grouped_indices(lengths, self.step, generator=generator):
+            yield chosen[place]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
 
 class _FromTheBeginning(Sampler[int]):

@@ -127,7 +127,7 @@ def test_of_a_deepspeed_file_what_decides_the_result_is_recorded(arguments):
         (["--ignore_data_skip"], "--ignore_data_skip True makes a resumed run train on the first rows again"),
         (["--auto_find_batch_size"], "double --gradient_accumulation_steps: the steps stay the same"),
         (["--dataloader_in_order", "False"], "--dataloader_in_order False gives batches in another order"),
-        (["--train_sampling_strategy", "group_by_length"], "Take random"),
+        (["--train_sampling_strategy", "batch_rebalance"], "Take group_by_length"),
         (["--accelerator_config", '{"use_seedable_sampler": false}'], '{"use_seedable_sampler": false} draws an order'),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from experiment.whole_steps import WholeStepsTrainer
 
 ROWS, SEQUENCES = 10, 4
+LENGTHS = [7 * row % 100 + 1 for row in range(100)]
 
 
 @pytest.fixture
@@ -13,11 +15,12 @@ def epochs(tmp_path):
 
     def epochs(batch: int, accumulation: int, rows: int = ROWS, **changes) -> list[list[int]]:
         factors = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "remove_unused_columns": False}
         trainer = WholeStepsTrainer(
             model=torch.nn.Linear(1, 1),
-            args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **factors, **changes),
-            train_dataset=list(range(rows)),
-            data_collator=list,
+            args=TrainingArguments(**settings, **factors, **changes),
+            train_dataset=[{"input_ids": [row] * LENGTHS[row]} for row in range(rows)],
+            data_collator=lambda rows: [row["input_ids"][0] for row in rows],
         )
         loader = trainer.get_train_dataloader()
         found = []
@@ -30,14 +33,46 @@ def epochs(tmp_path):
     return epochs
 
 
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_the_rows_of_every_step_depend_on_the_product_of_the_factors_alone(epochs, drop_last):
-    first, *others = (epochs(batch, SEQUENCES // batch, dataloader_drop_last=drop_last) for batch in (4, 2, 1))
+def test_the_rows_of_every_step_depend_on_the_product_of_the_factors_alone(epochs, drop_last, sampling):
+    how = {"dataloader_drop_last": drop_last, "train_sampling_strategy": sampling}
+    first, *others = (epochs(batch, SEQUENCES // batch, **how) for batch in (4, 2, 1))
     assert first == others[0] == others[1]
     for rows in first:
         assert len(rows) == (8 if drop_last else 12)
-        assert len(set(rows[:ROWS])) == len(rows[:ROWS])
+        assert len(set(rows)) == min(len(rows), ROWS)
     assert first[0] != first[1]
+
+
+def test_rows_of_a_step_are_of_about_the_same_length(epochs):
+    def padding(sampling: str) -> int:
+        rows = epochs(4, 1, rows=100, train_sampling_strategy=sampling)[0]
+        steps = [[LENGTHS[row] for row in rows[start : start + 4]] for start in range(0, 100, 4)]
+        return sum(4 * max(lengths) - sum(lengths) for lengths in steps)
+
+    assert padding("group_by_length") < padding("random") / 3
+
+
+def test_the_order_by_length_hangs_on_the_seed_and_not_on_what_was_drawn_before(epochs):
+    found = []
+    for seed, drawn in ((1, 0), (1, 5), (2, 0)):
+        torch.rand(drawn)
+        found.append(epochs(2, 1, train_sampling_strategy="group_by_length", data_seed=seed))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_stream_cannot_be_grouped_by_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield {"input_ids": [0]}
+
+    training = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=1, train_sampling_strategy="group_by_length", report_to="none"
+    )
+    trainer = WholeStepsTrainer(model=torch.nn.Linear(1, 1), args=training, train_dataset=Stream())
+    with pytest.raises(ValueError, match="a stream has none before they are read"):
+        trainer.train()
 
 
 def test_rows_in_their_own_order_begin_again_where_they_end(epochs):
