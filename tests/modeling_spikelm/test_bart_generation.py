@@ -138,6 +138,19 @@ def test_greedy_takes_the_best_token_of_every_forward():
         assert torch.equal(model.generate(SOURCE, **GOES_ON, **options), tokens), options
 
 
+def test_an_assistant_and_a_kept_cache_change_no_token():
+    # It may be cut off anywhere, without the token that ends a text.
+    model, assistant = make_model(forced_eos_token_id=None), make_model(decoder_layers=1, forced_eos_token_id=None)
+    assistant.generation_config.num_assistant_tokens = 3
+    wanted = model.generate(SOURCE, **GOES_ON)
+    for helper in (model, assistant):
+        assert torch.equal(model.generate(SOURCE, assistant_model=helper, **GOES_ON), wanted)
+    begun = model.generate(SOURCE, return_dict_in_generate=True, min_new_tokens=5, max_new_tokens=5, do_sample=False)
+    rest = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
+    kept = {"decoder_input_ids": begun.sequences, "past_key_values": begun.past_key_values}
+    assert torch.equal(model.generate(SOURCE, **kept, **rest), wanted)
+
+
 def test_beams_and_samples_are_the_same_with_and_without_a_cache():
     model = make_model()
     for options in ({"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}):

@@ -111,6 +111,19 @@ def test_greedy_takes_the_best_token_of_every_forward():
         assert torch.equal(model.generate(PROMPT, **GOES_ON, **options), tokens), options
 
 
+def test_an_assistant_a_kept_cache_and_embeddings_change_no_token():
+    model, assistant = make_model(), make_model(num_hidden_layers=1)
+    assistant.generation_config.num_assistant_tokens = 3
+    wanted = model.generate(PROMPT, **GOES_ON)
+    for helper in (model, assistant):
+        assert torch.equal(model.generate(PROMPT, assistant_model=helper, **GOES_ON), wanted)
+    begun = model.generate(PROMPT, return_dict_in_generate=True, min_new_tokens=5, max_new_tokens=5, do_sample=False)
+    rest = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(begun.sequences, past_key_values=begun.past_key_values, **rest), wanted)
+    embeddings = model.get_input_embeddings()(PROMPT)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **GOES_ON), wanted[:, 9:])
+
+
 def test_beams_and_samples_are_the_same_with_and_without_a_cache():
     model = make_model()
     for options in ({"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}):
