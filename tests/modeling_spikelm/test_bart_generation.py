@@ -147,7 +147,9 @@ def test_an_assistant_and_a_kept_cache_change_no_token():
         assert torch.equal(model.generate(SOURCE, assistant_model=helper, **GOES_ON), wanted)
     begun = model.generate(SOURCE, return_dict_in_generate=True, min_new_tokens=5, max_new_tokens=5, do_sample=False)
     rest = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
-    kept = {"decoder_input_ids": begun.sequences, "past_key_values": begun.past_key_values}
+    # Without a mask of what is written, transformers takes all of it for new, of a dense BART too.
+    written = {"decoder_input_ids": begun.sequences, "decoder_attention_mask": torch.ones_like(begun.sequences)}
+    kept = written | {"past_key_values": begun.past_key_values}
     assert torch.equal(model.generate(SOURCE, **kept, **rest), wanted)
 
 
