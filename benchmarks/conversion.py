@@ -8,6 +8,7 @@
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
    student that has been converted already.
 3. Every student learns every task from its teacher, on a grid of the same size, with the same rule.
+4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each.
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
 each (`--task_name cola`) can share a folder, and one for all of them then makes the table.
@@ -57,6 +58,7 @@ class Arguments:
     distill_recipe: str = field(
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
     )
+    more_time_steps: list[int] = list_of(help="T that every trained student is measured with as well, untrained.")
     skip_text: bool = field(
         default=False, metadata={"help": "An ablation: students begin as calibrated warm starts, without step 2."}
     )
@@ -171,6 +173,44 @@ class Result:
     spikes: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class WithTimeSteps:
+    """The trained students of a contestant with more time steps, their levels copied to each; nothing is trained."""
+
+    trained: Contestant
+    num_time_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained.name}, as it is with T = {self.num_time_steps}"
+
+    def job(self, task: str, result: Result, arguments: Arguments) -> Job:
+        """One evaluation by run_glue.py."""
+        folder = self.trained.folder / f"T_{self.num_time_steps}" / task / f"seed_{result.seed}"
+        command = script(
+            *("run_glue.py", self.trained.recipe, "--do_eval", "--model_name_or_path", result.folder),
+            *("--config_overrides", f"num_time_steps={self.num_time_steps},membrane_reset=symmetric"),
+            *("--data_dir", arguments.data_dir, "--task_name", task, "--output_dir", folder / "glue"),
+        )
+        return Job(f"{self.name}, {task}, seed {result.seed}", folder, (command,), (self.trained.recipe,))
+
+    def jobs(self, arguments: Arguments) -> list[Job]:
+        """Of every task and seed that has ended."""
+        return [
+            self.job(task, result, arguments)
+            for task in arguments.task_name
+            for result in self.trained.results(task, arguments)
+        ]
+
+    def best_setting(self, task: str, arguments: Arguments) -> Setting | None:
+        return self.trained.best_setting(task, arguments)
+
+    def results(self, task: str, arguments: Arguments) -> list[Result]:
+        trained = self.trained.results(task, arguments)
+        found = (read_result(self.job(task, result, arguments), result.seed) for result in trained)
+        return [result for result in found if result is not None]
+
+
 def read_result(job: Job, seed: int) -> Result | None:
     """The result of a job that has ended well."""
     if not job.is_finished:
@@ -189,9 +229,10 @@ def main() -> None:
 def measure(arguments: Arguments) -> None:
     teacher = dense_model(arguments)
     students = [student(arguments, variant) for variant in arguments.variants]
+    longer = [WithTimeSteps(each, steps) for each in students for steps in arguments.more_time_steps]
 
     def keep_table() -> list[Row]:
-        rows = build_table(arguments, teacher, students)
+        rows = build_table(arguments, teacher, [*students, *longer])
         if arguments.output is not None:
             keep("conversion", TABLE_TITLE, rows, device(), arguments.output, notes(arguments), PATH_NAMES)
         return rows
@@ -205,6 +246,7 @@ def measure(arguments: Arguments) -> None:
             failed += run_left([conversion(arguments, variant) for variant in raw], arguments, keep_table)
         for each in students:
             failed += compete(each, arguments, keep_table)
+        failed += run_left([job for each in longer for job in each.jobs(arguments)], arguments, keep_table)
     print_table(TABLE_TITLE, keep_table(), notes(arguments))
     report_failures(failed)
 
@@ -285,7 +327,7 @@ def student(arguments: Arguments, variant: str) -> Contestant:
     )
 
 
-def build_table(arguments: Arguments, teacher: Contestant, students: Sequence[Contestant]) -> list[Row]:
+def build_table(arguments: Arguments, teacher: Contestant, students: Sequence[Contestant | WithTimeSteps]) -> list[Row]:
     """Teacher and students, one a row: score and range of every task, their mean, the gap, firing rate and energy.
 
     A mean is over all tasks, so there is none as long as one is missing.
@@ -298,7 +340,7 @@ def build_table(arguments: Arguments, teacher: Contestant, students: Sequence[Co
     return rows
 
 
-def _row(contestant: Contestant, dense: Mapping[str, list[Result]], arguments: Arguments) -> Row:
+def _row(contestant: Contestant | WithTimeSteps, dense: Mapping[str, list[Result]], arguments: Arguments) -> Row:
     found = {task: contestant.results(task, arguments) for task in arguments.task_name}
     row: Row = {"model": contestant.name}
     for task, results in found.items():

@@ -20,18 +20,24 @@ from conversion import (
     Arguments,
     Contestant,
     Setting,
+    WithTimeSteps,
     build_table,
     choose_teachers,
     chosen_teachers,
     dense_model,
     student,
 )
-from trainings import FINISHED
+from trainings import FINISHED, Job
 
 
 def finish(contestant: Contestant, task: str, setting: Setting, seed: int, score: float, given: Arguments) -> Path:
     """Makes a training one that has ended well, with this score, and returns its folder."""
     job = contestant.job(task, setting, seed, given)
+    write_result(job, task, score)
+    return job.folder
+
+
+def write_result(job: Job, task: str, score: float) -> None:
     column = {
         "task": task,
         "score": score,
@@ -40,7 +46,6 @@ def finish(contestant: Contestant, task: str, setting: Setting, seed: int, score
     (job.folder / "glue").mkdir(parents=True)
     (job.folder / "glue/glue_results.json").write_text(json.dumps({"columns": {task.upper(): column}}))
     (job.folder / FINISHED).write_text(job.identity)
-    return job.folder
 
 
 ONE, OTHER = Setting(1e-4, 3), Setting(5e-5, 3)
@@ -115,6 +120,22 @@ def test_the_gap_is_the_mean_over_tasks_of_teacher_less_student(teacher, given):
     assert row["settings"] == "rte: lr=0.0003,epochs=3; cola: lr=0.0003,epochs=3"
 
 
+def test_a_trained_student_has_a_row_of_its_own_with_more_time_steps(teacher, given):
+    pupil = student(given, "num_time_steps=1")
+    for setting in pupil.settings("rte", given):
+        finish(pupil, "rte", setting, 0, 100 * setting.learning_rate, given)
+    longer = WithTimeSteps(pupil, 4)
+    (job,) = longer.jobs(given)
+    (command,) = job.commands
+    # That of the better setting.
+    assert str(pupil.job("rte", Setting(3e-4, 3), 0, given).folder / "glue" / "rte") in command
+    assert "num_time_steps=4,membrane_reset=symmetric" in command and "--do_eval" in command
+    assert longer.results("rte", given) == []
+    write_result(job, "rte", 0.5)
+    *_, row = build_table(given, teacher, [pupil, longer])
+    assert (row["model"], row["rte"], row["cola"]) == ("num_time_steps=1, as it is with T = 4", "0.5", None)
+
+
 def test_there_is_no_mean_as_long_as_a_task_is_missing(teacher, given):
     pupil = student(given, "num_time_steps=1")
     for setting in pupil.settings("rte", given):
@@ -165,11 +186,13 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
         teacher_epochs=[1],
         student_epochs=[1],
         num_seeds=2,
+        more_time_steps=[2],
         distill_recipe=str(tmp_path / "distill.yaml"),
         output=str(tmp_path / "results"),
     )
     conversion.measure(given)
-    dense, row = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    dense, row, longer = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    assert longer["model"].endswith("as it is with T = 2") and longer["gap"] is not None
     assert dense["gap"] == "0.0" and row["model"] == "neuron=thrifty,num_time_steps=1"
     assert row["gap"] is not None and row["firing rate"].endswith("%")
     weights = next((tmp_path / "out").rglob("text/student/model.safetensors"))
