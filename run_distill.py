@@ -122,10 +122,6 @@ def check_flags(
     """Refuses flags that say nothing here, and a command without a teacher."""
     if teaching.teacher_name_or_path is None:
         raise ValueError("--teacher_name_or_path is missing: the BERT to learn from, a folder or a name on the Hub.")
-    if data.objective != "mlm":
-        raise ValueError(
-            f"--objective {data.objective}: a teacher says nothing of pairs of sentences here; leave the flag out."
-        )
     data.check_stream(training)
     if training.label_smoothing_factor:
         raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")

@@ -12,7 +12,7 @@ from .teacher import Teacher
 from .weighted_terms import LossWeights
 
 # Terms that are about a sentence, or an encoder's last layer.
-_OF_ENCODERS = ("sentence_weight", "value_relation_weight")
+_OF_ENCODERS = ("sentence_weight", "first_token_weight", "value_relation_weight")
 
 
 @dataclass
@@ -36,6 +36,10 @@ class DistillationArguments:
     sentence_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of the error of the mean over a sequence's last hidden states, in the same units."},
+    )
+    first_token_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the error of the last layer's first token, which a classifier reads, likewise."},
     )
     logits_weight: float = field(
         default=1.0,

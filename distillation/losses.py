@@ -175,6 +175,19 @@ def _relations(values: torch.Tensor, is_token: torch.Tensor, num_heads: int) -> 
     return scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
+def first_token_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared error of the first token's state, in units of the variance of the teacher's over sequences.
+
+    A classifier reads nothing else. Among the tokens of `hidden_state_errors` it is one, and what it has in common in all
+    sequences may be most of its size.
+
+    Args:
+        student, teacher: `(B, L, H)` last hidden states.
+    """
+    found, target = student[:, 0].float(), teacher.detach()[:, 0].float()
+    return nn.functional.mse_loss(found, target) / target.var(0, unbiased=False).mean().clamp(min=VARIANCE_FLOOR)
+
+
 def sentence_error(student: torch.Tensor, teacher: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
     """Squared error of the mean over a sequence's tokens, in units of the variance of the teacher's over sequences.
 

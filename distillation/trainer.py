@@ -13,6 +13,7 @@ from transformers import EvalPrediction
 
 from .losses import (
     VARIANCE_FLOOR,
+    first_token_error,
     hidden_state_errors,
     score_loss,
     sentence_error,
@@ -72,6 +73,8 @@ class DistillationTrainer(WeightedTermsTrainer):
             terms["hidden"] = hidden_state_errors(found[1:], wished[1:], is_token).mean()
         if "sentence" in wanted:
             terms["sentence"] = sentence_error(found[-1], wished[-1], is_token)
+        if "first_token" in wanted:
+            terms["first_token"] = first_token_error(found[-1], wished[-1])
         if "logits" in wanted and self.teacher.kind == "tokens":
             head = vocabulary_head(self.accelerator.unwrap_model(model))
             terms["logits"] = token_logits_loss(

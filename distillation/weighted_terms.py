@@ -21,6 +21,7 @@ class LossWeights:
 
     hidden: float = 1.0
     sentence: float = 0.0
+    first_token: float = 0.0
     logits: float = 1.0
     value_relation: float = 0.0
     label: float = 0.1

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 import run_distill
+from distillation.trainer import DistillationTrainer
 from experiment.publishing import Publisher
 from pretraining_data.tokenizers import train_wordpiece
 from tests.corpus import write_corpus
@@ -112,10 +113,27 @@ def test_a_student_goes_on_from_a_student(distilled, teachers, corpus, tmp_path)
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_time_steps == 4
 
 
+@pytest.mark.parametrize("name", ["with_head", "bare"])
+def test_pairs_of_text_teach_what_a_classifier_reads(teachers, corpus, tmp_path, monkeypatch, name):
+    """As the teacher of a task on pairs reads them: two segments, each with its token type."""
+    seen = []
+    loss_terms = DistillationTrainer.loss_terms
+
+    def watched(self, model, inputs):
+        seen.append(inputs["token_type_ids"])
+        return loss_terms(self, model, inputs)
+
+    monkeypatch.setattr(DistillationTrainer, "loss_terms", watched)
+    more = ("--objective", "mlm_nsp", "--first_token_weight", "1", "--loss_diagnostics", "--max_steps", "4")
+    run_distill.main(command(teachers[name], corpus, tmp_path / "out", *more))
+    assert all(types.unique().tolist() == [0, 1] for types in seen)
+    figures = [entry for entry in history(tmp_path / "out") if "first_token_loss" in entry]
+    assert len(figures) == 4 and all(entry["first_token_gradient"] > 0 for entry in figures)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--objective", "mlm_nsp"), "--objective mlm_nsp: a teacher says nothing of pairs"),
         (("--model_type", "bert"), "--model_type bert: the student is a SpikeLM"),
         (("--streaming", "--max_steps", "-1"), "--streaming needs --max_steps"),
         (("--hidden_weight", "-1"), "--hidden_weight is -1.0"),

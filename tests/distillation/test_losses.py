@@ -8,6 +8,7 @@ from torch import nn
 
 from distillation import losses
 from distillation.losses import (
+    first_token_error,
     hidden_state_errors,
     score_loss,
     soft_label_loss,
@@ -26,6 +27,13 @@ def test_hidden_state_error_is_in_units_of_the_teachers_variance():
     # So the scale of a layer, and of one layer beside another, does not matter.
     scaled = hidden_state_errors([student, 7 * student], [teacher, 7 * teacher], ALL)
     assert scaled.tolist() == pytest.approx([5 / 4, 5 / 4])
+
+
+def test_a_first_tokens_error_is_in_units_of_what_differs_between_sequences():
+    # What all sequences have in common, 100, says nothing; each feature has variance 4 over the two sequences.
+    teacher = torch.tensor([[[100.0, 2.0], [7.0, 7.0]], [[104.0, 6.0], [7.0, 7.0]]])
+    student = teacher + torch.tensor([[[1.0, -3.0], [50.0, 50.0]]])
+    assert first_token_error(student, teacher).item() == pytest.approx(5 / 4)
 
 
 def test_padding_is_left_out_of_every_term():

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.losses import (
+    first_token_error,
     hidden_state_errors,
     sentence_error,
     soft_label_loss,
@@ -75,7 +76,9 @@ def make_trainer(save_teacher, tmp_path):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
-    trainer = make_trainer("tokens", LossWeights(hidden=2.0, sentence=0.5, logits=0.25, value_relation=3.0, label=0.0))
+    trainer = make_trainer(
+        "tokens", LossWeights(2.0, sentence=0.5, first_token=0.7, logits=0.25, value_relation=3.0, label=0.0)
+    )
     batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
     model, teacher = trainer.model.train(), trainer.teacher
     model.calibrate([batch])
@@ -86,6 +89,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
     wished = teacher(**batch).hidden_states
     assert terms["hidden"].item() == pytest.approx(hidden_state_errors(found[1:], wished[1:], is_token).mean().item())
     assert terms["sentence"].item() == pytest.approx(sentence_error(found[-1], wished[-1], is_token).item())
+    assert terms["first_token"].item() == pytest.approx(first_token_error(found[-1], wished[-1]).item())
     logits = token_logits_loss(found[-1], wished[-1], model.cls, teacher.model.cls, is_token).item()
     assert terms["logits"].item() == pytest.approx(logits, rel=1e-5)
     assert terms["value_relation"].item() > 0
