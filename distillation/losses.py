@@ -178,8 +178,8 @@ def _relations(values: torch.Tensor, is_token: torch.Tensor, num_heads: int) -> 
 def first_token_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Squared error of the first token's state, in units of the variance of the teacher's over sequences.
 
-    A classifier reads nothing else. Among the tokens of `hidden_state_errors` it is one, and what it has in common in all
-    sequences may be most of its size.
+    A classifier reads nothing else. Among the tokens of `hidden_state_errors` it is one of many, and what it has in
+    common in all sequences may be most of its size.
 
     Args:
         student, teacher: `(B, L, H)` last hidden states.
