@@ -4,10 +4,11 @@
 
 1. The BERT is fine-tuned on every task with every learning rate and number of epochs of the grid, by run_glue.py and
    with the first seed. Of a task the best setting is kept and trained with the other seeds; its run with the median
-   score becomes the teacher.
+   score becomes the teacher. `--teacher_settings` takes the place of a grid that has been run before.
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
    student that has been converted already.
-3. Every student learns every task from its teacher, on a grid of the same size, with the same rule.
+3. Every student learns every task from its teacher, on a grid of the same size, with the same rule: first the hidden
+   states alone, with a setting of the grid, then logits and labels as well, as recipes/conversion_students.yaml says.
 4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each.
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
@@ -31,6 +32,7 @@ TABLE_TITLE = "Conversion: what a spiking student loses against its dense teache
 # What stands in a command in the place of paths, which are of no use elsewhere.
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
 PATH_NAMES |= {"--teacher_name_or_path": "BERT"}
+STATES_RECIPE, STUDENTS_RECIPE = "recipes/conversion_states.yaml", "recipes/conversion_students.yaml"
 
 
 @dataclass
@@ -54,6 +56,9 @@ class Arguments:
     large_tasks: list[str] = list_of("sst2", help="Tasks with so many rows that other epochs do.")
     large_task_epochs: list[int] = list_of(1, 2, help="Grid of teachers and students at large tasks.")
     large_task_batch_size: int = field(default=128, metadata={"help": "Rows of a step at large tasks."})
+    teacher_settings: list[str] = list_of(
+        help="Of a task the one setting of its teachers, found before, in place of the grid: cola=5e-5:6 is 6 epochs."
+    )
     num_seeds: int = field(default=3, metadata={"help": "Runs of the best setting, with the seeds 0, 1, ..."})
     distill_recipe: str = field(
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
@@ -76,11 +81,28 @@ class Arguments:
                     f"--teacher_{grid} and --student_{grid} have to be equally many: a larger grid is an advantage of "
                     "its own."
                 )
+        self.settled_teachers()
         if self.train_file is None and not self.skip_text and not all(map(is_converted, self.variants)):
             raise ValueError("--train_file is missing: the text that the variants are converted with.")
         for name in ("train_file", "data_dir", "distill_recipe"):
             if getattr(self, name) is not None and not Path(getattr(self, name)).exists():
                 raise ValueError(f"--{name} {getattr(self, name)} does not exist; name a file or a folder that does.")
+
+    def settled_teachers(self) -> dict[str, "Setting"]:
+        """`teacher_settings` by task."""
+        found = {}
+        for text in self.teacher_settings:
+            task, _, setting = text.partition("=")
+            rate, _, epochs = setting.partition(":")
+            try:
+                found[task] = Setting(float(rate), int(epochs))
+            except ValueError:
+                raise ValueError(
+                    f"--teacher_settings {text} is not a task, a learning rate and epochs; write it as cola=5e-5:6."
+                ) from None
+            if task not in self.task_name:
+                raise ValueError(f"--teacher_settings {text} is of a task that --task_name lacks; add it there.")
+        return found
 
 
 def is_converted(variant: str) -> bool:
@@ -101,31 +123,50 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that learns the tasks: its name, which is its folder, how run_glue.py gets it, and its grid."""
+    """A model that learns the tasks: its name, which is its folder, how run_glue.py gets it, and its grid.
+
+    Attributes:
+        settled: tasks whose setting was found before, so that there is no grid.
+        start: flags that make a SpikeLM of `model`, where it is none.
+        states_recipe: of a training before that of `recipe`, on the teacher's hidden states alone, which then has the
+            setting of the grid.
+    """
 
     name: str
     folder: Path
     recipe: str
+    model: object
     flags: tuple[object, ...]
     learning_rates: tuple[float, ...]
     epochs: tuple[int, ...]
+    settled: Mapping[str, Setting] = field(default_factory=dict)
+    start: tuple[object, ...] = ()
+    states_recipe: str | None = None
 
     def settings(self, task: str, arguments: Arguments) -> list[Setting]:
+        if task in self.settled:
+            return [self.settled[task]]
         epochs = arguments.large_task_epochs if task in arguments.large_tasks else self.epochs
         return [Setting(*point) for point in product(self.learning_rates, epochs)]
 
     def job(self, task: str, setting: Setting, seed: int, arguments: Arguments) -> Job:
-        """One training of run_glue.py: a task, a setting and a seed."""
+        """A task, a setting and a seed: one training of run_glue.py, or two where the states are learned before."""
         folder = self.folder / task / setting.name / f"seed_{seed}"
         large = task in arguments.large_tasks
         batch = ("--per_device_train_batch_size", arguments.large_task_batch_size) if large else ()
-        command = script(
-            *("run_glue.py", self.recipe, *self.flags, *batch, "--data_dir", arguments.data_dir),
-            *("--task_name", task, "--seed", seed),
-            *("--learning_rate", setting.learning_rate, "--num_train_epochs", setting.epochs),
-            *("--output_dir", folder / "glue"),
-        )
-        return Job(f"{self.name}, {task}, {setting.name}, seed {seed}", folder, (command,), (self.recipe,))
+        data = (*batch, "--data_dir", arguments.data_dir, "--task_name", task, "--seed", seed)
+        rate = ("--learning_rate", setting.learning_rate, "--num_train_epochs", setting.epochs)
+        model, start, recipes = self.model, self.start, (self.recipe,)
+        commands = []
+        if self.states_recipe:
+            flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
+            commands.append(script("run_glue.py", self.states_recipe, *flags, "--output_dir", folder / "states"))
+            # What follows has a rate and epochs of its own, in its recipe.
+            model, start, rate = folder / "states" / task, (), ()
+            recipes = (self.states_recipe, self.recipe)
+        flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
+        commands.append(script("run_glue.py", self.recipe, *flags, "--output_dir", folder / "glue"))
+        return Job(f"{self.name}, {task}, {setting.name}, seed {seed}", folder, tuple(commands), recipes)
 
     def first_jobs(self, arguments: Arguments) -> list[Job]:
         """The grid, of every task, with the first seed."""
@@ -267,9 +308,11 @@ def dense_model(arguments: Arguments) -> Contestant:
         name="teacher",
         folder=Path(arguments.output_dir, "teachers"),
         recipe="recipes/conversion_teachers.yaml",
-        flags=("--model_name_or_path", arguments.teacher_name_or_path),
+        model=arguments.teacher_name_or_path,
+        flags=(),
         learning_rates=tuple(arguments.teacher_learning_rates),
         epochs=tuple(arguments.teacher_epochs),
+        settled=arguments.settled_teachers(),
     )
 
 
@@ -307,21 +350,23 @@ def conversion(arguments: Arguments, variant: str) -> Job:
 def student(arguments: Arguments, variant: str) -> Contestant:
     """A variant that learns the tasks."""
     name = Path(variant).resolve().name if is_converted(variant) else variant
-    if is_converted(variant):
-        start: tuple[object, ...] = ("--model_name_or_path", variant)
-    elif arguments.skip_text:
-        start = ("--model_name_or_path", arguments.teacher_name_or_path, "--model_type", "spikelm")
-        start += ("--config_overrides", variant)
-    else:
-        start = ("--model_name_or_path", conversion(arguments, variant).folder / "student")
+    model: object = variant
+    start: tuple[object, ...] = ()
+    if arguments.skip_text and not is_converted(variant):
+        model, start = arguments.teacher_name_or_path, ("--model_type", "spikelm", "--config_overrides", variant)
+    elif not is_converted(variant):
+        model = conversion(arguments, variant).folder / "student"
     taught = () if arguments.skip_teachers else ("--teacher_name_or_path", chosen_teachers(arguments))
     skipped = [each for each in ("text", "teachers") if getattr(arguments, f"skip_{each}")]
     name += "".join(f", without {each}" for each in skipped)
     return Contestant(
         name=name,
         folder=Path(arguments.output_dir, "students", name.replace(" ", "_"), "tasks"),
-        recipe="recipes/conversion_students.yaml",
-        flags=(*start, *taught),
+        recipe=STUDENTS_RECIPE,
+        model=model,
+        start=start,
+        flags=taught,
+        states_recipe=None if arguments.skip_teachers else STATES_RECIPE,
         learning_rates=tuple(arguments.student_learning_rates),
         epochs=tuple(arguments.student_epochs),
     )
@@ -371,7 +416,9 @@ def _score(results: Sequence[Result]) -> str:
 
 
 def notes(arguments: Arguments) -> list[str]:
-    recipes = ["recipes/conversion_teachers.yaml", "recipes/conversion_students.yaml"]
+    recipes = ["recipes/conversion_teachers.yaml", STUDENTS_RECIPE]
+    if not arguments.skip_teachers:
+        recipes.insert(1, STATES_RECIPE)
     if not all(map(is_converted, arguments.variants)):
         recipes.append(arguments.distill_recipe)
     return [

@@ -17,6 +17,8 @@ from tests.glue_tasks.conftest import write_tasks
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import conversion
 from conversion import (
+    STATES_RECIPE,
+    STUDENTS_RECIPE,
     Arguments,
     Contestant,
     Setting,
@@ -148,9 +150,25 @@ def test_a_large_task_has_epochs_and_batches_of_its_own(given):
     pupil = student(given, "num_time_steps=1")
     assert [setting.epochs for setting in pupil.settings("sst2", given)] == [1, 2, 1, 2]
     assert [setting.epochs for setting in pupil.settings("rte", given)] == [3, 3]
-    (large,), (small,) = (pupil.job(task, ONE, 0, given).commands for task in ("sst2", "rte"))
-    assert large[large.index("--per_device_train_batch_size") + 1] == "128"
-    assert "--per_device_train_batch_size" not in small
+    large, small = (pupil.job(task, ONE, 0, given).commands for task in ("sst2", "rte"))
+    assert [command[command.index("--per_device_train_batch_size") + 1] for command in large] == ["128", "128"]
+    assert not any("--per_device_train_batch_size" in command for command in small)
+
+
+def test_a_student_learns_the_states_with_the_setting_and_goes_on_from_there(given):
+    states, finish = student(given, "num_time_steps=1").job("rte", ONE, 0, given).commands
+    assert STATES_RECIPE in states and states[states.index("--learning_rate") + 1] == "0.0001"
+    assert STUDENTS_RECIPE in finish and "--learning_rate" not in finish
+    learned = states[states.index("--output_dir") + 1]
+    assert finish[finish.index("--model_name_or_path") + 1] == str(Path(learned, "rte"))
+    # Labels alone have no teacher's states, and what is not converted becomes a SpikeLM in the first training.
+    alone = replace(given, skip_text=True, skip_teachers=True)
+    (command,) = student(alone, "num_time_steps=1").job("rte", ONE, 0, alone).commands
+    assert STUDENTS_RECIPE in command and command[command.index("--num_train_epochs") + 1] == "3"
+    assert "--model_type" in command and "--teacher_name_or_path" not in command
+    calibrated = replace(given, skip_text=True)
+    states, finish = student(calibrated, "num_time_steps=1").job("rte", ONE, 0, calibrated).commands
+    assert "--model_type" in states and "--model_type" not in finish
 
 
 def test_a_larger_grid_for_one_side_is_refused(given):
@@ -162,6 +180,19 @@ def test_a_larger_grid_for_one_side_is_refused(given):
         replace(given, train_file="nowhere")
     with pytest.raises(ValueError, match="--train_file is missing"):
         replace(given, train_file=None)
+
+
+def test_a_setting_found_before_takes_the_place_of_the_teachers_grid_alone(given):
+    given = replace(given, teacher_settings=["cola=2e-5:6"])
+    teacher, pupil = dense_model(given), student(given, "num_time_steps=1")
+    assert teacher.settings("cola", given) == [Setting(2e-5, 6)]
+    assert teacher.settings("rte", given) == [ONE, OTHER]
+    assert [setting.learning_rate for setting in pupil.settings("cola", given)] == [1e-4, 3e-4]
+    for wrong in ("cola", "cola=6", "cola=x:6", "cola=1e-4:1.5"):
+        with pytest.raises(ValueError, match="is not a task, a learning rate and epochs"):
+            replace(given, teacher_settings=[wrong])
+    with pytest.raises(ValueError, match="is of a task that --task_name lacks"):
+        replace(given, teacher_settings=["mrpc=1e-4:6"])
 
 
 @pytest.mark.long
