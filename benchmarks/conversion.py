@@ -161,8 +161,8 @@ class Contestant:
         if self.states_recipe:
             flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
             commands.append(script("run_glue.py", self.states_recipe, *flags, "--output_dir", folder / "states"))
-            # What follows has a rate and epochs of its own, in its recipe.
-            model, start, rate = folder / "states" / task, (), ()
+            # What follows has a rate and epochs of its own, in its recipe; of a large task that would be too many.
+            model, start, rate = folder / "states" / task, (), rate[2:] if large else ()
             recipes = (self.states_recipe, self.recipe)
         flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
         commands.append(script("run_glue.py", self.recipe, *flags, "--output_dir", folder / "glue"))

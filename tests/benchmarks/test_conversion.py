@@ -153,6 +153,8 @@ def test_a_large_task_has_epochs_and_batches_of_its_own(given):
     large, small = (pupil.job(task, ONE, 0, given).commands for task in ("sst2", "rte"))
     assert [command[command.index("--per_device_train_batch_size") + 1] for command in large] == ["128", "128"]
     assert not any("--per_device_train_batch_size" in command for command in small)
+    assert [command[command.index("--num_train_epochs") + 1] for command in large] == ["3", "3"]
+    assert "--num_train_epochs" not in small[1] and "--learning_rate" not in large[1]
 
 
 def test_a_student_learns_the_states_with_the_setting_and_goes_on_from_there(given):
