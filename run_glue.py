@@ -5,8 +5,9 @@
 
 Every task (and seed) is one stock Trainer run in a folder of its own, OUT/<task>[/seed_<seed>]; the table is
 OUT/glue_results.md and .json, the test predictions are in OUT/submission. The same command again goes on where it
-stopped; with other tasks it adds them to the folder and to the table. Your own data are one more task, own_data, with
-OUT/results.md and .json and, with --test_file, OUT/predictions.csv.
+stopped; with other tasks it adds them to the folder and to the table. OUT can be the CHECKPOINT of another command:
+each task goes on from its own model. Your own data are one more task, own_data, with OUT/results.md and .json and,
+with --test_file, OUT/predictions.csv.
 """
 
 import importlib
@@ -109,10 +110,12 @@ KEEPING_BEST = {
 
 @dataclass
 class TaskData:
-    """A task made ready: configuration, tokenised splits, the row numbers of its test splits, digest of the data; the
-    name of its teacher, if it has one; and whether a classifier of another size may start anew."""
+    """A task made ready: which model it starts from, configuration, tokenised splits, the row numbers of its test
+    splits, digest of the data; the name of its teacher, if it has one; and whether a classifier of another size may
+    start anew."""
 
     task: Task
+    model: ModelArguments
     config: PreTrainedConfig
     splits: DatasetDict
     test_rows: dict[str, list[int]]
@@ -132,22 +135,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
         tasks, load = find_tasks(model_arguments, arguments, teaching, training, given)
+        models = {task.name: model_arguments.for_task(task.name) for task in tasks}
         plans = {task.name: plan_runs(task, arguments, training, given, len(tasks)) for task in tasks}
         runs = [run for plan in plans.values() for run in plan]
         if training.resume_from_checkpoint and len(runs) > 1:
             raise ValueError("--resume_from_checkpoint goes on with one run; name one task and one seed.")
-        tokenizer = load_tokenizer(model_arguments)
+        tokenizer = load_tokenizer(models[tasks[0].name])
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
         ready = [
-            prepare(task, load(task), tokenizer, model_arguments, arguments, teaching, training.do_train)
+            prepare(task, load(task), tokenizer, models[task.name], arguments, teaching, training.do_train)
             for task in tasks
         ]
         check_evaluation(training, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
-        start = {"checkpoint_digest": weights_digest(model_arguments.model_name_or_path)}
-        # Which tasks the folder has, and their data, is a matter of the runs' own records.
-        common = common_arguments(model_arguments, arguments, teaching, spikes, training) | start
+        starts = {
+            name: {"checkpoint_digest": weights_digest(model.model_name_or_path)} for name, model in models.items()
+        }
+        has_one_start = all(model == model_arguments for model in models.values())
+        # Which tasks the folder has, their data and their own checkpoints, is a matter of the runs' own records.
+        common = common_arguments(model_arguments, arguments, teaching, spikes, training)
+        common |= starts[tasks[0].name] if has_one_start else {}
         record = RunRecord(
             training.output_dir,
             common,
@@ -161,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = {}
         for data in ready:
             for run in plans[data.task.name]:
-                run_arguments = common_arguments(model_arguments, arguments, teaching, spikes, run) | start
-                run_arguments |= {"teacher_digest": weights_digest(data.teacher)}
+                run_arguments = common_arguments(model_arguments, arguments, teaching, spikes, run)
+                run_arguments |= starts[data.task.name] | {"teacher_digest": weights_digest(data.teacher)}
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
                 checkpoint = records[run.output_dir].check(overwrite, run.resume_from_checkpoint)
                 refuse_pickled_weights(checkpoint)
                 refuse_other_amplitudes(checkpoint, data.config)
-        try_first_steps(ready, plans, records, tokenizer, model_arguments, teaching, given)
+        try_first_steps(ready, plans, records, tokenizer, teaching, given)
         repositories = {run.output_dir: take_over_pushing(run) for run in runs}
         record.open(overwrite, training.resume_from_checkpoint)
 
@@ -178,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 run_record, repository = records[run.output_dir], repositories[run.output_dir]
                 seed = run.seed if arguments.num_seeds > 1 else None
-                run_task(data, run, tokenizer, model_arguments, teaching, spikes, run_record, record, repository, seed)
+                run_task(data, run, tokenizer, teaching, spikes, run_record, record, repository, seed)
             if run.do_train:
                 record.release()
     results = finished_results(record)
@@ -221,7 +229,7 @@ def find_tasks(
         return resolve_task_names(arguments.task_name), load
     files, classifier = arguments.own_files(training, given), None
     if model_arguments.model_name_or_path:
-        classifier = classifier_of(load_config(model_arguments))
+        classifier = classifier_of(load_config(model_arguments.for_task(OWN_DATA)))
     teacher = teaching.teacher_of(OWN_DATA)
     if classifier is None and teacher:
         location = {"revision": teaching.teacher_revision, "cache_dir": model_arguments.cache_dir}
@@ -309,7 +317,6 @@ def try_first_steps(
     plans: Mapping[str, Sequence[GlueTrainingArguments]],
     records: Mapping[str, RunRecord],
     tokenizer: PreTrainedTokenizerBase,
-    model_arguments: ModelArguments,
     teaching: DistillationArguments,
     given: Mapping[str, Any],
 ) -> None:
@@ -325,13 +332,13 @@ def try_first_steps(
             continue
         # What there is to say about the checkpoint is said once.
         with nullcontext() if is_first else errors_only():
-            model = load_task_model(data, model_arguments)
+            model = load_task_model(data)
         is_first = False
-        teacher = load_task_teacher(data, model_arguments, teaching)
+        teacher = load_task_teacher(data, teaching)
         if teacher is not None:
             take_real_valued_parts(model, teacher)
         trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
-        make = partial(make_trainer, data, tokenizer, model_arguments, teacher, teaching)
+        make = partial(make_trainer, data, tokenizer, teacher, teaching)
         try_first_step(make, model, unfinished[0], given, trains)
 
 
@@ -363,14 +370,14 @@ def prepare(
     )
     test_rows = {name: raw[name]["idx"][: len(splits[name])] for name in task.test_splits if name in splits}
     teacher = teaching.teacher_of(task.name)
-    return TaskData(task, config, splits, test_rows, fingerprint(raw), teacher, arguments.ignore_mismatched_sizes)
+    refits = arguments.ignore_mismatched_sizes
+    return TaskData(task, model_arguments, config, splits, test_rows, fingerprint(raw), teacher, refits)
 
 
 def run_task(
     data: TaskData,
     run: GlueTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
-    model_arguments: ModelArguments,
     teaching: DistillationArguments,
     spikes: SpikeArguments,
     record: RunRecord,
@@ -386,19 +393,19 @@ def run_task(
         seed: the run's, where there are several; it is in the name of its predictions then.
     """
     task, splits = data.task, data.splits
-    checkpoint = record.open(model_arguments.overwrite_output_dir, run.resume_from_checkpoint)
+    checkpoint = record.open(data.model.overwrite_output_dir, run.resume_from_checkpoint)
     trained = record.trained_model(checkpoint, run)
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
-        model = load_task_model(data, saved_by_run(model_arguments, trained))
-        teacher = load_task_teacher(data, model_arguments, teaching)
-    if teacher is not None and not trained:
+        model = load_task_model(replace(data, model=saved_by_run(data.model, trained)))
+        teacher = load_task_teacher(data, teaching)
+    if teacher is not None and run.do_train and not trained:
         take_real_valued_parts(model, teacher)
-    card = make_card(data, run, model, model_arguments)
+    card = make_card(data, run, model)
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.
     callbacks = [ProgressNote(whole, record), preemption, keeper, publisher]
-    trainer = make_trainer(data, tokenizer, model_arguments, teacher, teaching, model, run, callbacks)
+    trainer = make_trainer(data, tokenizer, teacher, teaching, model, run, callbacks)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     stop_when_not_finite(trainer)
@@ -421,7 +428,7 @@ def run_task(
     taught_by = {}
     if run.do_eval and teacher is not None:
         # With the same batches and the same metrics; the student's metrics are on record by now.
-        taught_by = make_trainer(data, tokenizer, model_arguments, None, teaching, teacher.model, run).evaluate()
+        taught_by = make_trainer(data, tokenizer, None, teaching, teacher.model, run).evaluate()
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:
@@ -438,13 +445,11 @@ def run_task(
         importlib.import_module("wandb").finish()
 
 
-def load_task_model(data: TaskData, model_arguments: ModelArguments) -> PreTrainedModel:
-    return load_model(AutoModelForSequenceClassification, model_arguments, data.config, data.ignore_mismatched_sizes)
+def load_task_model(data: TaskData) -> PreTrainedModel:
+    return load_model(AutoModelForSequenceClassification, data.model, data.config, data.ignore_mismatched_sizes)
 
 
-def load_task_teacher(
-    data: TaskData, model_arguments: ModelArguments, teaching: DistillationArguments
-) -> Teacher | None:
+def load_task_teacher(data: TaskData, teaching: DistillationArguments) -> Teacher | None:
     """
     Raises:
         ValueError: it cannot be loaded, or is a classifier of other labels or in another order.
@@ -456,8 +461,8 @@ def load_task_teacher(
         data.config,
         is_classifier=True,
         revision=teaching.teacher_revision,
-        cache_dir=model_arguments.cache_dir,
-        attn_implementation=model_arguments.attn_implementation,
+        cache_dir=data.model.cache_dir,
+        attn_implementation=data.model.attn_implementation,
     )
     classifier = classifier_of(teacher.model.config)
     conflict = classifier.conflict(data.task) if classifier else None
@@ -469,7 +474,6 @@ def load_task_teacher(
 def make_trainer(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
-    model_arguments: ModelArguments,
     teacher: Teacher | None,
     teaching: DistillationArguments,
     model: PreTrainedModel,
@@ -489,8 +493,8 @@ def make_trainer(
         compute_metrics=make_compute_metrics(data.task, run.label_smoothing_factor),
         callbacks=list(callbacks),
     )
-    if model_arguments.model_name_or_path:
-        calibrate_before_training(trainer, model_arguments.calibration_batches)
+    if data.model.model_name_or_path:
+        calibrate_before_training(trainer, data.model.calibration_batches)
     return trainer
 
 
@@ -567,9 +571,7 @@ def column_results(
     return results
 
 
-def make_card(
-    data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel, model_arguments: ModelArguments
-) -> RunCard:
+def make_card(data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel) -> RunCard:
     task = data.task
     examples = len(data.splits.get("train", ()))
     chosen_by = str(run.metric_for_best_model).removeprefix("eval_")
@@ -596,7 +598,7 @@ def make_card(
         results_dataset=HUB_DATASET if task.hub_config else None,
         results_config=task.hub_config,
         results_splits={key: split for key, (_, split) in shown.items()},
-        started_from=model_arguments.model_name_or_path,
+        started_from=data.model.model_name_or_path,
         language=None if isinstance(task, OwnTask) else "en",
     )
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from experiment.arguments import ModelArguments
 from experiment.model_card import shown_name
+from experiment.task_checkpoints import checkpoint_of_task, is_folder_of_tasks
 
 from .teacher import Teacher
 from .weighted_terms import LossWeights
@@ -140,13 +140,4 @@ class DistillationArguments:
             ValueError: the folder has teachers for other tasks only.
         """
         name = self.teacher_name_or_path
-        if name is None or not Path(name).is_dir() or Path(name, "config.json").is_file():
-            return name
-        folder = Path(name, task)
-        if (folder / "config.json").is_file():
-            return str(folder)
-        found = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
-        raise ValueError(
-            f"--teacher_name_or_path {name} has no teacher for {task}: there is no {folder / 'config.json'}"
-            + (f" (there are {', '.join(found)})." if found else ".")
-        )
+        return checkpoint_of_task(name, task, "teacher_name_or_path") if is_folder_of_tasks(name) else name

@@ -4,9 +4,9 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, Self
 
 import torch
 import yaml
@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .precision import check_precision
 from .recorded_arguments import refuse_inexact_resuming
 from .reporting import one_line
+from .task_checkpoints import checkpoint_of_task, is_folder_of_tasks
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -110,6 +111,17 @@ class ModelArguments:
             )
         if self.calibration_batches < 0:
             raise ValueError(f"--calibration_batches has to be at least 0, got {self.calibration_batches}.")
+
+    def for_task(self, task: str) -> Self:
+        """The same, or of a folder that `run_glue.py` has written for several tasks the task's own checkpoint.
+
+        Raises:
+            ValueError: the folder has checkpoints for other tasks only.
+        """
+        name = self.model_name_or_path
+        if not is_folder_of_tasks(name):
+            return self
+        return replace(self, model_name_or_path=checkpoint_of_task(name, task, "model_name_or_path"))
 
 
 class _Parser(HfArgumentParser):

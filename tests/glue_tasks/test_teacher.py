@@ -1,5 +1,6 @@
 """Fine-tuning with a teacher: one for every task, and a table that shows what is lost."""
 
+import json
 import shutil
 
 import pytest
@@ -57,10 +58,39 @@ def test_the_student_begins_with_the_teachers_real_valued_parts(taught_run, writ
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "cola").config.model_type == "spikelm"
 
 
+def test_every_task_goes_on_from_its_own_model_of_a_folder(taught_run, tmp_path):
+    trained, data = taught_run / "students", taught_run / "glue"
+    again = command(trained, data, tmp_path / "again", "--task_name", "cola", "stsb", "--do_eval")
+    main(again)
+    # A teacher to compare with changes nothing in a student that is only evaluated.
+    teacher = ("--teacher_name_or_path", str(taught_run / "teachers"))
+    main([*again, *teacher, "--output_dir", str(tmp_path / "compared")])
+    for task in ("cola", "stsb"):
+        losses = [
+            json.loads((folder / task / "all_results.json").read_text())["eval_loss"]
+            for folder in (trained, tmp_path / "again", tmp_path / "compared")
+        ]
+        assert losses[1:] == pytest.approx([losses[0]] * 2)
+    assert results(tmp_path / "compared")["columns"]["CoLA"]["gap"] is not None
+    # One more epoch, by a command that trains them both, and is known again.
+    more = command(trained, data, tmp_path / "more", "--task_name", "cola", "stsb", "--report_epoch", "last")
+    main(more)
+    first = snapshot(tmp_path / "more")
+    main(more)
+    assert snapshot(tmp_path / "more") == first
+    # A model that changes is another start for its task.
+    records = [json.loads((tmp_path / "more" / task / "run.json").read_text()) for task in ("cola", "stsb")]
+    assert len({record["arguments"]["checkpoint_digest"] for record in records} - {None}) == 2
+    with pytest.raises(
+        SystemExit, match="students has no checkpoint for rte, only for cola, stsb; leave that task out"
+    ):
+        main([*again[:-4], "--task_name", "rte", "--output_dir", str(tmp_path / "rte")])
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--task_name", "rte"), "has no teacher for rte: there is no"),
+        (("--task_name", "rte"), "teachers has no checkpoint for rte, only for cola, stsb; leave"),
         (("--task_name", "cola", "--temperature", "0"), "--temperature is 0.0; it has to be"),
     ],
 )
