@@ -12,7 +12,7 @@ from .teacher import Teacher
 from .weighted_terms import LossWeights
 
 # Terms that are about a sentence, or an encoder's last layer.
-_OF_ENCODERS = ("sentence_weight", "first_token_weight", "value_relation_weight")
+_OF_ENCODERS = ("sentence_weight", "first_token_weight", "attention_weight", "value_relation_weight")
 
 
 @dataclass
@@ -44,6 +44,10 @@ class DistillationArguments:
     logits_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the logits' divergence: at every token if the teacher has a head for tokens."},
+    )
+    attention_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence of attention, the mean over layers: where a token looks at."},
     )
     value_relation_weight: float = field(
         default=0.0, metadata={"help": "Weight of the divergence of value relations in the last layer (MiniLM)."}

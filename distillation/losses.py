@@ -161,18 +161,53 @@ def value_relation_loss(
     Returns:
         The mean over tokens and heads, in nats.
     """
-    student, teacher = (_relations(values, is_token, num_heads) for values in (student_values, teacher_values.detach()))
+    student, teacher = (
+        _relations(values, values, is_token, num_heads) for values in (student_values, teacher_values.detach())
+    )
+    return _relation_divergence(student, teacher, is_token)
+
+
+def attention_loss(
+    student: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    teacher: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    is_token: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Divergence of where a token attends to, in each head of every layer (of MiniLM's last one: arXiv:2002.10957,
+    section 3.1; TinyBERT, arXiv:1909.10351, has the squared error of all layers in its place).
+
+    A pair of sentences is compared by attention from one to the other, which is a small part of the hidden states.
+
+    Args:
+        student, teacher: queries and keys of every layer. The teacher's are `(B, L, H)`; the student's `(T * B, L, H)`,
+            time step major, and each step has an attention of its own.
+
+    Returns:
+        The mean over layers, steps, tokens and heads, in nats.
+    """
+    divergences = []
+    for (query, key), (teacher_query, teacher_key) in zip(student, teacher, strict=True):
+        wished = _relations(teacher_query.detach(), teacher_key.detach(), is_token, num_heads)
+        steps = zip(query.split(len(is_token)), key.split(len(is_token)), strict=True)
+        divergences += [
+            _relation_divergence(_relations(*step, is_token, num_heads), wished, is_token) for step in steps
+        ]
+    return torch.stack(divergences).mean()
+
+
+def _relations(left: torch.Tensor, right: torch.Tensor, is_token: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Logarithms of how a token of `left` weighs those of `right`, both `(B, L, H)`: `(B, heads, L, L)`."""
+    left, right = (values.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for values in (left, right))
+    scores = left @ right.mT / left.shape[-1] ** 0.5
+    # The lowest number and not -inf, so that a difference of two is a number.
+    return scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min).log_softmax(-1)
+
+
+def _relation_divergence(student: torch.Tensor, teacher: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """Of relations as `_relations` has them, the mean over tokens and heads, in nats."""
     # A padded column is -inf in both; nothing of it may enter the sum.
     divergence = torch.where(is_token[:, None, None, :], teacher.exp() * (teacher - student), 0.0).sum(-1)
     return divergence.transpose(1, 2)[is_token].mean()
-
-
-def _relations(values: torch.Tensor, is_token: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Logarithms of the relations, `(B, heads, L, L)`."""
-    heads = values.float().unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    scores = heads @ heads.mT / heads.shape[-1] ** 0.5
-    # The lowest number and not -inf, so that a difference of two is a number.
-    return scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
 def first_token_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The Trainer of the scripts with another loss: what a BERT's student is told by it, term by term."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import EvalPrediction
 
 from .losses import (
     VARIANCE_FLOOR,
+    attention_loss,
     first_token_error,
     hidden_state_errors,
     score_loss,
@@ -62,9 +63,10 @@ class DistillationTrainer(WeightedTermsTrainer):
         inputs = {name: value for name, value in inputs.items() if name in self._inputs}
         is_token = _is_token(inputs)
         wanted = {entry.name for entry in fields(self.weights) if getattr(self.weights, entry.name)}
-        with _last_values(model, "value_relation" in wanted) as student_values:
+        projections = (["query", "key"] if "attention" in wanted else []) + ["value"] * ("value_relation" in wanted)
+        with _projections(model, projections) as own:
             outputs = model(**inputs, output_hidden_states=True)
-        with torch.no_grad(), _last_values(self.teacher, "value_relation" in wanted) as teacher_values:
+        with torch.no_grad(), _projections(self.teacher, projections) as teachers:
             target = self.teacher(**inputs)
         found, wished = outputs.hidden_states, target.hidden_states
         terms = {}
@@ -88,10 +90,13 @@ class DistillationTrainer(WeightedTermsTrainer):
                 terms["logits"] = score_loss(outputs.logits, target.logits)
             else:
                 terms["logits"] = soft_label_loss(outputs.logits, target.logits, self.temperature)
+        heads = self.teacher.num_heads
+        if "attention" in wanted:
+            layers = (list(zip(each["query"], each["key"], strict=True)) for each in (own, teachers))
+            terms["attention"] = attention_loss(*layers, is_token, heads)
         if "value_relation" in wanted:
-            heads = self.teacher.num_heads
-            values = student_values[0].unflatten(0, (-1, len(is_token))).mean(0)
-            terms["value_relation"] = value_relation_loss(values, teacher_values[0], is_token, heads)
+            values = own["value"][-1].unflatten(0, (-1, len(is_token))).mean(0)
+            terms["value_relation"] = value_relation_loss(values, teachers["value"][-1], is_token, heads)
         if "label" in wanted and outputs.get("loss") is not None:
             terms["label"] = outputs["loss"]
         return terms, outputs
@@ -130,15 +135,23 @@ def _is_token(inputs: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def _last_values(model: nn.Module, is_wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """Collects what the value projection of the last layer gives while the context lasts; nothing if not wanted."""
-    values: list[torch.Tensor] = []
-    if not is_wanted:
-        yield values
-        return
-    *_, projection = (module for name, module in model.named_modules() if name.endswith("attention.self.value"))
-    hook = projection.register_forward_hook(lambda module, args, output: values.append(output))
+def _projections(model: nn.Module, wanted: Sequence[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Collects, layer by layer, what an encoder's attention is given while the context lasts.
+
+    Args:
+        wanted: of "query", "key" and "value". A student's keys are their spikes, for it attends by them; its values are
+            what the projection gives.
+    """
+    # Of each the last of these modules that a layer has.
+    names = {"query": ("query",), "key": ("key", "key_neurons"), "value": ("value",)}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    hooks = []
+    for attention in (module for name, module in model.named_modules() if name.endswith("attention.self")):
+        for name in wanted:
+            *_, module = (getattr(attention, part) for part in names[name] if hasattr(attention, part))
+            hooks.append(module.register_forward_hook(lambda *call, kept=found[name]: kept.append(call[-1])))
     try:
-        yield values
+        yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

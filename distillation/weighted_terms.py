@@ -23,6 +23,7 @@ class LossWeights:
     sentence: float = 0.0
     first_token: float = 0.0
     logits: float = 1.0
+    attention: float = 0.0
     value_relation: float = 0.0
     label: float = 0.1
 

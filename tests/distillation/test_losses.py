@@ -8,6 +8,7 @@ from torch import nn
 
 from distillation import losses
 from distillation.losses import (
+    attention_loss,
     first_token_error,
     hidden_state_errors,
     score_loss,
@@ -48,6 +49,7 @@ def test_padding_is_left_out_of_every_term():
             hidden_state_errors([student], [teacher], is_token)[0],
             token_logits_loss(student, teacher, head, head, is_token),
             value_relation_loss(student, teacher, is_token, num_heads=2),
+            attention_loss([(student, student)], [(teacher, teacher)], is_token, num_heads=2),
         ]
 
     assert terms(student, teacher) == terms(other_student, other_teacher)
@@ -60,6 +62,8 @@ def test_a_student_like_its_teacher_has_no_loss():
     assert hidden_state_errors([states], [states], is_token).tolist() == [0]
     assert token_logits_loss(states, states, head, head, is_token).item() == pytest.approx(0, abs=1e-6)
     assert value_relation_loss(states, states, is_token, num_heads=2).item() == pytest.approx(0, abs=1e-6)
+    layers = [(states, 2 * states)]
+    assert attention_loss(layers, layers, is_token, num_heads=2).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_several_soft_labels_at_once_by_hand():
@@ -99,6 +103,28 @@ def test_value_relations_by_hand():
     assert value_relation_loss(student, teacher, ALL, num_heads=1).item() == pytest.approx(sum(by_hand) / 2)
 
 
+def test_attention_by_hand_is_a_mean_over_layers_and_time_steps():
+    # Two tokens, one head of width 1: token 1 attends by softmax(q1 k1, q1 k2), and so on.
+    query, key = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.5], [-1.0]]])
+    other_query, other_key = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[1.0], [3.0]]])
+
+    def divergence(student_query, student_key):
+        by_hand = []
+        for own in (0, 1):
+            target = (query[0, own] * key[0, :, 0]).softmax(0).tolist()
+            found = (student_query[0, own] * student_key[0, :, 0]).softmax(0).tolist()
+            by_hand.append(sum(p * math.log(p / q) for p, q in zip(target, found, strict=True)))
+        return sum(by_hand) / 2
+
+    once = attention_loss([(other_query, other_key)], [(query, key)], ALL, num_heads=1)
+    assert once.item() == pytest.approx(divergence(other_query, other_key))
+    # The second layer has two steps, of which the first attends as the teacher does.
+    steps = (torch.cat([query, other_query]), torch.cat([key, other_key]))
+    twice = attention_loss([(query, other_key), steps], [(query, key)] * 2, ALL, num_heads=1)
+    parts = [divergence(query, other_key), 0.0, divergence(other_query, other_key)]
+    assert twice.item() == pytest.approx(sum(parts) / 3)
+
+
 def test_logits_in_pieces_give_the_loss_and_gradients_of_all_at_once(monkeypatch):
     monkeypatch.setattr(losses, "POSITIONS_AT_A_TIME", 3)
     torch.manual_seed(0)
@@ -136,6 +162,7 @@ def test_nothing_flows_back_into_the_teacher():
         hidden_state_errors([student], [teacher], ALL).sum()
         + token_logits_loss(student, teacher, head, teacher_head, ALL)
         + value_relation_loss(student, teacher, ALL, num_heads=2)
+        + attention_loss([(student, student)], [(teacher, teacher)], ALL, num_heads=2)
         + soft_label_loss(student[0], teacher[0])
         + score_loss(student, teacher)
     )

@@ -36,13 +36,13 @@ def pad(rows):
 
 @pytest.fixture
 def make_trainer(save_teacher, tmp_path):
-    """A trainer of a warm-started student, T = 2, without dropout."""
+    """A trainer of a warm-started student, without dropout."""
 
-    def make(kind, weights=WEIGHTS, rows=7, **arguments):
+    def make(kind, weights=WEIGHTS, rows=7, num_time_steps=2, **arguments):
         folder = save_teacher(kind)
         torch.manual_seed(1)
         config = SpikeLMConfig.from_pretrained(
-            folder, num_time_steps=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            folder, num_time_steps=num_time_steps, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         student = STUDENTS[kind].from_pretrained(folder, config=config)
         numbers = np.random.default_rng(0)
@@ -77,7 +77,8 @@ def make_trainer(save_teacher, tmp_path):
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
     trainer = make_trainer(
-        "tokens", LossWeights(2.0, sentence=0.5, first_token=0.7, logits=0.25, value_relation=3.0, label=0.0)
+        "tokens",
+        LossWeights(2.0, sentence=0.5, first_token=0.7, logits=0.25, attention=0.3, value_relation=3.0, label=0.0),
     )
     batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
     model, teacher = trainer.model.train(), trainer.teacher
@@ -93,8 +94,27 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
     logits = token_logits_loss(found[-1], wished[-1], model.cls, teacher.model.cls, is_token).item()
     assert terms["logits"].item() == pytest.approx(logits, rel=1e-5)
     assert terms["value_relation"].item() > 0
+    assert terms["attention"].item() > 0
     total = sum(weight * terms[name].item() for name, weight in vars(trainer.weights).items() if name in terms)
     assert trainer.compute_loss(model, batch).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
+    trainer = make_trainer("", LossWeights(hidden=0.0, logits=0.0, attention=1.0, label=0.0), num_time_steps=1)
+    batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
+    encoders = trainer.model.train(), trainer.teacher.model
+    trainer.model.calibrate([batch])
+    terms, _ = trainer.loss_terms(trainer.model, batch)
+    # Against what both models say themselves that they attend to.
+    is_token = batch["attention_mask"].bool()
+    for encoder in encoders:
+        encoder.set_attn_implementation("eager")
+    own, wished = (encoder(**batch, output_attentions=True).attentions for encoder in encoders)
+    divergences = [
+        (target * (target / found).log()).where(is_token[:, None, None], 0).sum(-1).transpose(1, 2)[is_token].mean()
+        for found, target in zip(own, wished, strict=True)
+    ]
+    assert terms["attention"].item() == pytest.approx(torch.stack(divergences).mean().item(), rel=1e-4)
 
 
 def test_a_classifier_learns_from_logits_and_labels(make_trainer):
