@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from experiment import precision
+from experiment.arguments import ModelArguments
 from experiment.publishing import Publisher
 from experiment.run_record import RunRecord
 from experiment.written_files import LIST_NAME, WrittenFiles
@@ -170,7 +171,9 @@ def test_each_column_of_mnli_has_the_score_of_its_epoch(keep_best, mismatched, e
     trainer = SimpleNamespace(args=run, state=SimpleNamespace(best_global_step=10, epoch=3.0))
     # The model that was kept, evaluated at the end.
     kept = {"eval_matched_accuracy": 0.75, "eval_mismatched_accuracy": 0.67, "epoch": 3.0}
-    shown = column_results(TaskData(TASKS["mnli"], None, splits, {}, "", None), trainer, kept, history, {})
+    shown = column_results(
+        TaskData(TASKS["mnli"], ModelArguments(), None, splits, {}, "", None), trainer, kept, history, {}
+    )
     assert [column.metrics["accuracy"] for column in shown] == [0.75, mismatched]
     assert [column.epoch for column in shown] == epochs
 
