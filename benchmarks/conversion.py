@@ -7,8 +7,8 @@
    score becomes the teacher. `--teacher_settings` takes the place of a grid that has been run before.
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
    student that has been converted already.
-3. Every student learns every task from its teacher, on a grid of the same size, with the same rule: first the hidden
-   states alone, with a setting of the grid, then logits and labels as well, as recipes/conversion_students.yaml says.
+3. Every student learns every task from its teacher, on a grid of the same size, with the same rule: first hidden
+   states and attention, with a setting of the grid, then logits and labels as well, as recipes/conversion_students.yaml says.
 4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each.
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
@@ -128,8 +128,8 @@ class Contestant:
     Attributes:
         settled: tasks whose setting was found before, so that there is no grid.
         start: flags that make a SpikeLM of `model`, where it is none.
-        states_recipe: of a training before that of `recipe`, on the teacher's hidden states alone, which then has the
-            setting of the grid.
+        states_recipe: of a training before that of `recipe`, on the teacher's hidden states and attention, which
+            then has the setting of the grid.
     """
 
     name: str

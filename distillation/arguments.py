@@ -47,7 +47,7 @@ class DistillationArguments:
     )
     attention_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the divergence of attention, the mean over layers: where a token looks at."},
+        metadata={"help": "Weight of the divergence of attention, the mean over layers: where a token looks."},
     )
     value_relation_weight: float = field(
         default=0.0, metadata={"help": "Weight of the divergence of value relations in the last layer (MiniLM)."}
