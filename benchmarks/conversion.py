@@ -8,7 +8,8 @@
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
    student that has been converted already.
 3. Every student learns every task from its teacher, on a grid of the same size, with the same rule: first hidden
-   states and attention, with a setting of the grid, then logits and labels as well, as recipes/conversion_students.yaml says.
+   states and attention, with a setting of the grid, then logits and labels as well, as
+   recipes/conversion_students.yaml says.
 4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each.
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
