@@ -45,8 +45,14 @@ class PackedArguments:
         metadata={"help": "Fields of the student's configuration; num_time_steps=4 goes on from one of T = 1."},
     )
     tokens_per_batch: int = field(default=16384, metadata={"help": "Tokens of a step, padding included."})
-    sentence_share: float = field(default=0.45, metadata={"help": "Steps on sentences; the others are on text."})
+    sentence_share: float = field(default=0.45, metadata={"help": "Steps on single sentences, of all."})
+    pair_share: float = field(
+        default=0.0, metadata={"help": "Steps on pairs of sentences, of all; the others are on running text."}
+    )
     sentence_weight: float = field(default=2.0, metadata={"help": "Weight of the error of a sentence's mean state."})
+    attention_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the divergence of attention, the mean over layers."}
+    )
 
 
 class Clock(TrainerCallback):
@@ -115,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             training.max_steps * training.gradient_accumulation_steps * training.world_size,
             arguments.sentence_share,
             training.seed,
+            arguments.pair_share,
         )
         model = load_model(AutoModel, student, config)
         tokenizer = load_tokenizer(student)
@@ -122,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         model=model,
         args=training,
         teacher=teacher,
-        weights=LossWeights(hidden=1.0, sentence=arguments.sentence_weight, logits=0.0, label=0.0),
+        weights=LossWeights(
+            sentence=arguments.sentence_weight, attention=arguments.attention_weight, logits=0.0, label=0.0
+        ),
         data_collator=the_batch,
         train_dataset=text,
         processing_class=tokenizer,

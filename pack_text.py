@@ -19,6 +19,9 @@ class PackArguments:
     output: str = field(metadata={"help": "The file to write, text.npz; must not exist."})
     text_files: list[str] = field(default_factory=list, metadata={"help": "Running text, of which rows are cut."})
     sentence_files: list[str] = field(default_factory=list, metadata={"help": "A sentence a line; each stays whole."})
+    pair_files: list[str] = field(
+        default_factory=list, metadata={"help": "Two sentences a line with a tab between them, for tasks of pairs."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,8 +34,25 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
         except (OSError, KeyError) as error:
             raise ValueError(f"--tokenizer_name {arguments.tokenizer_name} has no tokenizer: {error}") from error
-        count = pack(lines(arguments.text_files), lines(arguments.sentence_files), tokenizer, output)
+        texts, sentences = lines(arguments.text_files), lines(arguments.sentence_files)
+        count = pack(texts, sentences, tokenizer, output, pairs(arguments.pair_files))
     print(f"{output}: {count:,} tokens, {output.stat().st_size / count:.2f} bytes a token")
+
+
+def pairs(files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The lines of text files as two sentences each.
+
+    Raises:
+        ValueError: a file cannot be read as UTF-8 text, or a line has not two sentences.
+    """
+    for line in lines(files):
+        match [part.strip() for part in line.split("\t")]:
+            case [first, second] if first and second:
+                yield first, second
+            case _:
+                raise ValueError(
+                    f"--pair_files: a line has two sentences with one tab between them, not {line[:60]!r}."
+                )
 
 
 def lines(files: Iterable[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ network there, and compresses to about 1.1 bytes a token.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 # Lengths of rows of running text, and how often each is drawn: a student has to know short texts and long ones.
 ROW_LENGTHS = {16: 0.2, 32: 0.3, 64: 0.2, 128: 0.2, 200: 0.1}
+# With [CLS] and [SEP]; of a pair each sentence.
 LONGEST_SENTENCE = 64
 # Of so many times as many sentences as a batch needs, neighbours in length are taken: little of a batch is padding.
 SORTED_BATCHES = 2
 
 
-def pack(texts: Iterable[str], sentences: Iterable[str], tokenizer: PreTrainedTokenizerBase, file: str | Path) -> int:
-    """Writes the ids of running texts, and of sentences that stay by themselves, and returns how many there are.
+def pack(
+    texts: Iterable[str],
+    sentences: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    file: str | Path,
+    pairs: Iterable[tuple[str, str]] = (),
+) -> int:
+    """Writes the ids of running texts, and of sentences and pairs that stay whole, and returns how many there are.
 
     Raises:
         ValueError: there is no token in them, or the tokenizer has no [CLS], [SEP] or padding token.
@@ -29,23 +37,35 @@ def pack(texts: Iterable[str], sentences: Iterable[str], tokenizer: PreTrainedTo
     if None in special:
         raise ValueError("The tokenizer has no [CLS], [SEP] or padding token; a BERT's has all three.")
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    of_texts, of_sentences = (
-        [ids for ids in tokenizer(list(kind), add_special_tokens=False)["input_ids"] if ids] if kind else []
-        for kind in (list(texts), list(sentences))
-    )
-    running, flat = (
+
+    def ids_of(kind: list[str]) -> list[list[int]]:
+        return tokenizer(kind, add_special_tokens=False)["input_ids"] if kind else []
+
+    of_texts, of_sentences = ([ids for ids in ids_of(list(kind)) if ids] for kind in (texts, sentences))
+    # One after the other, of which every two belong together.
+    of_pairs = ids_of([sentence for pair in pairs for sentence in pair])
+    running, flat, flat_pairs = (
         np.concatenate([np.asarray(ids, dtype) for ids in each]) if each else np.empty(0, dtype)
-        for each in (of_texts, of_sentences)
+        for each in (of_texts, of_sentences, of_pairs)
     )
-    if not len(running) + len(flat):
+    count = len(running) + len(flat) + len(flat_pairs)
+    if not count:
         raise ValueError("There is no token in the text; name files that hold some.")
-    starts = np.cumsum([0, *map(len, of_sentences)])
-    np.savez_compressed(file, running=running, sentences=flat, starts=starts, special=np.asarray(special))
-    return len(running) + len(flat)
+    starts, pair_starts = (np.cumsum([0, *map(len, each)]) for each in (of_sentences, of_pairs))
+    np.savez_compressed(
+        file,
+        running=running,
+        sentences=flat,
+        starts=starts,
+        pairs=flat_pairs,
+        pair_starts=pair_starts,
+        special=np.asarray(special),
+    )
+    return count
 
 
 class PackedText(Dataset):
-    """Whole batches of about equally many tokens: rows of running text of one length, or sentences with padding.
+    """Whole batches of about equally many tokens: rows of running text of one length, or padded sentences or pairs.
 
     Batch `i` depends on the seed and `i` alone, so that a training that is resumed goes on with the batches it has not
     seen.
@@ -54,67 +74,93 @@ class PackedText(Dataset):
         file: as `pack` wrote it.
         tokens_per_batch: at most so many, padding included.
         num_batches: how many there are.
-        sentence_share: how many of the batches are of sentences, where there are both kinds.
+        sentence_share, pair_share: how many of the batches are of sentences and of pairs; the others are of running
+            text. Of a kind that the file has not, there are none.
         seed: of what is drawn.
 
     Raises:
-        ValueError: the file is missing or is not one of `pack`'s, or a batch has not room for the longest row.
+        ValueError: the file is missing or is not one of `pack`'s, a batch has not room for the longest row, or the
+            shares are more than everything.
     """
 
-    def __init__(self, file: str | Path, tokens_per_batch: int, num_batches: int, sentence_share: float, seed: int):
+    def __init__(
+        self,
+        file: str | Path,
+        tokens_per_batch: int,
+        num_batches: int,
+        sentence_share: float,
+        seed: int,
+        pair_share: float = 0.0,
+    ):
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                self.running, self.sentences, self.starts, self.special = (
-                    arrays[name] for name in ("running", "sentences", "starts", "special")
-                )
+                self.running, self.special = arrays["running"], arrays["special"]
+                sentences, pairs = (arrays["sentences"], arrays["starts"]), (arrays["pairs"], arrays["pair_starts"])
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{file} is not a file of packed text ({error}); pack_text.py writes one.") from error
-        self.lengths = [length for length in ROW_LENGTHS if length <= len(self.running)]
         if tokens_per_batch < max(ROW_LENGTHS):
             raise ValueError(f"A batch of {tokens_per_batch} tokens is too small; rows have up to {max(ROW_LENGTHS)}.")
-        if not self.lengths:
-            sentence_share = 1.0
-        elif len(self.starts) < 2:
-            sentence_share = 0.0
+        if min(sentence_share, pair_share) < 0 or sentence_share + pair_share > 1:
+            raise ValueError(
+                f"{sentence_share:g} of the batches of sentences and {pair_share:g} of pairs: "
+                "shares are at least 0, and together at most 1."
+            )
+        self.lengths = [length for length in ROW_LENGTHS if length <= len(self.running)]
+        # Of every kind what draws a batch of it, whether there is any, and its share.
+        kinds = [
+            (self._rows, bool(self.lengths), 1 - sentence_share - pair_share),
+            (partial(self._wholes, *sentences, 1), len(sentences[1]) > 1, sentence_share),
+            (partial(self._wholes, *pairs, 2), len(pairs[1]) > 1, pair_share),
+        ]
+        self.kinds = [kind for kind, is_there, _ in kinds if is_there]
+        shares = np.asarray([share for _, is_there, share in kinds if is_there])
+        self.shares = shares / shares.sum() if shares.any() else np.full(len(shares), 1 / len(shares))
         self.tokens_per_batch = tokens_per_batch
         self.num_batches = num_batches
-        self.sentence_share = sentence_share
         self.seed = seed
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask`, `(B, L)` each."""
+        """`input_ids`, `token_type_ids` and `attention_mask`, `(B, L)` each."""
         draw = np.random.default_rng((self.seed, number))
-        ids = self._sentences(draw) if draw.random() < self.sentence_share else self._rows(draw)
-        pad = self.special[2]
-        return {
-            "input_ids": torch.from_numpy(ids.astype(np.int64)),
-            "attention_mask": torch.from_numpy((ids != pad).astype(np.int64)),
-        }
+        ids, types = self.kinds[draw.choice(len(self.kinds), p=self.shares)](draw)
+        values = {"input_ids": ids, "token_type_ids": types, "attention_mask": ids != self.special[2]}
+        return {name: torch.from_numpy(value.astype(np.int64)) for name, value in values.items()}
 
-    def _rows(self, draw: np.random.Generator) -> np.ndarray:
+    def _rows(self, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         chances = np.asarray([ROW_LENGTHS[length] for length in self.lengths])
         length = draw.choice(self.lengths, p=chances / chances.sum())
         begins = draw.integers(0, len(self.running) - length + 1, self.tokens_per_batch // length)
         ids = self.running[begins[:, None] + np.arange(length)]
         ids[:, 0], ids[:, -1] = self.special[:2]
-        return ids
+        return ids, np.zeros_like(ids)
 
-    def _sentences(self, draw: np.random.Generator) -> np.ndarray:
+    def _wholes(
+        self, flat: np.ndarray, starts: np.ndarray, parts: int, draw: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of `parts` sentences each, which stand one after the other in `flat`, from each start to the next."""
         cls, sep, pad = self.special
-        drawn = draw.integers(0, len(self.starts) - 1, SORTED_BATCHES * self.tokens_per_batch // 16)
-        sizes = np.minimum(self.starts[drawn + 1] - self.starts[drawn], LONGEST_SENTENCE - 2)
-        by_size = np.argsort(sizes, kind="stable")
-        first = draw.integers(0, len(by_size))
+        num_wholes = (len(starts) - 1) // parts
+        drawn = draw.integers(0, num_wholes, SORTED_BATCHES * self.tokens_per_batch // 16)
+        first = parts * drawn[:, None] + np.arange(parts)
+        begins = starts[first]
+        sizes = np.minimum(starts[first + 1] - begins, LONGEST_SENTENCE - 2)
+        widths = sizes.sum(1) + parts + 1
+        by_width = np.argsort(widths, kind="stable")
         # As many as fit when all are padded to the longest, which is the last of those taken.
-        taken = by_size[first:]
-        fits = (sizes[taken] + 2) * np.arange(1, len(taken) + 1) <= self.tokens_per_batch
+        taken = by_width[draw.integers(0, len(by_width)) :]
+        fits = widths[taken] * np.arange(1, len(taken) + 1) <= self.tokens_per_batch
         taken = taken[: max(1, int(fits.sum()))]
-        ids = np.full((len(taken), sizes[taken[-1]] + 2), pad, self.sentences.dtype)
-        for row, number in zip(ids, taken, strict=True):
-            begin, size = self.starts[drawn[number]], sizes[number]
-            row[0], row[size + 1] = cls, sep
-            row[1 : size + 1] = self.sentences[begin : begin + size]
-        return ids
+        ids = np.full((len(taken), widths[taken[-1]]), pad, flat.dtype)
+        types = np.zeros_like(ids)
+        for row, kinds, number in zip(ids, types, taken, strict=True):
+            row[0], at = cls, 1
+            for part in range(parts):
+                begin, size = begins[number, part], sizes[number, part]
+                row[at : at + size] = flat[begin : begin + size]
+                row[at + size] = sep
+                kinds[at : at + size + 1] = part
+                at += size + 1
+        return ids, types

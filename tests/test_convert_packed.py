@@ -37,7 +37,9 @@ def inputs(tmp_path_factory) -> Path:
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
     (folder / "running.txt").write_text("\n".join(" ".join(words) for _ in range(40)))
     (folder / "sentences.txt").write_text("a b c\n\nd e f g\n")
+    (folder / "pairs.txt").write_text("a b c\tb c d\n\ne f\te f g\n")
     files = ["--text_files", str(folder / "running.txt"), "--sentence_files", str(folder / "sentences.txt")]
+    files += ["--pair_files", str(folder / "pairs.txt")]
     pack_text.main(["--tokenizer_name", str(folder / "bert"), *files, "--output", str(folder / "text.npz")])
     return folder
 
@@ -51,7 +53,8 @@ def command(inputs: Path, output: Path, *flags: str) -> list[str]:
 
 
 def test_one_step_is_converted_without_datasets_and_four_go_on_from_it(inputs, tmp_path):
-    flags = command(inputs, tmp_path / "t1", "--minutes", "9", "--max_steps", "3", "--logging_steps", "1")
+    terms = ["--pair_share", "0.4", "--attention_weight", "1"]
+    flags = command(inputs, tmp_path / "t1", "--minutes", "9", "--max_steps", "3", "--logging_steps", "1", *terms)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_DATASETS, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -113,6 +116,9 @@ def test_a_wrong_command_is_one_line(inputs, tmp_path, flags, message, capsys):
 def test_packing_refuses_what_is_no_text_and_replaces_nothing(inputs, tmp_path):
     (tmp_path / "there.npz").write_text("mine")
     start = ["--tokenizer_name", str(inputs / "bert"), "--text_files"]
+    (tmp_path / "one.txt").write_text("a sentence alone\n")
+    with pytest.raises(SystemExit, match="a line has two sentences with one tab between them, not 'a sentence alone'"):
+        pack_text.main([*start[:2], "--pair_files", str(tmp_path / "one.txt"), "--output", str(tmp_path / "new.npz")])
     for files, output, message in (
         (str(inputs / "running.txt"), "there.npz", "does not exist yet"),
         (str(inputs / "running.txt"), "text.bin", "ends in .npz"),

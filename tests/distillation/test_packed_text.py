@@ -42,6 +42,28 @@ def test_rows_and_sentences_are_pieces_of_the_text_between_cls_and_sep(file, num
         assert inner in sentences or (length in ROW_LENGTHS and inner in running), inner
 
 
+@settings(max_examples=30, deadline=None)
+@given(number=st.integers(0, 10_000), seed=st.integers(0, 99))
+def test_pairs_stay_whole_and_their_second_sentence_has_the_other_type(tokenizer, tmp_path_factory, number, seed):
+    file = tmp_path_factory.mktemp("pairs") / "text.npz"
+    assert pack(["one two"] * 200, ["three"], tokenizer, file, [("four five", "six"), ("one " * 100, "two")]) == 505
+    batch = PackedText(file, 300, 10_001, 0.0, seed, pair_share=1.0)[number]
+    ids, types, mask = (batch[name].tolist() for name in ("input_ids", "token_type_ids", "attention_mask"))
+    short = [CLS, 8, 9, SEP, 10, SEP], [0, 0, 0, 0, 1, 1]
+    long = [CLS, *[5] * (LONGEST_SENTENCE - 2), SEP, 6, SEP], [0] * LONGEST_SENTENCE + [1, 1]
+    for row, kinds, tokens in zip(ids, types, mask, strict=True):
+        assert (row[: sum(tokens)], kinds[: sum(tokens)]) in (short, long)
+        assert not any(row[sum(tokens) :]) and not any(kinds[sum(tokens) :])
+
+
+def test_each_kind_has_its_share_of_the_batches(tokenizer, tmp_path):
+    pack(["one two"] * 200, ["three"], tokenizer, tmp_path / "text.npz", [("four five", "six")])
+    text = PackedText(tmp_path / "text.npz", 400, 1000, 0.2, 0, pair_share=0.5)
+    # A row of the one sentence has 3 tokens, of the one pair 6, of running text 16 at least.
+    widths = [text[number]["input_ids"].shape[1] for number in range(1000)]
+    assert widths.count(3) == pytest.approx(200, abs=50) and widths.count(6) == pytest.approx(500, abs=60)
+
+
 def test_a_batch_hangs_on_seed_and_number_alone(file):
     def same(one, other):
         return one["input_ids"].shape == other["input_ids"].shape and torch.equal(one["input_ids"], other["input_ids"])
@@ -68,5 +90,7 @@ def test_what_is_no_packed_text_is_refused_in_one_line(tokenizer, file, tmp_path
         PackedText(tmp_path / "other.npz", 400, 1, 0.5, 0)
     with pytest.raises(ValueError, match="A batch of 100 tokens is too small"):
         PackedText(file, 100, 1, 0.5, 0)
+    with pytest.raises(ValueError, match=r"0.6 of the batches of sentences and 0.5 of pairs: shares are at least 0"):
+        PackedText(file, 400, 1, 0.6, 0, pair_share=0.5)
     with pytest.raises(ValueError, match="no token in the text"):
         pack([], [""], tokenizer, tmp_path / "empty.npz")
