@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from distillation.packed_text import PackedText
-from distillation.teacher import load_teacher
+from distillation.teacher import load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
 from distillation.weighted_terms import LossWeights
 from experiment.arguments import ModelArguments, parse_arguments
@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             arguments.pair_share,
         )
         model = load_model(AutoModel, student, config)
+        # A student that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
+        take_real_valued_parts(model, teacher)
         tokenizer = load_tokenizer(student)
     trainer = TimedTrainer(
         model=model,

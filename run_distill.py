@@ -26,7 +26,7 @@ from transformers import (
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.arguments import DistillationArguments
-from distillation.teacher import Teacher, load_teacher
+from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer, hidden_state_metrics
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
@@ -101,6 +101,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         auto_class = AutoModelForMaskedLM if teacher.kind == "tokens" else AutoModel
         model = load_model(auto_class, saved_by_run(student_arguments, run.trained), config)
+        if training.do_train and not run.trained and not teaching.train_embeddings:
+            # One that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
+            take_real_valued_parts(model, teacher)
         inputs = inspect.signature(model.forward).parameters
         rows, validation, collator = masked_data(splits, tokenizer, inputs, data_arguments, training)
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)

@@ -57,7 +57,7 @@ class DistillationArguments:
     )
     train_embeddings: bool = field(
         default=False,
-        metadata={"help": "Train the embeddings as well; otherwise they stay as they are, the teacher's."},
+        metadata={"help": "Train the student's embeddings as well; otherwise they are the teacher's, and stay so."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of teacher and student."})
     loss_diagnostics: bool = field(

@@ -123,14 +123,16 @@ def load_teacher(
 @torch.no_grad()
 def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher) -> None:
     """Copies what has no spikes, and so need not be learned again: embeddings, and pooler and classifier or masked-LM
-    head, as far as both models have them.
+    head, as far as both models have them; one of the two may be the encoder alone.
 
     Raises:
         ValueError: a parameter of that name has another shape in the student.
     """
-    wanted = dict(teacher.model.named_parameters())
+    prefix = f"{student.base_model_prefix}."
+    wanted = {name.removeprefix(prefix): parameter for name, parameter in teacher.model.named_parameters()}
     for name, parameter in student.named_parameters():
-        source = None if ".encoder." in name or name.startswith("encoder.") else wanted.get(name)
+        name = name.removeprefix(prefix)
+        source = None if name.startswith("encoder.") else wanted.get(name)
         if source is None:
             continue
         if source.shape != parameter.shape:

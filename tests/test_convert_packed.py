@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 import convert_packed
 import pack_text
@@ -68,12 +68,19 @@ def test_one_step_is_converted_without_datasets_and_four_go_on_from_it(inputs, t
     weight = "encoder.layer.0.output.dense.weight"
     assert not torch.equal(one.get_parameter(weight), teacher.get_parameter(weight))
 
+    # From now on its teacher has learned a task, and its embeddings with it.
+    torch.manual_seed(1)
+    fine_tuned = BertForSequenceClassification(teacher.config)
+    fine_tuned.save_pretrained(tmp_path / "fine_tuned")
     more = ["--student", str(tmp_path / "t1"), "--config_overrides", "num_time_steps=4", "--max_steps", "1"]
+    more += ["--teacher_name_or_path", str(tmp_path / "fine_tuned")]
     convert_packed.main(command(inputs, tmp_path / "t4", "--minutes", "9", "--learning_rate", "1e-9", *more))
     four = SpikeLMModel.from_pretrained(tmp_path / "t4")
     assert four.config.num_time_steps == 4
     for (name, values), own in zip(four.named_parameters(), one.parameters(), strict=True):
         expected = own.repeat(4) if name.endswith(".amplitude") else own
+        if name.startswith("embeddings."):
+            expected = fine_tuned.bert.get_parameter(name)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from datasets import load_dataset
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 import run_distill
 from distillation.trainer import DistillationTrainer
@@ -111,6 +119,26 @@ def test_a_student_goes_on_from_a_student(distilled, teachers, corpus, tmp_path)
     )
     run_distill.main(command(teachers["bare"], corpus, tmp_path / "out", *more))
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_time_steps == 4
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_frozen_embeddings_are_those_of_the_teacher_whatever_the_student_was_made_of(
+    distilled, teachers, corpus, tmp_path, own
+):
+    torch.manual_seed(1)
+    fine_tuned = BertForSequenceClassification(BertConfig.from_pretrained(teachers["bare"]))
+    fine_tuned.save_pretrained(tmp_path / "fine_tuned")
+    AutoTokenizer.from_pretrained(teachers["bare"]).save_pretrained(tmp_path / "fine_tuned")
+    more = ["--model_name_or_path", str(distilled["bare"]), "--max_steps", "1", "--learning_rate", "1e-9"]
+    more += ["--train_embeddings"] if own else []
+    run_distill.main(command(tmp_path / "fine_tuned", corpus, tmp_path / "out", *more))
+    found = AutoModel.from_pretrained(tmp_path / "out")
+    before = AutoModel.from_pretrained(distilled["bare"])
+    wanted = before if own else fine_tuned.bert
+    for name, values in found.embeddings.named_parameters():
+        torch.testing.assert_close(values, wanted.embeddings.get_parameter(name), rtol=0, atol=1e-6)
+    weight = "encoder.layer.0.output.dense.weight"
+    torch.testing.assert_close(found.get_parameter(weight), before.get_parameter(weight), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["with_head", "bare"])
