@@ -81,6 +81,7 @@ from glue_tasks.scoring import (
 from glue_tasks.submission import write_submission
 from glue_tasks.table import ColumnResult, build_table, write_table
 from glue_tasks.tasks import TASKS, Task, resolve_task_names
+from glue_tasks.unlabelled import UNLABELLED, training_rows, with_unlabelled
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(training)
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
+        arguments.check_unlabelled(teaching.teacher_name_or_path, teaching.label_weight, training.do_train)
         tasks, load = find_tasks(model_arguments, arguments, teaching, training, given)
         models = {task.name: model_arguments.for_task(task.name) for task in tasks}
         plans = {task.name: plan_runs(task, arguments, training, given, len(tasks)) for task in tasks}
@@ -143,8 +145,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(models[tasks[0].name])
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
+        files = arguments.unlabelled_file
         ready = [
-            prepare(task, load(task), tokenizer, models[task.name], arguments, teaching, training.do_train)
+            prepare(
+                task,
+                with_unlabelled(load(task), files) if files else load(task),
+                tokenizer,
+                models[task.name],
+                arguments,
+                teaching,
+                training.do_train,
+            )
             for task in tasks
         ]
         check_evaluation(training, ready[0].config)
@@ -414,7 +425,7 @@ def run_task(
     elif run.do_train:
         with preemption, number_errors():
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        report(trainer, "train", metrics | {"train_samples": len(splits["train"])})
+        report(trainer, "train", metrics | {"train_samples": len(trainer.train_dataset)})
     history = list(trainer.state.log_history)
     if run.do_train and not record.is_trained:
         save_finished_model(trainer)
@@ -487,7 +498,7 @@ def make_trainer(
         model=model,
         args=run,
         data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=data.splits.get("train"),
+        train_dataset=training_rows(data.splits),
         eval_dataset=validation if len(validation) > 1 else validation.get("validation"),
         processing_class=tokenizer,
         compute_metrics=make_compute_metrics(data.task, run.label_smoothing_factor),
@@ -573,7 +584,9 @@ def column_results(
 
 def make_card(data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel) -> RunCard:
     task = data.task
-    examples = len(data.splits.get("train", ()))
+    examples = f"{len(data.splits.get('train', ()))} examples"
+    if UNLABELLED in data.splits:
+        examples += f", without labels, and {len(data.splits[UNLABELLED])} other texts"
     chosen_by = str(run.metric_for_best_model).removeprefix("eval_")
     kept = f"the best by {chosen_by} on the validation set" if run.load_best_model_at_end else "the last"
     shown = {
@@ -586,7 +599,7 @@ def make_card(data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel
         training=run,
         pipeline_tag="text-classification",
         auto_class="AutoModelForSequenceClassification",
-        training_data=f"Fine-tuned on {task.title} ({examples} examples); the epoch kept is {kept}.",
+        training_data=f"Fine-tuned on {task.title} ({examples}); the epoch kept is {kept}.",
         dataset_for_results=task.validation_title,
         datasets=[HUB_DATASET] if task.hub_config else [],
         figures={

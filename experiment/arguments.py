@@ -21,7 +21,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 # Fields that name what a command reads; on this disk, or elsewhere.
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
-INPUTS += ("test_file", "teacher_name_or_path", "data_dir", "deepspeed", "fsdp_config", "accelerator_config")
+INPUTS += (
+    "test_file",
+    "unlabelled_file",
+    "teacher_name_or_path",
+    "data_dir",
+    "deepspeed",
+    "fsdp_config",
+    "accelerator_config",
+)
 PHASES = ("do_train", "do_eval", "do_predict")
 # The Trainer's flags that would be without effect or defeat the scores, and why there is no need of them.
 NOT_TAKEN = {

@@ -28,7 +28,7 @@ RECORDED = frozenset(
     teacher_name_or_path teacher_revision hidden_weight sentence_weight first_token_weight logits_weight
     attention_weight value_relation_weight label_weight temperature train_embeddings
 
-    test_file text_pair_column_name label_column_name problem_type ignore_mismatched_sizes
+    test_file unlabelled_file text_pair_column_name label_column_name problem_type ignore_mismatched_sizes
     task_name data_dir pad_to_max_length task_epochs report_epoch num_seeds max_predict_samples spike_batches
 
     summary_column_name source_lang target_lang max_source_length max_target_length

@@ -33,6 +33,14 @@ class GlueArguments:
     test_file: str | None = field(
         default=None, metadata={"help": "Rows to predict labels for; they go to predictions.csv in --output_dir."}
     )
+    unlabelled_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files with texts, or pairs of texts, beside those of the task, in columns such as sentence1 and "
+            "sentence2. A student learns what its teacher makes of them. Labels are not looked at, neither there nor "
+            "of the task: with --teacher_name_or_path and --label_weight 0."
+        },
+    )
     text_column_name: str | None = field(
         default=None, metadata={"help": "The column of the text (default: found by its name, such as text)."}
     )
@@ -98,6 +106,24 @@ class GlueArguments:
         if self.text_pair_column_name and not self.text_column_name:
             raise ValueError("--text_pair_column_name needs --text_column_name, the column of the first text.")
 
+    def check_unlabelled(self, teacher: str | None, label_weight: float, trains: bool) -> None:
+        """
+        Raises:
+            ValueError: texts without labels are named, and there is nobody who says what to learn of them.
+        """
+        if not self.unlabelled_file:
+            return
+        if teacher is None or not trains:
+            raise ValueError(
+                "--unlabelled_file: only a student in training learns from texts without labels, from a teacher; name "
+                "one with --teacher_name_or_path, or leave the flag out."
+            )
+        if label_weight:
+            raise ValueError(
+                f"--unlabelled_file has no labels for --label_weight {label_weight:g}; set --label_weight 0, and give "
+                "labels a command of their own after this one."
+            )
+
     @property
     def is_own_data(self) -> bool:
         """Whether the data are the user's, and not GLUE's."""
@@ -136,7 +162,7 @@ class GlueArguments:
             "validation": self.max_eval_samples,
             "test": self.max_predict_samples,
         }
-        return limits[split.split("_")[0]]
+        return limits.get(split.split("_")[0])
 
     def epochs_by_task(self) -> dict[str, float]:
         """`task_epochs` as a mapping.

@@ -126,7 +126,7 @@ def load_own_data(files: OwnFiles, classifier: Classifier | None = None) -> tupl
     if "train" in tables and "validation" in tables:
         _refuse_the_same(tables["train"], tables["validation"], texts)
     splits = {
-        split: {name: _texts(table, column, split) for name, column in zip(SENTENCES, texts, strict=False)}
+        split: {name: texts_of(table, column, split) for name, column in zip(SENTENCES, texts, strict=False)}
         for split, table in tables.items()
     }
     for split, values in _label_values(task, files, labels, classifier).items():
@@ -280,7 +280,12 @@ def _dataset(task: OwnTask, columns: dict[str, list[Any]]) -> Dataset:
     return Dataset.from_dict(columns, features=Features({name: kinds[name] for name in columns}))
 
 
-def _texts(table: Table, column: str, split: str) -> list[str]:
+def texts_of(table: Table, column: str, split: str) -> list[str]:
+    """The cells of a column of texts, "" where there is none.
+
+    Raises:
+        ValueError: a cell holds something else than valid text.
+    """
     texts = []
     for cell, place in zip(table.columns[column], table.places, strict=True):
         if cell is not None and not isinstance(cell, str):
