@@ -9,7 +9,8 @@
    student that has been converted already.
 3. Every student learns every task from its teacher, on a grid of the same size, with the same rule: first hidden
    states and attention, with a setting of the grid, then logits and labels as well, as
-   recipes/conversion_students.yaml says.
+   recipes/conversion_students.yaml says. With `--unlabelled_pairs` and `--unlabelled_texts` it learns the states of
+   other texts too, and the row says so.
 4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each.
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
@@ -24,15 +25,18 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import project  # noqa: F401
 from cases import list_of
 from report import Row, keep, print_table
 from trainings import Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
 from transformers import HfArgumentParser
 
+from glue_tasks.tasks import TASKS
+
 TABLE_TITLE = "Conversion: what a spiking student loses against its dense teacher"
 # What stands in a command in the place of paths, which are of no use elsewhere.
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
-PATH_NAMES |= {"--teacher_name_or_path": "BERT"}
+PATH_NAMES |= {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
 STATES_RECIPE, STUDENTS_RECIPE = "recipes/conversion_states.yaml", "recipes/conversion_students.yaml"
 
 
@@ -60,6 +64,12 @@ class Arguments:
     teacher_settings: list[str] = list_of(
         help="Of a task the one setting of its teachers, found before, in place of the grid: cola=5e-5:6 is 6 epochs."
     )
+    unlabelled_pairs: str | None = field(
+        default=None, metadata={"help": "A file for run_glue.py's --unlabelled_file, at tasks of pairs."}
+    )
+    unlabelled_texts: str | None = field(
+        default=None, metadata={"help": "The same at tasks of single texts, but not at large ones."}
+    )
     num_seeds: int = field(default=3, metadata={"help": "Runs of the best setting, with the seeds 0, 1, ..."})
     distill_recipe: str = field(
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
@@ -85,9 +95,15 @@ class Arguments:
         self.settled_teachers()
         if self.train_file is None and not self.skip_text and not all(map(is_converted, self.variants)):
             raise ValueError("--train_file is missing: the text that the variants are converted with.")
-        for name in ("train_file", "data_dir", "distill_recipe"):
+        for name in ("train_file", "data_dir", "distill_recipe", "unlabelled_pairs", "unlabelled_texts"):
             if getattr(self, name) is not None and not Path(getattr(self, name)).exists():
                 raise ValueError(f"--{name} {getattr(self, name)} does not exist; name a file or a folder that does.")
+
+    def unlabelled_file(self, task: str) -> str | None:
+        """What a student of that task learns from beside its examples."""
+        if len(TASKS[task].sentence_columns) > 1:
+            return self.unlabelled_pairs
+        return None if task in self.large_tasks else self.unlabelled_texts
 
     def settled_teachers(self) -> dict[str, "Setting"]:
         """`teacher_settings` by task."""
@@ -160,7 +176,9 @@ class Contestant:
         model, start, recipes = self.model, self.start, (self.recipe,)
         commands = []
         if self.states_recipe:
+            more = arguments.unlabelled_file(task)
             flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
+            flags += ("--unlabelled_file", more) if more else ()
             commands.append(script("run_glue.py", self.states_recipe, *flags, "--output_dir", folder / "states"))
             # What follows has a rate and epochs of its own, in its recipe; of a large task that would be too many.
             model, start, rate = folder / "states" / task, (), rate[2:] if large else ()
@@ -360,6 +378,8 @@ def student(arguments: Arguments, variant: str) -> Contestant:
     taught = () if arguments.skip_teachers else ("--teacher_name_or_path", chosen_teachers(arguments))
     skipped = [each for each in ("text", "teachers") if getattr(arguments, f"skip_{each}")]
     name += "".join(f", without {each}" for each in skipped)
+    if not arguments.skip_teachers and (arguments.unlabelled_pairs or arguments.unlabelled_texts):
+        name += ", with other texts"
     return Contestant(
         name=name,
         folder=Path(arguments.output_dir, "students", name.replace(" ", "_"), "tasks"),

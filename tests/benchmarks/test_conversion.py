@@ -197,6 +197,27 @@ def test_a_setting_found_before_takes_the_place_of_the_teachers_grid_alone(given
         replace(given, teacher_settings=["mrpc=1e-4:6"])
 
 
+def test_other_texts_go_to_the_tasks_they_are_like_and_make_a_row_of_their_own(given, tmp_path):
+    pairs, texts = tmp_path / "pairs.tsv", tmp_path / "texts.tsv"
+    for file in (pairs, texts):
+        file.write_text("there")
+    more = replace(given, unlabelled_pairs=str(pairs), unlabelled_texts=str(texts), large_tasks=["sst2"])
+
+    def commands(task, given, variant="num_time_steps=1"):
+        return student(given, variant).job(task, ONE, 0, given).commands
+
+    for task, file in (("rte", pairs), ("cola", texts)):
+        states, all_losses = commands(task, more)
+        assert states[states.index("--unlabelled_file") + 1] == str(file)
+        assert "--unlabelled_file" not in all_losses
+    for task, others in (("sst2", more), ("rte", given), ("rte", replace(more, skip_teachers=True))):
+        assert not any("--unlabelled_file" in command for command in commands(task, others))
+    name = student(given, "num_time_steps=1").name
+    assert student(more, "num_time_steps=1").name == f"{name}, with other texts"
+    with pytest.raises(ValueError, match="--unlabelled_pairs .* does not exist"):
+        replace(given, unlabelled_pairs=str(tmp_path / "nowhere.tsv"))
+
+
 @pytest.mark.long
 def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, capsys):
     text = write_corpus(tmp_path / "text.txt", 6)
@@ -206,6 +227,7 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "pairs.tsv").write_text("sentence1\tsentence2\none text\tanother\n")
     (tmp_path / "distill.yaml").write_text("max_steps: 4\nmax_seq_length: 32\nmax_eval_samples: 8\n")
     given = Arguments(
         str(tmp_path / "bert"),
@@ -231,8 +253,10 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
     weights = next((tmp_path / "out").rglob("text/student/model.safetensors"))
     before = weights.stat().st_mtime_ns
     # What is converted already is a variant by its folder.
-    again = replace(given, variants=[str(weights.parent)], train_file=None)
+    again = replace(
+        given, variants=[str(weights.parent)], train_file=None, unlabelled_pairs=str(tmp_path / "pairs.tsv")
+    )
     conversion.measure(again)
     assert weights.stat().st_mtime_ns == before
     rows = json.loads((tmp_path / "results/conversion.json").read_text())[-1]["rows"]
-    assert rows[1]["model"] == "student" and rows[1]["gap"] is not None
+    assert rows[1]["model"] == "student, with other texts" and rows[1]["gap"] is not None
