@@ -77,6 +77,9 @@ class OrderedStream(torch.utils.data.IterableDataset):
             # Arrays of rows that wait for their batch must not become tensors, each a file in shared memory.
             collate_fn=_as_it_is,
             worker_init_fn=_without_threads,
+            # A loader that begins draws a number. Of the process's own ones, dropout would be other in a run that is
+            # resumed where a pass ends, for there the next pass is begun before the random state is restored.
+            generator=torch.Generator(),
         )
         return itertools.islice(_in_order(turns), self.limit)
 

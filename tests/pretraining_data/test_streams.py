@@ -40,6 +40,14 @@ def test_the_order_does_not_depend_on_the_number_of_workers(lengths, workers):
     assert sorted(passes[0]) == sorted(ids(stream_of(*lengths)))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_the_random_state_of_the_process_as_it_is(workers):
+    """Where a pass ends, a run that is resumed begins the next one earlier than the run that nobody stopped."""
+    before = torch.get_rng_state()
+    ids(itertools.islice(StreamPasses(OrderedStream(stream_of(5, 6), 2, workers)), 30))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_reader_that_stops_early_has_the_first_rows():
     stream = stream_of(30, 30)
     assert ids(OrderedStream(stream, 2, workers=2).take(25)) == ids(OrderedStream(stream, 2))[:25]
