@@ -76,6 +76,7 @@ def given(tmp_path_factory) -> Path:
     for name in ("train", "dev", "test", "new", "other"):
         rows = [f"{name} row {number},{('bad', 'good')[number % 2]}" for number in range(8)]
         (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    (folder / "pairs.tsv").write_text("sentence1\tsentence2\none text\tanother\n")
     tokenizer = train_wordpiece(Dataset.from_dict({"text": [corpus.read_text()]}), 400)
     tokenizer.eos_token = "[SEP]"  # a Llama's has one
     torch.manual_seed(0)
