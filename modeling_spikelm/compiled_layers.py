@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration import neuron_groups
 from .configuration_spiking import SpikingConfig
 
 
@@ -49,4 +50,6 @@ def _does_more(config: SpikingConfig, layer: nn.Module, kwargs: dict[str, Any]) 
         or (layer.training and layer.gradient_checkpointing)
         # Its products are no part of any graph.
         or config.int8_weights
+        # What a batch calibrates is no part of a graph either.
+        or not all(neurons.is_calibrated for neurons in neuron_groups(layer))
     )

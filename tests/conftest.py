@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from torch._functorch import config as functorch_config
 
 # A fresh Hugging Face home for every test process: `datasets` caches by arguments, not by our code, so with a cache of
 # yesterday a test would look at yesterday's code. It has to be set before the libraries are imported.
@@ -51,6 +52,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def environment_of_its_own():
     """TrainingArguments write what they were asked for, FSDP for instance, into the environment, where accelerate looks
-    for it; the arguments of a later test in the same process would then be others."""
-    with mock.patch.dict(os.environ):
+    for it; the arguments of a later test in the same process would then be others. So would the settings of its
+    compiler (experiment/arguments.py)."""
+    with mock.patch.dict(os.environ), functorch_config.patch(donated_buffer=functorch_config.donated_buffer):
         yield

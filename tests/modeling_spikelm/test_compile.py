@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import BertTokenizer
 
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification
+from modeling_spikelm.calibration import neuron_groups
 from pretraining_data.masking import MaskingCollator
 from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 from tests.modeling_spikelm.test_llama import make_model as make_decoder
@@ -212,3 +213,25 @@ def test_what_a_layer_does_beside_its_output_compiles_into_the_one_graph_too(wha
     expected = step(model, batch)
     found = step(compiled_into([], copy.deepcopy(model)), batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_a_model_that_is_not_calibrated_runs_compiled_and_its_first_step_calibrates_it(config, collator, donated):
+    """The calibration is no part of any graph, and a region of a graph has to be a whole one."""
+    batch, *_ = batches(SpikeLMForMaskedLM, collator)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    model = SpikeLMForMaskedLM(config)
+    mine = copy.deepcopy(model)
+    with torch._functorch.config.patch(donated_buffer=donated):
+        torch._dynamo.reset()
+        compiled = torch.compile(mine, backend="aot_eager")
+        with torch.no_grad():
+            found = compiled.eval()(**batch).to_tuple()
+        torch.testing.assert_close(found, model.eval()(**batch).to_tuple(), rtol=1e-4, atol=1e-5)
+        compiled.train()
+        model.train()
+        for _ in range(2):
+            torch.testing.assert_close(step(compiled, batch), step(model, batch), rtol=1e-4, atol=1e-6)
+    assert all(group.is_calibrated for group in neuron_groups(mine))
+    torch.testing.assert_close(dict(mine.named_buffers()), dict(model.named_buffers()))
