@@ -30,8 +30,8 @@ def _donates_buffers() -> bool:
 def run_layer(config: SpikingConfig, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`layer(*args, **kwargs)`.
 
-    A training is compiled layer by layer unless `torch._functorch.config.donated_buffer` is False, and so is a model that
-    is not calibrated.
+    A training is compiled layer by layer unless `torch._functorch.config.donated_buffer` is False, and so is a model
+    that is not calibrated.
 
     Args:
         config: of the model.
