@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
 from demo.show import dense_model, show
@@ -39,7 +38,7 @@ def main() -> None:
     print("\nNow a model is made, small and in minutes: the dense one starts to spike, learns some prose, then a task.")
     run("-m", "demo.prepare_data", "--output_dir", data)
     # Bars are for people who watch.
-    how = ["--overwrite_output_dir", "--disable_tqdm", str(not sys.stderr.isatty()), *quick_arithmetic()]
+    how = ["--overwrite_output_dir", "--disable_tqdm", str(not sys.stderr.isatty())]
     run(
         *("run_mlm.py", "recipes/demo_pretrain.yaml", "--model_name_or_path", dense_model()),
         *("--train_file", data / "text/train.txt", "--validation_file", data / "text/validation.txt"),
@@ -64,12 +63,6 @@ def run(*command: str | Path) -> None:
     print("\n$ python " + " ".join(str(part) for part in command), flush=True)
     if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
         sys.exit("The demo ends here; the command says why above.")
-
-
-def quick_arithmetic() -> list[str]:
-    """bf16 where the CPU has instructions for it: it halves the time there and multiplies it elsewhere."""
-    capabilities = torch.cpu.get_capabilities()
-    return ["--bf16"] if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else []
 
 
 def wilson_lower_bound(share: float, count: int, z: float = 1.96) -> float:

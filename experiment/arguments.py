@@ -1,6 +1,7 @@
 """Command line and recipe files of the scripts."""
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,12 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .precision import check_precision
+from .precision import check_precision, multiplies_bf16
 from .recorded_arguments import refuse_inexact_resuming
 from .reporting import one_line
 from .task_checkpoints import checkpoint_of_task, is_folder_of_tasks
+
+logger = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -143,7 +146,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     """Reads the command line, or a recipe file and then the command line.
 
     A first argument that ends in .yaml, .yml or .json is a recipe: a mapping from flag names to values. Flags after it
-    override it. Without --do_train, --do_eval and --do_predict a run does all three, as far as there is data.
+    override it. A recipe's `bf16` is left out, and that is said, where all there is is a CPU without instructions for
+    it. Without --do_train, --do_eval and --do_predict a run does all three, as far as there is data.
 
     Args:
         dataclasses: one of them `TrainingArguments`.
@@ -169,7 +173,12 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
     recipe = _read_recipe(argv.pop(0), parser) if _names_recipe(argv) else {}
     # Under the name of its field: the parser takes --hub-token for --hub_token as well.
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
-    given = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names} | recipe.keys()
+    on_command_line = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names}
+    if recipe.get("bf16") and "bf16" not in on_command_line and not has_accelerator and not multiplies_bf16():
+        # A recipe is for many machines, and would take this one weeks for a night's work.
+        logger.warning("The recipe's bf16 is left out: this CPU has no instructions for it, and float32 is quicker.")
+        recipe["bf16"] = False
+    given = on_command_line | recipe.keys()
     if not given.intersection(PHASES):
         parser.set_defaults(**dict.fromkeys(PHASES, True))
     if "hub_token" in given:

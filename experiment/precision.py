@@ -16,10 +16,18 @@ WEIGHTS = torch.float32
 # As safetensors names them.
 _STORED_WEIGHTS = "F32"
 _FLOATS = ("F", "BF")
+# Instructions of CPUs that multiply bfloat16, as torch.cpu.get_capabilities names them: of x86-64, then of ARM.
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16. Where it has none, torch takes many times float32's time for it."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in _BF16_INSTRUCTIONS)
 
 
 def check_precision(training: TrainingArguments) -> None:
-    """Refuses mixed precision, of a flag or a launch file, that would not be what it is called.
+    """Refuses mixed precision, of a flag or a launch file, that would not be what it is called; warns if it is slow.
 
     Raises:
         ValueError: fp16 on a CPU, where accelerate computes in float32, or fp8, which exchanges the linear layers.
@@ -33,6 +41,11 @@ def check_precision(training: TrainingArguments) -> None:
         raise ValueError(
             f"mixed_precision {training.mixed_precision} of the launch file is none that these models were made for; "
             "take bf16 or fp16."
+        )
+    if training.mixed_precision == "bf16" and training.device.type == "cpu" and not multiplies_bf16():
+        logger.warning(
+            "This CPU has no instructions for bf16 and takes many times longer with it than with float32; leave out "
+            "--bf16, and mixed_precision of the launch file."
         )
 
 

@@ -23,6 +23,17 @@ def arguments(folder, *flags: str) -> TrainingArguments:
 
 
 @pytest.fixture
+def a_cpu(monkeypatch):
+    """`a_cpu(*names)`: this machine has no accelerator, and a CPU with these instructions."""
+
+    def choose(*instructions: str) -> None:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+
+    return choose
+
+
+@pytest.fixture
 def checkpoint(tmp_path):
     """`checkpoint(dtype, **configuration)`: a calibrated SpikeLM saved in a dtype, with fields changed in its file."""
 
@@ -145,3 +156,35 @@ def test_the_card_says_when_float32_products_ran_in_tf32(tmp_path):
         assert describe_precision(arguments(tmp_path)) == "float32, products in TF32"
     finally:
         torch.backends.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("instructions", "flags", "mixed_precision", "said"),
+    [
+        (["avx2"], [], "no", "The recipe's bf16 is left out"),
+        (["avx2"], ["--bf16", "False"], "no", ""),
+        (["avx2"], ["--bf16"], "bf16", "takes many times longer"),
+        (["avx2", "avx512_bf16"], [], "bf16", ""),
+        (["neon", "bf16"], [], "bf16", ""),
+    ],
+)
+def test_a_recipes_bf16_is_left_out_by_a_cpu_that_has_no_instructions_for_it(
+    instructions, flags, mixed_precision, said, a_cpu, tmp_path, caplog
+):
+    a_cpu(*instructions)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("bf16: true\n")
+    training, given = parse_arguments([TrainingArguments], [str(recipe), "--output_dir", str(tmp_path), *flags])
+    assert training.mixed_precision == mixed_precision
+    assert given["bf16"] == training.bf16
+    assert [said in record.message for record in caplog.records] == ([True] if said else [])
+
+
+def test_a_recipes_bf16_is_kept_where_there_is_an_accelerator(a_cpu, tmp_path, monkeypatch):
+    a_cpu("avx2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("bf16: true\n")
+    # --use_cpu, as there is no accelerator to set up.
+    _, given = parse_arguments([TrainingArguments], [str(recipe), "--output_dir", str(tmp_path), "--use_cpu"])
+    assert given["bf16"]
