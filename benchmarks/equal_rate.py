@@ -11,7 +11,7 @@ calibrated and, with --max_steps, distilled from text for so many steps each, by
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import project  # noqa: F401
@@ -126,22 +126,29 @@ def distillation(arguments: Arguments, setting: Setting) -> Job | None:
     if not arguments.max_steps:
         return None
     folder = Path(str(arguments.output_dir), setting.fields)
+    fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
+    return training(arguments, setting.fields, folder, fields, arguments.max_steps)
+
+
+class Text(Protocol):
+    """What a training by run_distill.py is of."""
+
+    teacher_name_or_path: str
+    train_file: str | None
+    recipe: str
+
+
+def training(text: Text, name: str, folder: Path, fields: str, steps: int) -> Job:
+    """A student of a configuration's `fields`, by so many steps of run_distill.py; it lies in `folder/student`."""
     still = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
     command = script(
-        *("run_distill.py", arguments.recipe, "--teacher_name_or_path", arguments.teacher_name_or_path),
-        *(
-            "--train_file",
-            arguments.train_file,
-            "--max_steps",
-            arguments.max_steps,
-            "--save_steps",
-            arguments.max_steps,
-        ),
-        *("--warmup_steps", arguments.max_steps // 20, "--eval_strategy", "no", "--spike_batches", 0),
-        *("--config_overrides", f"{setting.fields},num_time_steps={arguments.num_time_steps},{still}"),
+        *("run_distill.py", text.recipe, "--teacher_name_or_path", text.teacher_name_or_path),
+        *("--train_file", text.train_file, "--max_steps", steps, "--save_steps", steps),
+        *("--warmup_steps", steps // 20, "--eval_strategy", "no", "--spike_batches", 0),
+        *("--config_overrides", f"{fields},{still}"),
         *("--output_dir", folder / "student"),
     )
-    return Job(setting.fields, folder, (command,), (arguments.recipe,))
+    return Job(name, folder, (command,), (text.recipe,))
 
 
 def student(
