@@ -15,6 +15,7 @@ import torch
 from cases import list_of
 from datasets import Dataset
 from report import Row, report
+from same_texts import rows_without, training_texts
 from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +39,9 @@ class Arguments:
     )
     split: str = field(default="validation", metadata={"help": "validation, train or test."})
     max_samples: int | None = field(default=None, metadata={"help": "Only the first so many pairs."})
+    unseen_by: list[str] = list_of(
+        help="GLUE tasks, of whose training splits a model has seen the texts: pairs with one of them are left out."
+    )
     output: str | None = field(default=None, metadata={"help": "Folder for the table, benchmarks/results."})
 
 
@@ -45,6 +49,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     splits = load_task(TASKS["stsb"], arguments.data_dir or None)
     pairs = splits[arguments.split]
+    pairs = rows_without(pairs, training_texts(arguments.unseen_by, arguments.data_dir or None))
     pairs = pairs.select(range(min(len(pairs), arguments.max_samples or len(pairs))))
     rows = []
     for name in arguments.model_name_or_path:
@@ -57,6 +62,11 @@ def main() -> None:
     notes = [
         f"STS-B, {arguments.split}, {len(pairs)} pairs: mean pooling over tokens, cosine, Spearman's correlation times "
         "100. Firing rate: on the first of the sentences."
+        + (
+            f" No text of theirs is in a training split of {', '.join(arguments.unseen_by)}."
+            if arguments.unseen_by
+            else ""
+        )
     ]
     report("sentence_similarity", "Sentence similarity without fine-tuning", rows, "cpu", arguments.output, notes)
 
