@@ -14,7 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from experiment.reporting import input_errors
-from spike_metrics.counting import SpikeCounter
+from spike_metrics.counting import SpikeCounter, with_float_spikes
 from spike_metrics.inputs import InputArguments, load_inputs
 from spike_metrics.report import energies, format_report
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             if output.output_file and Path(output.output_file).resolve().is_relative_to(Path(text_file).resolve()):
                 raise ValueError(f"--output_file {output.output_file} would be read as text with {text_file}; move it.")
         model, _, batches = load_inputs(inputs)
-        model.eval()
+        model = with_float_spikes(model).eval()
         with SpikeCounter(model) as tokens, SpikeCounter(model, include_padding=True) as padded, torch.no_grad():
             for batch in batches:
                 model(**batch)

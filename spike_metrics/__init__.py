@@ -9,6 +9,7 @@ from .counting import (
     count,
     record_spikes,
     spike_sizes,
+    with_float_spikes,
 )
 from .energy import DATAFLOWS, EnergyConstants, Joules, compute_energy, energy_with_data_movement, published_convention
 
@@ -27,4 +28,5 @@ __all__ = [
     "published_convention",
     "record_spikes",
     "spike_sizes",
+    "with_float_spikes",
 ]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .positions import Positions, read_positions
+from .positions import IN_ONE_FORWARD, Positions, read_positions
 
 # Element-wise work that the energy convention leaves out, and why. Entries of these are counted and reported.
 WHY_NOT_COUNTED = {
@@ -307,7 +307,7 @@ def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: 
         ValueError: there is no batch, an attention mask is not `(B, L)`, or a spiking module emits something else
             than spikes.
     """
-    model = _with_float_spikes(model)
+    model = with_float_spikes(model)
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -332,16 +332,23 @@ class SpikeCounter:
         neurons_only: leave the products out, which makes it cheaper.
 
     Raises:
-        ValueError: see `count`; raised out of the model's forward.
+        ValueError: the model has int8 weights; or see `count`, and raised out of the model's forward.
     """
 
     def __init__(self, model: nn.Module, include_padding: bool = False, neurons_only: bool = False):
+        if _has_int8_weights(model):
+            raise ValueError(
+                "The neurons of a model with int8 weights emit codes, and its layers take them; to count it, give "
+                "with_float_spikes(model), or call count(), which does so."
+            )
         self.model = model
         self.include_padding = include_padding
         self.neurons_only = neurons_only
         self._groups: dict[str, Any] = dict(spiking_modules(model))
         self.num_time_steps = max((group.num_time_steps for group in self._groups.values()), default=1)
         self._sequences = self._tokens = self._written = 0
+        # Whether the whole model is in its forward, and not a part of it alone.
+        self._runs = False
         self._neurons: dict[str, NeuronCount] = {}
         self._products: dict[str, ProductCount] = {}
         self._not_counted: dict[str, int] = {}
@@ -355,6 +362,7 @@ class SpikeCounter:
 
     def __enter__(self) -> "SpikeCounter":
         self._hooks.append(self.model.register_forward_pre_hook(self._read_batch, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_hook(self._end_batch, always_call=True))
         for name, module in self._groups.items():
             self._watch(module, self._count_neurons, name)
         if not self.neurons_only:
@@ -423,6 +431,7 @@ class SpikeCounter:
     def _read_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes which positions of the batch that comes in are counted."""
         self._positions = read_positions(module, args, kwargs, self.include_padding)
+        self._runs = True
         tokens = int(self._positions.source.sum())
         self._sequences += len(self._positions.source)
         self._tokens += tokens
@@ -431,13 +440,15 @@ class SpikeCounter:
         elif getattr(module, "can_generate", bool)():
             self._written += tokens
 
+    def _end_batch(self, *_: object) -> None:
+        self._runs = False
+
     def _counted_steps(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """`(steps, rows, F)`: of a module's tensor the counted positions, or all rows of one without a position in
         it."""
-        if not self._sequences:
+        if not self._runs:
             raise ValueError(
-                f"{name} ran and the whole model did not, as where generate() calls an encoder. Count a forward on the "
-                "text and what was written of it (decoder_input_ids): that takes each token once, as a cache does."
+                f"{name} ran and the whole model did not, as where generate() calls an encoder. {IN_ONE_FORWARD}"
             )
         is_counted = self._positions.of(name)
         batch_size, length = is_counted.shape
@@ -451,8 +462,7 @@ class SpikeCounter:
     def _count_neurons(self, name: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
         if not isinstance(output, torch.Tensor):
             raise ValueError(
-                f"{name} ({type(module).__name__}) does not emit its spikes as one tensor, so they cannot be counted; "
-                "of a model with int8 weights call dequantize_weights() first."
+                f"{name} ({type(module).__name__}) does not emit its spikes as one tensor, so they cannot be counted."
             )
         spikes = emitted_spikes(module, output)
         steps = self._counted_steps(name, spikes)
@@ -474,8 +484,9 @@ class SpikeCounter:
         self._not_counted["neuron updates"] = self._not_counted.get("neuron updates", 0) + steps.numel()
         for attention, operands in self._operands.items():
             for role, operand in operands.items():
-                # A key that was turned to its position in between is another tensor, of which the name tells.
-                if operand is args[0] or name == f"{attention}.{role}_neurons":
+                # A key that was turned to its position in between is another tensor, of which the name tells, and PEFT
+                # may add to it.
+                if operand is args[0] or name.startswith(f"{attention}.{role}_neurons"):
                     operands[role] = spikes
         if spikes is not output and not self.neurons_only:
             # The products that take them come next, or in every layer of a decoder.
@@ -581,7 +592,7 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
     """
     if batch["input_ids"].shape[0] != 1:
         raise ValueError(f"record_spikes() takes one sequence, this batch holds {batch['input_ids'].shape[0]}.")
-    model = _with_float_spikes(model)
+    model = with_float_spikes(model)
     spikes: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -612,7 +623,7 @@ def spike_sizes(model: nn.Module) -> dict[str, torch.Tensor]:
         `(T, F)` float32 each; 0 where the group is not calibrated.
     """
     sizes = {}
-    for name, module in spiking_modules(_with_float_spikes(model)).items():
+    for name, module in spiking_modules(with_float_spikes(model)).items():
         if hasattr(module, "levels"):
             size = module.levels(module.calibration()).sizes()
         else:
@@ -621,11 +632,15 @@ def spike_sizes(model: nn.Module) -> dict[str, torch.Tensor]:
     return sizes
 
 
-def _with_float_spikes(model: nn.Module) -> nn.Module:
+def with_float_spikes(model: nn.Module) -> nn.Module:
     """The model, or a float copy of one with int8 weights, whose neurons emit codes, one time step after the other."""
-    if not getattr(getattr(model, "config", None), "int8_weights", False):
+    if not _has_int8_weights(model):
         return model
     return copy.deepcopy(model).dequantize_weights()  # type: ignore[operator]  # it is one of ours
+
+
+def _has_int8_weights(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "int8_weights", False))
 
 
 def spiking_modules(model: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,11 @@ _SEES_SOURCE = re.compile(
     r"(^|\.)encoder\.|\.encoder_attn\.(k_proj|v_proj|key_neurons|value_neurons)(\.|$)|\.memory_neurons(\.|$)"
 )
 _IN_DECODER = re.compile(r"(^|\.)decoder\.layers\.")
+# What to do in place of counting within generate().
+IN_ONE_FORWARD = (
+    "Count one forward on the text and all that was written of it (for a decoder beside an encoder that is "
+    "decoder_input_ids): it takes each token once, as a cache does."
+)
 
 
 def sees_target(name: str) -> bool:
@@ -49,9 +54,14 @@ def read_positions(
     """Those of the forward arguments of a model.
 
     Raises:
-        ValueError: they hold no sequence, or a mask that does not say what is padding.
+        ValueError: they hold no sequence, a cache with tokens in it, or a mask that does not say what is padding.
     """
     given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            f"The model goes on from a cache, as in generate(), and only its new tokens run. {IN_ONE_FORWARD}"
+        )
     source = _places(given, "")
     if source is None and given.get("encoder_outputs") is not None:
         source = given["encoder_outputs"][0][..., 0]

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_spikelm import SpikeLMLlamaConfig
 from modeling_spikelm import SpikeLMLlamaForCausalLM
-from spike_metrics.counting import count, record_spikes
+from spike_metrics.counting import SpikeCounter, count, record_spikes
 
 HIDDEN, WIDE, HEADS, SHARED, LAYERS, WORDS = 16, 24, 4, 2, 2, 60
 SIZES = {
@@ -102,3 +102,24 @@ def test_a_further_token_costs_what_a_forward_of_one_token_with_a_cache_does(dec
             assert more == entries * decoder.get_submodule(whole.name).out_features
         elif whole.name == "model.layers.1.self_attn.q k^T":
             assert more == sum(met[-4:])
+
+
+@pytest.mark.parametrize("include_padding", [False, True])
+def test_generation_is_not_counted_token_by_token(decoder, include_padding):
+    with (
+        SpikeCounter(decoder, include_padding),
+        pytest.raises(ValueError, match="goes on from a cache, as in generate"),
+    ):
+        decoder.generate(torch.arange(5, 12)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+def test_keys_of_a_group_that_peft_trains_are_spikes_too(decoder, llama_batch):
+    peft = pytest.importorskip("peft")
+    plain = count(decoder, [llama_batch])
+    wrapped = peft.get_peft_model(
+        decoder, peft.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["key_neurons"])
+    )
+    counted = {p.name.removeprefix("base_model.model."): p for p in count(wrapped, [llama_batch]).products}
+    for product in plain.products:
+        if product.name.endswith("q k^T"):
+            assert (counted[product.name].macs, counted[product.name].accumulates) == (0, product.accumulates)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import BertConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig
 
 import draw_spikes
 import measure_spikes
@@ -252,6 +252,20 @@ def test_a_decoder_is_counted_with_its_head_and_drawn(decoder, tmp_path, capsys)
     assert "lm_head" in capsys.readouterr().out
     draw_spikes.main(["--model_name_or_path", decoder, *SHORT, "--text", "the cat", "--output_dir", str(tmp_path)])
     assert (tmp_path / "sentence.png").is_file() and (tmp_path / "energy.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "decoder"])
+def test_int8_weights_are_counted_as_the_float_model_that_they_stand_for(kind, tokenizer, tmp_path, request):
+    folder = request.getfixturevalue(kind)
+    model = auto_class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder).quantize_weights()
+    reports = []
+    for name in ("int8", "float"):
+        (model if name == "int8" else model.dequantize_weights()).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / name)
+        measure(str(tmp_path / name), "--text", "the cat", "--output_file", str(tmp_path / f"{name}.json"))
+        reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    assert reports[0] == reports[1]
+    assert reports[0]["without_padding"]["counts"]["accumulates"] > 0
 
 
 def test_a_dense_model_has_nothing_to_draw(dense_checkpoint, tmp_path):

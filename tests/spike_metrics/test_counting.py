@@ -421,5 +421,7 @@ def test_int8_weights_fire_the_spikes_of_the_float_model_that_they_stand_for(neu
     assert {name: size.shape for name, size in spike_sizes(quantized).items()} == {
         group.name: group.positive.shape for group in counted.neurons
     }
+    with pytest.raises(ValueError, match=r"int8 weights emit codes.* give with_float_spikes\(model\)"):
+        SpikeCounter(quantized)
     # The model that was counted is what it was.
     assert quantized.config.int8_weights and quantized.embeddings.word_embeddings.int8_weight.dtype == torch.int8

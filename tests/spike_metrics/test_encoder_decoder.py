@@ -148,6 +148,15 @@ def test_generation_is_not_counted_as_it_runs(writer, pairs):
         writer.generate(pairs["input_ids"])
 
 
+def test_generation_after_a_forward_is_not_counted_either(writer, pairs):
+    with SpikeCounter(writer) as counter:
+        writer(**pairs)
+        before = counter.result().to_dict()
+        with pytest.raises(ValueError, match="ran and the whole model did not"):
+            writer.generate(pairs["input_ids"])
+    assert counter.result().to_dict() == before
+
+
 def test_a_layer_and_its_stack_are_told_from_a_name():
     assert layer_and_place("model.decoder.layers.3.encoder_attn.q_proj") == (3, "decoder.encoder_attn.q_proj")
     assert layer_and_place("model.encoder.layers.0.fc1") == (0, "encoder.fc1")
