@@ -145,13 +145,13 @@ def sides_of(groups: list[str]) -> dict[str, list[str]]:
 
 def only_first(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The first sequence of a batch without its padding, and what is written of it."""
-    lengths = {
-        prefix: int(batch[f"{prefix}attention_mask"][0].sum())
+    is_token = {
+        prefix: batch[f"{prefix}attention_mask"][0].bool()
         for prefix in ("", "decoder_")
         if f"{prefix}attention_mask" in batch
     }
     return {
-        name: values[:1, : lengths["decoder_" if name.startswith("decoder_") else ""]] for name, values in batch.items()
+        name: values[:1, is_token["decoder_" if name.startswith("decoder_") else ""]] for name, values in batch.items()
     }
 
 

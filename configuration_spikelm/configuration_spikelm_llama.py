@@ -36,11 +36,13 @@ SHARED_WITH_LLAMA = (
     "tie_word_embeddings",
     "rope_parameters",
     "attention_dropout",
-    "attention_bias",
-    "mlp_bias",
-    "sliding_window",
-    "layer_types",
 )
+# Those that one of them has and another leaves unread, though its file may name them.
+READ_BY = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": ("sliding_window",),
+    "qwen2": ("sliding_window", "layer_types"),
+}
 
 
 @strict
@@ -160,11 +162,11 @@ class SpikeLMLlamaConfig(SpikingConfig):
                 f"{name} turns a share of {rotated} of each head by its rotary positions; SpikeLM turns all of it, so "
                 "only such a checkpoint can be its warm start."
             )
-        translated = {field: stock[field] for field in SHARED_WITH_LLAMA if field in stock}
-        if dense["model_type"] == "qwen2":
+        kind = dense["model_type"]
+        translated = {field: stock[field] for field in (*SHARED_WITH_LLAMA, *READ_BY[kind]) if field in stock}
+        translated["attention_output_bias"] = translated.get("attention_bias", False)
+        if kind == "qwen2":
             translated["attention_bias"] = True
-        else:
-            translated["attention_output_bias"] = stock.get("attention_bias", False)
         return translated
 
 

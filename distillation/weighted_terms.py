@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from experiment.whole_steps import WholeStepsTrainer
 
@@ -50,10 +51,8 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        base = self.model.base_model
-        # BERT's are a module of several tables.
-        embeddings = base.embeddings if hasattr(base, "embeddings") else base.get_input_embeddings()
-        embeddings.requires_grad_(trains_embeddings)
+        for embeddings in _embeddings(self.model.base_model):
+            embeddings.requires_grad_(trains_embeddings)
         self.teacher = teacher.to(self.args.device)
         self.weights = weights
         self.temperature = temperature
@@ -103,3 +102,12 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         if "loss" in logs:
             logs, self._figures = logs | self._figures, {}
         super().log(logs, *args, **kwargs)
+
+
+def _embeddings(base: PreTrainedModel) -> list[nn.Module]:
+    """What turns tokens into vectors. An encoder and a decoder may each have a table of its own."""
+    if hasattr(base, "embeddings"):
+        # BERT's are a module of several tables.
+        return [base.embeddings]
+    stacks = [base.get_encoder(), base.get_decoder()] if base.config.is_encoder_decoder else []
+    return [part.get_input_embeddings() for part in (base, *stacks)]

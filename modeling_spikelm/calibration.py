@@ -44,6 +44,7 @@ class Calibration:
         self._positions: Mapping[SpikingNeurons, torch.Tensor | None] = {}
         self._sums: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0, dtype=torch.float64))
         self._weights: dict[SpikingNeurons, int] = defaultdict(int)
+        self._runs: dict[SpikingNeurons, int] = defaultdict(int)
 
     def use(
         self, model: nn.Module, batch: Mapping[str, Any], positions: Mapping[SpikingNeurons, torch.Tensor | None]
@@ -65,6 +66,7 @@ class Calibration:
                 hook.remove()
 
     def _use_inputs(self, neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
+        self._runs[neurons] += 1
         steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
         is_counted = self._positions.get(neurons)
         if is_counted is not None:
@@ -77,22 +79,31 @@ class Calibration:
         self._weights[neurons] += steps[0].numel()
         neurons.set_calibration(calibration)
 
-    def means(self, device: torch.device) -> list[torch.Tensor] | None:
-        """The mean calibration of every group, over all processes (which all have to call); None if nothing counted.
+    def means(self, device: torch.device) -> list[torch.Tensor | None] | None:
+        """The mean calibration of every group, over all processes (which all have to call).
 
         Args:
             device: one that the processes can exchange tensors on.
+
+        Returns:
+            None for a group that no forward runs, as PEFT keeps them beside the copies that it trains. None altogether
+            if nothing ran, or a group that did had nothing to count.
         """
         sizes = [len(group.calibration()) for group in self.groups]
         sums = torch.cat([self._sums[group].expand(size) for group, size in zip(self.groups, sizes, strict=True)])
-        weights = torch.tensor([self._weights[group] for group in self.groups], dtype=torch.float64)
+        counts = [[self._runs[group], self._weights[group]] for group in self.groups]
+        numbers = torch.tensor(counts, dtype=torch.float64)
         if dist.is_available() and dist.is_initialized():
-            sums, weights = sums.to(device), weights.to(device)
+            sums, numbers = sums.to(device), numbers.to(device)
             dist.all_reduce(sums)
-            dist.all_reduce(weights)
-        if not (weights > 0).all():
+            dist.all_reduce(numbers)
+        runs, weights = numbers.unbind(1)
+        if not runs.any() or (weights[runs > 0] == 0).any():
             return None
-        return [(total / weight).float() for total, weight in zip(sums.split(sizes), weights, strict=True)]
+        return [
+            (total / weight).float() if run else None
+            for total, weight, run in zip(sums.split(sizes), weights, runs, strict=True)
+        ]
 
 
 def text_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:

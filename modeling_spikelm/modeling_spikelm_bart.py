@@ -264,6 +264,9 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
                 source.update(neuron_groups(module.memory_neurons))
             elif isinstance(module, SpikeLMBartCrossAttention):
                 source.update(neuron_groups(module.key_neurons), neuron_groups(module.value_neurons))
+        if not self.can_generate():
+            # Without a head labels say nothing of what the decoder reads.
+            batch = {name: values for name, values in batch.items() if name != "labels"}
         of_source, of_target = text_positions(batch), _target_positions(batch, self.config.pad_token_id)
         return {group: of_source if group in source else of_target for group in neuron_groups(self)}
 

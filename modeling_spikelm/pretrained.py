@@ -1,5 +1,6 @@
 """What every spiking pre-trained model does, of whatever family."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Self, overload
 
@@ -188,8 +189,9 @@ class SpikingPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."
             )
-        for neurons, values in zip(groups, means, strict=True):
-            neurons.set_calibration(values)
+        for neurons, mean in zip(groups, means, strict=True):
+            if mean is not None:
+                neurons.set_calibration(mean)
 
     def _text_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """Of every group, which positions of its sequence are no padding, `(B, L)` bool; None where a batch does not
@@ -242,6 +244,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
                 for name, values in self.state_dict().items()
             }
         )
+        if self.can_generate():
+            model.generation_config = copy.deepcopy(self.generation_config)
         return model.to(device=self.device, dtype=self.dtype).train(self.training)
 
     def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:

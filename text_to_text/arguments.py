@@ -212,4 +212,6 @@ class WritingTrainingArguments(Seq2SeqTrainingArguments):
             "num_beams": self.generation_num_beams,
             "length_penalty": penalty,
         }
-        return {name: value for name, value in said.items() if value is not None}
+        fields = {name: value for name, value in said.items() if value is not None}
+        # Of a checkpoint, numbers of new tokens would come before these lengths.
+        return fields | {"max_new_tokens": None} | ({"min_new_tokens": None} if "min_length" in fields else {})

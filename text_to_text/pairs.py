@@ -198,7 +198,7 @@ def _usable_rows(name: str, rows: Dataset, split: str, places: Sequence[str] | N
         if not all(cell and cell.strip() for cell in cells)
     ]
     if split == "test":
-        if TARGET in rows.column_names and any(target is None for target in rows[TARGET]):
+        if TARGET in rows.column_names and not all(target and target.strip() for target in rows[TARGET]):
             logger.warning("%s: not every row says what is to be written, so that what is written gets no score.", name)
             rows = rows.remove_columns(TARGET)
         return rows

@@ -105,6 +105,19 @@ def test_the_gradient_reaches_the_encoder_and_not_the_frozen_embeddings_or_the_t
     assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
 
 
+def test_tables_of_encoder_and_decoder_are_frozen_where_they_are_not_shared(tmp_path):
+    torch.manual_seed(0)
+    untied = BartForConditionalGeneration(BartConfig(**SIZES, tie_word_embeddings=False))
+    untied.save_pretrained(tmp_path / "untied")
+    trainer = make_trainer(str(tmp_path / "untied"), spiking(str(tmp_path / "untied")), tmp_path)
+    trainer.compute_loss(trainer.model, batch(7, 5)).backward()
+    model = trainer.model.model
+    for stack in (model.encoder, model.decoder):
+        assert stack.embed_tokens.weight is not model.shared.weight
+        assert stack.embed_tokens.weight.grad is None
+        assert stack.layers[0].fc1.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

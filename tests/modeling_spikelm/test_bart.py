@@ -232,6 +232,14 @@ def test_calibration_takes_encoder_and_decoder_by_their_own_statistics(batch):
         torch.testing.assert_close(found[f"{name}.amplitude"].item(), sum(values) / len(values), rtol=1e-4, atol=0)
 
 
+def test_without_a_head_labels_of_another_length_do_not_matter(batch):
+    model, other = (make_model(2, calibrated=False).model for _ in range(2))
+    model.calibrate({**batch, "labels": torch.full((2, 3), 7)})
+    other.calibrate({name: values for name, values in batch.items() if name != "labels"})
+    for ours, theirs in zip(neuron_groups(model), neuron_groups(other), strict=True):
+        assert torch.equal(ours.amplitude, theirs.amplitude)
+
+
 def test_texts_alone_calibrate_a_decoder_that_reads_them_too(batch):
     model = make_model(calibrated=False)
     model.calibrate({name: batch[name] for name in ("input_ids", "attention_mask")})
@@ -289,6 +297,15 @@ def test_one_time_step_begins_several(batch):
     # Without a membrane every step is the first one.
     calm = model.with_time_steps(3, membrane_decay=0.0)
     torch.testing.assert_close(calm(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_more_time_steps_write_as_the_only_one_did(batch):
+    model = make_model(1)
+    model.generation_config.update(num_beams=3, min_length=5, max_length=9)
+    more = model.with_time_steps(2)
+    assert more.generation_config.to_dict() == model.generation_config.to_dict()
+    more.generation_config.num_beams = 1
+    assert model.generation_config.num_beams == 3
 
 
 def test_checkpointing_changes_no_gradient(batch):

@@ -84,6 +84,23 @@ def test_without_spikes_it_is_the_dense_model(dense, batch, tmp_path, monkeypatc
             torch.testing.assert_close(ours[is_token], theirs[is_token], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("config", "left_over"),
+    [
+        (LlamaConfig, {"sliding_window": 3}),
+        (LlamaConfig, {"sliding_window": 3, "use_sliding_window": False}),
+        (MistralConfig, {"attention_bias": True, "sliding_window": None}),
+        (Qwen2Config, {"mlp_bias": True}),
+    ],
+)
+def test_what_a_dense_model_leaves_unread_in_its_file_is_no_field_of_the_spiking_one(config, left_over, tmp_path):
+    config(**SIZES, **left_over).save_pretrained(tmp_path)
+    found = SpikeLMLlamaConfig.from_pretrained(tmp_path)
+    assert found.sliding_window is None and set(found.layer_types) == {"full_attention"}
+    assert (found.attention_bias, found.mlp_bias) == (config is Qwen2Config, False)
+    assert not found.attention_output_bias
+
+
 def test_a_warm_start_takes_every_weight(dense, tmp_path):
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
     model, info = SpikeLMLlamaForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
@@ -233,3 +250,25 @@ def test_an_adapter_learns_and_becomes_a_part_of_the_weights(batch):
     after = adapted(**batch).logits
     assert not torch.allclose(after, before)
     torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, after, rtol=0, atol=1e-4)
+
+
+def test_groups_that_an_adapter_trains_are_calibrated_and_those_they_stand_for_stay(batch):
+    model = make_model()
+    model.calibrate(batch)
+    plain = {name: group.amplitude.clone() for name, group in spiking_groups(model)}
+    with torch.no_grad():
+        for _, group in spiking_groups(model):
+            group.amplitude.fill_(7.0)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["key_neurons"]))
+    adapted.get_base_model().calibrate(batch)
+    found = dict(spiking_groups(adapted.get_base_model()))
+    for name, amplitude in plain.items():
+        if name.endswith("key_neurons"):
+            torch.testing.assert_close(found[f"{name}.modules_to_save.default"].amplitude, amplitude)
+            assert (found[f"{name}.original_module"].amplitude == 7.0).all()
+        else:
+            torch.testing.assert_close(found[name].amplitude, amplitude)
+
+
+def spiking_groups(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SpikingNeurons)]

@@ -268,6 +268,15 @@ def test_int8_weights_are_counted_as_the_float_model_that_they_stand_for(kind, t
     assert reports[0]["without_padding"]["counts"]["accumulates"] > 0
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out_on_whichever_side_it_is(side, tokenizer):
+    tokenizer.padding_side = side
+    short, batch = (tokenizer(SENTENCES[::-1][:number], padding=True, return_tensors="pt") for number in (1, 2))
+    first = draw_spikes.only_first(dict(batch))
+    assert first.keys() == short.keys()
+    assert all(torch.equal(first[name], short[name]) for name in first)
+
+
 def test_a_dense_model_has_nothing_to_draw(dense_checkpoint, tmp_path):
     folder = tmp_path / "pictures"
     arguments = ["--model_name_or_path", dense_checkpoint, *SHORT, "--text", "a", "--output_dir", str(folder)]

@@ -48,7 +48,10 @@ def test_texts_that_were_trained_on_are_counted_where_they_are_scored(tmp_path, 
 def test_every_row_of_a_test_file_is_kept_and_needs_no_summary(tmp_path):
     texts = write(tmp_path / "texts.json", [{"text": "A"}, {"text": ""}])
     some = write(tmp_path / "some.json", [{"text": "A", "summary": "a"}, {"text": "B", "summary": None}])
-    for file, sources in ((texts, ["A", ""]), (some, ["A", "B"])):
+    blank = write(tmp_path / "blank.json", [{"text": "A", "summary": "a"}, {"text": "B", "summary": " "}])
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,summary\nA,a\nB,\n")
+    for file, sources in ((texts, ["A", ""]), (some, ["A", "B"]), (blank, ["A", "B"]), (str(empty), ["A", "B"])):
         pairs = load_pairs(PairArguments(test_file=file), {"test": True})
         assert pairs["test"][:] == {"source": sources}
 
