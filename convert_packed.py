@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -64,14 +65,16 @@ class Clock(TrainerCallback):
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self.began: float | None = None
-
-    @property
-    def share_left(self) -> float:
-        return 1.0 if self.began is None else max(0.0, 1 - (time.monotonic() - self.began) / self.seconds)
+        self.began = 0.0
+        self.share_left = 1.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Processes share their weights, so all go by the clock of the first: one rate for a step, one moment to stop.
+        left = [max(0.0, 1 - (time.monotonic() - self.began) / self.seconds)]
+        (self.share_left,) = broadcast_object_list(left)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,6 +106,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 "--per_device_train_batch_size: a step takes --tokens_per_batch tokens; leave the flag out."
             )
+        for name in ("resume_from_checkpoint", "warmup_steps", "lr_scheduler_type"):
+            if name in given:
+                raise ValueError(f"--{name}: the rate follows a clock, from the beginning; leave the flag out.")
+        if training.eval_strategy != "no":
+            raise ValueError("--eval_strategy: there is no data to evaluate on here; leave the flag out.")
         # A "row" of the data is a whole batch.
         training.per_device_train_batch_size = 1
         if training.max_steps < 0:

@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"] if arguments.data_dir else None
         model = SpikeLMModel.from_pretrained(arguments.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+        # A longer text would be an error of the encoder, where the card says that it is cut.
+        arguments.max_seq_length = min(arguments.max_seq_length, model.config.max_position_embeddings)
         if not arguments.float_weights and not model.config.int8_weights:
             model.quantize_weights(embeddings=True)
     with filled(output) as folder:
@@ -92,7 +94,8 @@ def write_modules(folder: Path, width: int, max_seq_length: int) -> None:
 def similarity(name: str | Path, pairs: Dataset) -> float:
     """Spearman's correlation, times 100, of the cosine with the people's scores of STS-B."""
     encoder = SentenceTransformer(str(name), device="cpu")
-    one, other = (encoder.encode(list(pairs[column])) for column in ("sentence1", "sentence2"))
+    texts = (list(pairs[column]) for column in ("sentence1", "sentence2"))
+    one, other = (encoder.encode(each, normalize_embeddings=True) for each in texts)
     return 100 * spearmanr((one * other).sum(1), pairs["label"]).statistic
 
 
@@ -111,7 +114,10 @@ def card_of(
     )
     card.data.pipeline_tag, card.data.library_name = "sentence-similarity", "sentence-transformers"
     card.data.tags = sorted({*(card.data.tags or []), "sentence-transformers", "sentence-similarity"})
-    card.data.model_name, card.data.base_model = name, arguments.base_model
+    card.data.model_name = name
+    # Otherwise what the training's card says stays.
+    if arguments.base_model is not None:
+        card.data.base_model = arguments.base_model
     figures = figures_of(arguments, model, tokenizer, folder, pairs) if pairs is not None else {}
     if figures:
         card.data.eval_results = [

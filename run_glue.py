@@ -135,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(training)
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
+        teaching.check_batch(training)
+        if training.do_train and training.label_smoothing_factor and teaching.teacher_name_or_path:
+            raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
         arguments.check_unlabelled(teaching.teacher_name_or_path, teaching.label_weight, training.do_train)
         tasks, load = find_tasks(model_arguments, arguments, teaching, training, given)
         models = {task.name: model_arguments.for_task(task.name) for task in tasks}
@@ -438,8 +441,9 @@ def run_task(
         report(trainer, "eval", metrics | {"eval_samples": sum(len(splits[name]) for name in task.validation_splits)})
     taught_by = {}
     if run.do_eval and teacher is not None:
-        # With the same batches and the same metrics; the student's metrics are on record by now.
-        taught_by = make_trainer(data, tokenizer, None, teaching, teacher.model, run).evaluate()
+        # With the same batches and the same metrics; the student's are on record by now, and trackers keep the last.
+        untracked = replace(run, report_to=[])
+        taught_by = make_trainer(data, tokenizer, None, teaching, teacher.model, untracked).evaluate()
     if run.do_train:
         publisher.publish(trainer, metrics)
     if run.do_predict:

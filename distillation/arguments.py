@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from transformers import TrainingArguments
+
 from experiment.arguments import ModelArguments
 from experiment.model_card import shown_name
 from experiment.task_checkpoints import checkpoint_of_task, is_folder_of_tasks
 
+from .losses import LEAST_SEQUENCES
 from .teacher import Teacher
 from .weighted_terms import LossWeights
 
@@ -126,6 +129,22 @@ class DistillationArguments:
                 f"--{idle[0]} is about learning from a teacher; name one with --teacher_name_or_path, or leave the "
                 "flag out."
             )
+
+    def check_batch(self, training: TrainingArguments) -> None:
+        """
+        Raises:
+            ValueError: a device's batch is too small for a term in units of what sequences differ by.
+        """
+        size = training.per_device_train_batch_size
+        if self.teacher_name_or_path is None or not training.do_train or size >= LEAST_SEQUENCES:
+            return
+        for name in ("sentence_weight", "first_token_weight"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"--{name} {getattr(self, name):g} with --per_device_train_batch_size {size}: the unit of this "
+                    f"term is what the sequences of a batch differ by, so it takes {LEAST_SEQUENCES} or more. Give a "
+                    f"larger batch, or --{name} 0."
+                )
 
     def check_flags_of_a_writer(self, given: Mapping[str, Any]) -> None:
         """

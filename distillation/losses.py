@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 POSITIONS_AT_A_TIME = 1024
 # A layer that says the same of every token has no scale of its own to be measured by.
 VARIANCE_FLOOR = 1e-6
+# So many a device's batch needs for the terms that are in units of what sequences differ by.
+LEAST_SEQUENCES = 8
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -217,10 +219,10 @@ def first_token_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Ten
     common in all sequences may be most of its size.
 
     Args:
-        student, teacher: `(B, L, H)` last hidden states.
+        student, teacher: `(B, L, H)` last hidden states. Of fewer than `LEAST_SEQUENCES` the error is 0.
     """
     found, target = student[:, 0].float(), teacher.detach()[:, 0].float()
-    return nn.functional.mse_loss(found, target) / target.var(0, unbiased=False).mean().clamp(min=VARIANCE_FLOOR)
+    return _error_over_sequences(found, target)
 
 
 def sentence_error(student: torch.Tensor, teacher: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
@@ -229,10 +231,22 @@ def sentence_error(student: torch.Tensor, teacher: torch.Tensor, is_token: torch
     It weighs what the tokens' errors have in common, which a mean over them does not average out.
 
     Args:
-        student, teacher: `(B, L, H)` last hidden states.
+        student, teacher: `(B, L, H)` last hidden states. Of fewer than `LEAST_SEQUENCES` the error is 0.
     """
     weights = is_token[..., None].float()
     found, target = (
         (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1) for states in (student, teacher.detach())
     )
-    return nn.functional.mse_loss(found, target) / target.var(0, unbiased=False).mean().clamp(min=VARIANCE_FLOOR)
+    return _error_over_sequences(found, target)
+
+
+def _error_over_sequences(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared error of `(B, H)` in units of the teacher's variance over the sequences; of too few 0.
+
+    What a handful of sequences differ by is no unit: of one it is 0, and an error divided by it would hide all others.
+    The last batch of an epoch may be as small.
+    """
+    if len(teacher) < LEAST_SEQUENCES:
+        return 0.0 * student.sum()
+    variance = teacher.var(0, unbiased=False).mean()
+    return nn.functional.mse_loss(student, teacher) / variance.clamp(min=VARIANCE_FLOOR)

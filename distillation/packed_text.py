@@ -4,9 +4,11 @@ A machine that is lent for minutes should spend them on training. Such a file ne
 network there, and compresses to about 1.1 bytes a token.
 """
 
+import zlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -96,7 +98,7 @@ class PackedText(Dataset):
             with np.load(file, allow_pickle=False) as arrays:
                 self.running, self.special = arrays["running"], arrays["special"]
                 sentences, pairs = (arrays["sentences"], arrays["starts"]), (arrays["pairs"], arrays["pair_starts"])
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
             raise ValueError(f"{file} is not a file of packed text ({error}); pack_text.py writes one.") from error
         if tokens_per_batch < max(ROW_LENGTHS):
             raise ValueError(f"A batch of {tokens_per_batch} tokens is too small; rows have up to {max(ROW_LENGTHS)}.")
@@ -113,6 +115,8 @@ class PackedText(Dataset):
             (partial(self._wholes, *pairs, 2), len(pairs[1]) > 1, pair_share),
         ]
         self.kinds = [kind for kind, is_there, _ in kinds if is_there]
+        if not self.kinds:
+            raise ValueError(f"{file} holds no sentence and less text than a row of {min(ROW_LENGTHS)} tokens.")
         shares = np.asarray([share for _, is_there, share in kinds if is_there])
         self.shares = shares / shares.sum() if shares.any() else np.full(len(shares), 1 / len(shares))
         self.tokens_per_batch = tokens_per_batch
@@ -150,7 +154,9 @@ class PackedText(Dataset):
         widths = sizes.sum(1) + parts + 1
         by_width = np.argsort(widths, kind="stable")
         # As many as fit when all are padded to the longest, which is the last of those taken.
-        taken = by_width[draw.integers(0, len(by_width)) :]
+        # The longest are the last, so from the latest start on there are still enough to fill a batch.
+        latest = max(0, len(by_width) - self.tokens_per_batch // int(widths.max()))
+        taken = by_width[draw.integers(0, latest + 1) :]
         fits = widths[taken] * np.arange(1, len(taken) + 1) <= self.tokens_per_batch
         taken = taken[: max(1, int(fits.sum()))]
         ids = np.full((len(taken), widths[taken[-1]]), pad, flat.dtype)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -103,6 +104,10 @@ def load_teacher(
         missing = [key for key in loaded["missing_keys"] if key.startswith(("classifier", "cls.", "lm_head."))]
         if missing and not (is_classifier or own_head):
             model, _ = AutoModel.from_pretrained(name, config=config, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of --teacher_name_or_path {name} are damaged ({error}); copy or download it again."
+        ) from error
     except OSError as error:
         raise ValueError(f"--teacher_name_or_path {name} cannot be loaded: {error}") from error
     if missing and is_classifier:

@@ -101,6 +101,7 @@ def test_the_rate_rises_first_and_then_falls_to_nothing_by_the_clock(monkeypatch
     clock.on_train_begin()
     shares = []
     for now[0] in (100.0, 125.0, 150.0, 175.0):
+        clock.on_optimizer_step()
         shares.append(clock.share_left)
     assert shares == [1.0, 0.5, 0.0, 0.0]
 
@@ -110,6 +111,8 @@ def test_the_rate_rises_first_and_then_falls_to_nothing_by_the_clock(monkeypatch
     [
         (["--minutes", "0"], "--minutes 0.0 is not possible"),
         (["--minutes", "1", "--per_device_train_batch_size", "4"], "a step takes --tokens_per_batch tokens"),
+        (["--minutes", "1", "--warmup_steps", "9"], "--warmup_steps: the rate follows a clock"),
+        (["--minutes", "1", "--eval_strategy", "steps", "--eval_steps", "5"], "--eval_strategy: there is no data"),
         (["--minutes", "1", "--packed_text", "nowhere.npz"], "nowhere.npz is not a file of packed text"),
         (["--minutes", "1", "--teacher_name_or_path", "nowhere"], "nowhere"),
     ],

@@ -49,7 +49,7 @@ SHORT += ["--per_device_train_batch_size", "2", "--max_steps", "1", "--max_eval_
 FLAGS = {
     "run_mlm.py": SHORT,
     "run_clm.py": SHORT,
-    "run_distill.py": SHORT,
+    "run_distill.py": [*SHORT, "--sentence_weight", "0"],
     "run_glue.py": [*SHORT[:-2], "--max_train_samples", "8", "--num_train_epochs", "1", "--report_epoch", "last"],
 }
 # Of recipes: what takes a hub, a cluster or days.

@@ -1,11 +1,16 @@
 """A trained encoder becomes a small folder that two libraries load where nobody knows us."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 import export_sentence_encoder
@@ -101,6 +106,39 @@ def test_float_weights_stay_what_they_are_if_that_is_asked_for(trained, tmp_path
     weights = SpikeLMModel.from_pretrained(trained).state_dict()
     for name, value in SpikeLMModel.from_pretrained(tmp_path / "float").state_dict().items():
         assert torch.equal(value, weights[name]), name
+
+
+def test_a_text_is_cut_to_what_the_model_takes_and_the_cards_base_stays(trained, tmp_path):
+    card = ModelCard.load(trained / "README.md")
+    card.data.base_model = "someone/else"
+    shutil.copytree(trained, tmp_path / "trained")
+    card.save(tmp_path / "trained/README.md")
+    flags = ["--model_name_or_path", str(tmp_path / "trained"), "--output_dir", str(tmp_path / "mine")]
+    export_sentence_encoder.main([*flags, "--max_seq_length", "100000"])
+    longest = SpikeLMModel.from_pretrained(trained).config.max_position_embeddings
+    assert json.loads((tmp_path / "mine/sentence_bert_config.json").read_text())["max_seq_length"] == longest
+    assert ModelCard.load(tmp_path / "mine/README.md").data.base_model == "someone/else"
+
+
+def test_a_similarity_is_a_cosine_of_an_encoder_that_does_not_normalise_too(bert, tmp_path):
+    texts = [" ".join(WORDS[number % 9 :: 1 + number % 4]) for number in range(12)]
+    pairs = Dataset.from_dict({"sentence1": texts, "sentence2": texts[5:] + texts[:5], "label": [*range(12)]})
+    model, tokenizer = BertModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    encoder = SentenceTransformer(str(tmp_path / "bert"), device="cpu")
+    one, other = (encoder.encode(pairs[column][:]) for column in ("sentence1", "sentence2"))
+    products = (one * other).sum(1)
+    by_product, by_cosine = (
+        100 * spearmanr(values, pairs["label"][:]).statistic
+        for values in (products, products / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1))
+    )
+    assert by_product != pytest.approx(by_cosine, abs=1)
+    assert export_sentence_encoder.similarity(tmp_path / "bert", pairs) == pytest.approx(by_cosine)
 
 
 def test_a_folder_with_something_in_it_and_a_teacher_without_data_are_refused(trained, tmp_path):

@@ -165,6 +165,10 @@ def test_pairs_of_text_teach_what_a_classifier_reads(teachers, corpus, tmp_path,
         (("--model_type", "bert"), "--model_type bert: the student is a SpikeLM"),
         (("--streaming", "--max_steps", "-1"), "--streaming needs --max_steps"),
         (("--hidden_weight", "-1"), "--hidden_weight is -1.0"),
+        (
+            ("--sentence_weight", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"),
+            "--sentence_weight 1 with --per_device_train_batch_size 4: .* takes 8 or more",
+        ),
     ],
 )
 def test_bad_flags_end_in_one_line_and_nothing_is_written(teachers, corpus, tmp_path, more, message):

@@ -12,6 +12,7 @@ from distillation.losses import (
     first_token_error,
     hidden_state_errors,
     score_loss,
+    sentence_error,
     soft_label_loss,
     soft_labels_loss,
     token_logits_loss,
@@ -34,7 +35,22 @@ def test_a_first_tokens_error_is_in_units_of_what_differs_between_sequences():
     # What all sequences have in common, 100, says nothing; each feature has variance 4 over the two sequences.
     teacher = torch.tensor([[[100.0, 2.0], [7.0, 7.0]], [[104.0, 6.0], [7.0, 7.0]]])
     student = teacher + torch.tensor([[[1.0, -3.0], [50.0, 50.0]]])
+    student, teacher = student.repeat(4, 1, 1), teacher.repeat(4, 1, 1)
     assert first_token_error(student, teacher).item() == pytest.approx(5 / 4)
+
+
+def test_what_few_sequences_differ_by_is_no_unit():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 3, 4, requires_grad=True)
+    is_token = torch.ones(8, 3, dtype=torch.bool)
+    assert first_token_error(student, teacher) > 0 and sentence_error(student, teacher, is_token) > 0
+    for few in (1, 7):
+        for error in (
+            first_token_error(student[:few], teacher[:few]),
+            sentence_error(student[:few], teacher[:few], is_token[:few]),
+        ):
+            assert error.item() == 0
+            error.backward()
 
 
 def test_padding_is_left_out_of_every_term():

@@ -74,6 +74,13 @@ def test_a_batch_hangs_on_seed_and_number_alone(file):
     assert not all(same(one[0], one[number]) for number in range(50))
 
 
+def test_a_batch_of_whole_sentences_is_never_a_small_rest(tokenizer, tmp_path):
+    lengths = (3, 5, 9, 30)
+    pack([], [" ".join(["one"] * lengths[number % 4]) for number in range(400)], tokenizer, tmp_path / "text.npz")
+    text = PackedText(tmp_path / "text.npz", 400, 300, 1.0, 0)
+    assert min(len(text[number]["input_ids"]) for number in range(300)) == 400 // (max(lengths) + 2)
+
+
 def test_where_there_is_one_kind_of_text_all_batches_are_of_it(tokenizer, tmp_path):
     pack([], ["one two"], tokenizer, tmp_path / "sentences.npz")
     assert {PackedText(tmp_path / "sentences.npz", 200, 9, 0.0, 0)[n]["input_ids"].shape[1] for n in range(9)} == {4}
@@ -88,6 +95,14 @@ def test_what_is_no_packed_text_is_refused_in_one_line(tokenizer, file, tmp_path
     np.savez(tmp_path / "other.npz", ids=np.arange(3))
     with pytest.raises(ValueError, match=r"other.npz is not a file of packed text"):
         PackedText(tmp_path / "other.npz", 400, 1, 0.5, 0)
+    whole = file.read_bytes()
+    for name, content in (("half.npz", whole[: len(whole) // 2]), ("nothing.npz", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not a file of packed text"):
+            PackedText(tmp_path / name, 400, 1, 0.5, 0)
+    pack(["one two"], [], tokenizer, tmp_path / "short.npz")
+    with pytest.raises(ValueError, match="holds no sentence and less text than a row of 16 tokens"):
+        PackedText(tmp_path / "short.npz", 400, 1, 0.5, 0)
     with pytest.raises(ValueError, match="A batch of 100 tokens is too small"):
         PackedText(file, 100, 1, 0.5, 0)
     with pytest.raises(ValueError, match=r"0.6 of the batches of sentences and 0.5 of pairs: shares are at least 0"):

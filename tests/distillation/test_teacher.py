@@ -1,5 +1,7 @@
 """Which teachers are taken, with which head, and that they stay what they are."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +34,14 @@ def test_a_teacher_in_half_precision_is_loaded_in_float32(save_teacher, tmp_path
     AutoModel.from_pretrained(save_teacher("")).bfloat16().save_pretrained(tmp_path / "half")
     teacher = load_teacher(str(tmp_path / "half"), SpikeLMConfig(**SIZES), is_classifier=False)
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
+def test_a_damaged_teacher_is_refused_in_one_line(save_teacher):
+    folder = save_teacher("tokens")
+    weights = Path(folder, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ValueError, match="The weights of --teacher_name_or_path .* are damaged"):
+        load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False)
 
 
 def test_a_quantised_teacher_is_refused_in_one_line(save_teacher):

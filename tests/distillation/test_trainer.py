@@ -80,7 +80,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
         "tokens",
         LossWeights(2.0, sentence=0.5, first_token=0.7, logits=0.25, attention=0.3, value_relation=3.0, label=0.0),
     )
-    batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
+    batch = pad([trainer.train_dataset[number % len(trainer.train_dataset)] for number in range(8)])
     model, teacher = trainer.model.train(), trainer.teacher
     model.calibrate([batch])
     terms, _ = trainer.loss_terms(model, batch)

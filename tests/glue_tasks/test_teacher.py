@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from run_glue import main
 from tests.glue_tasks.conftest import write_tasks
@@ -123,3 +125,49 @@ def test_a_teacher_that_was_trained_on_makes_another_run(taught_run, tiny_bert, 
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="teacher_digest was"):
         main(command(tiny_spikelm, data, output, *more, "--teacher_name_or_path", str(teacher)))
+
+
+class Recorder(TrainerCallback):
+    """In the place of a tracker: the losses that it was told of evaluations."""
+
+    losses: ClassVar[list[float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.losses += [logs["eval_loss"]] if "eval_loss" in logs else []
+
+
+def test_a_tracker_is_told_of_the_student_alone(taught_run, tiny_spikelm, tmp_path, monkeypatch):
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
+    monkeypatch.setattr(Recorder, "losses", [])
+    teacher = taught_run / "teachers/cola"
+    more = ("--task_name", "cola", "--teacher_name_or_path", str(teacher), "--report_to", "tensorboard")
+    more += ("--num_train_epochs", "1", "--report_epoch", "last")
+    main(
+        command(
+            tiny_spikelm,
+            write_tasks(tmp_path / "glue", "CoLA"),
+            tmp_path / "out",
+            *more,
+            "--num_train_epochs",
+            "1",
+            "--report_epoch",
+            "last",
+        )
+    )
+    loss = json.loads((tmp_path / "out/cola/eval_results.json").read_text())["eval_loss"]
+    assert Recorder.losses[-1] == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor: a teacher's logits are smooth"),
+        (["--first_token_weight", "1"], "--first_token_weight 1 with --per_device_train_batch_size 4: .* 8 or more"),
+    ],
+)
+def test_what_a_student_cannot_learn_by_is_refused(taught_run, tiny_spikelm, tmp_path, flags, message):
+    more = ("--task_name", "cola", "--teacher_name_or_path", str(taught_run / "teachers"), *flags)
+    more += ("--per_device_train_batch_size", "4")
+    with pytest.raises(SystemExit, match=message):
+        main(command(tiny_spikelm, write_tasks(tmp_path / "glue", "CoLA"), tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
