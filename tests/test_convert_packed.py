@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 import convert_packed
 import pack_text
 from modeling_spikelm import SpikeLMModel
+from tests.forked_processes import launch_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 # A machine that has no such package, as `import` and `find_spec` see it.
@@ -23,6 +24,19 @@ ABSENT = {"datasets", "evaluate"}
 sys.modules |= dict.fromkeys(ABSENT)
 import convert_packed
 convert_packed.main(sys.argv[1:])
+"""
+
+# The clock of the second process is half through when that of the first has begun.
+CLOCK = """
+import sys
+from accelerate import PartialState
+import convert_packed
+rank = PartialState(cpu=True).process_index
+clock = convert_packed.Clock(100)
+clock.on_train_begin()
+clock.began -= 50 * rank
+clock.on_optimizer_step()
+open(f"{sys.argv[1]}/{rank}", "w").write(repr(clock.share_left))
 """
 
 
@@ -104,6 +118,14 @@ def test_the_rate_rises_first_and_then_falls_to_nothing_by_the_clock(monkeypatch
         clock.on_optimizer_step()
         shares.append(clock.share_left)
     assert shares == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_all_processes_go_by_the_clock_of_the_first(tmp_path):
+    (tmp_path / "clock.py").write_text(CLOCK)
+    done = launch_forked("two_cpu_processes", [str(tmp_path / "clock.py"), str(tmp_path)], "--num_processes", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (float((tmp_path / rank).read_text()) for rank in "01")
+    assert one == other > 0.9
 
 
 @pytest.mark.parametrize(
