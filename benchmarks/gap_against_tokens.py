@@ -20,6 +20,7 @@ import project  # noqa: F401
 from cases import list_of
 from equal_rate import training
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from report import Row, keep, print_table
 from sentence_similarity import calibrated, measure
 from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all
@@ -177,6 +178,9 @@ def draw(points: Sequence[Point], extrapolate_to: Sequence[int]) -> Figure:
         ends = [trained[0].tokens, max([*extrapolate_to, trained[-1].tokens])]
         axes.loglog(ends, [line.at(tokens) for tokens in ends], "--", color="#0072B2", label="straight line, no floor")
         axes.legend()
+    # 4, and not 4 x 10^0.
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(ScalarFormatter())
     axes.set_xlabel("tokens of text")
     axes.set_ylabel("gap to the dense model, STS-B, Spearman × 100")
     axes.set_title(TITLE)
