@@ -75,6 +75,11 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         terms, outputs = self.loss_terms(model, inputs)
+        if not terms:
+            raise ValueError(
+                "Nothing is learned: no term with a weight above 0 is one that this teacher and these data have. Give "
+                "--hidden_weight 1, for instance."
+            )
         weighted = {name: getattr(self.weights, name) * term for name, term in terms.items()}
         if self.diagnoses and (self.state.global_step + 1) % self.state.logging_steps == 0:
             self._diagnose(model, weighted)

@@ -202,6 +202,9 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
         if name in given and values[name] != value:
             raise ValueError(f"--{name} is not taken here: {NOT_TAKEN[name]}. Leave it out.")
     training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
+    if not any(getattr(training, phase) for phase in PHASES):
+        off = " ".join(f"--{phase} False" for phase in PHASES if phase in given)
+        raise ValueError(f"{off} leaves nothing to do; say what to do, as --do_train, or leave it out, to do it all.")
     _check_numbers(training)
     check_precision(training)
     refuse_inexact_resuming(training)

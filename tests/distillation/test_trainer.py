@@ -99,6 +99,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
     assert trainer.compute_loss(model, batch).item() == pytest.approx(total, rel=1e-5)
 
 
+def test_a_loss_without_any_term_is_refused(make_trainer):
+    # A bare encoder has no logits, so none of these terms is left.
+    trainer = make_trainer("", LossWeights(hidden=0.0, logits=1.0, label=1.0))
+    with pytest.raises(ValueError, match="Nothing is learned"):
+        trainer.compute_loss(trainer.model.train(), pad([trainer.train_dataset[0]]))
+
+
 def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
     trainer = make_trainer("", LossWeights(hidden=0.0, logits=0.0, attention=1.0, label=0.0), num_time_steps=1)
     batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
@@ -115,6 +122,20 @@ def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
         for found, target in zip(own, wished, strict=True)
     ]
     assert terms["attention"].item() == pytest.approx(torch.stack(divergences).mean().item(), rel=1e-4)
+
+
+def test_what_attention_is_made_of_is_read_from_a_compiled_student_too(make_trainer, monkeypatch):
+    # As the scripts set it, so that one compiled layer may serve all.
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+    trainer = make_trainer("tokens", LossWeights(attention=1.0, value_relation=1.0), num_time_steps=1)
+    batches = [pad([{"input_ids": [first, 7, 8]}, {"input_ids": [9, first]}]) for first in (3, 4)]
+    model = trainer.model.train()
+    model.calibrate(batches)
+    compiled = torch.compile(model)
+    for batch in batches:
+        expected, _ = trainer.loss_terms(model, batch)
+        terms, _ = trainer.loss_terms(compiled, batch)
+        torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_classifier_learns_from_logits_and_labels(make_trainer):

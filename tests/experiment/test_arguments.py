@@ -32,6 +32,14 @@ def test_named_phases_are_the_only_ones(flag):
     assert (training.do_train, training.do_eval, training.do_predict) == (False, True, False)
 
 
+def test_a_command_that_would_do_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--do_train False --do_eval False leaves nothing to do"):
+        parse("--output_dir", "x", "--do_train", "False", "--do_eval", "False")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("do_train: false\n")
+    assert parse(str(recipe), "--output_dir", "x", "--do_eval")[1].do_eval
+
+
 def test_hyphens_are_seen_as_the_parser_sees_them():
     _, training = parse("--output-dir", "x", "--do-eval")
     assert (training.output_dir, training.do_train) == ("x", False)
