@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         # A student that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
         take_real_valued_parts(model, teacher)
         tokenizer = load_tokenizer(student)
+        text.check_vocabulary(tokenizer)
     trainer = TimedTrainer(
         model=model,
         args=training,

@@ -4,6 +4,8 @@ A machine that is lent for minutes should spend them on training. Such a file ne
 network there, and compresses to about 1.1 bytes a token.
 """
 
+import hashlib
+import json
 import zlib
 from collections.abc import Iterable
 from functools import partial
@@ -62,8 +64,15 @@ def pack(
         pairs=flat_pairs,
         pair_starts=pair_starts,
         special=np.asarray(special),
+        vocabulary=np.asarray(_digest_of_vocabulary(tokenizer)),
     )
     return count
+
+
+def _digest_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells one numbering of tokens from another."""
+    numbered = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.blake2b(numbered.encode(), digest_size=8).hexdigest()
 
 
 class PackedText(Dataset):
@@ -97,6 +106,7 @@ class PackedText(Dataset):
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 self.running, self.special = arrays["running"], arrays["special"]
+                self.vocabulary = str(arrays["vocabulary"])
                 sentences, pairs = (arrays["sentences"], arrays["starts"]), (arrays["pairs"], arrays["pair_starts"])
         except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
             raise ValueError(f"{file} is not a file of packed text ({error}); pack_text.py writes one.") from error
@@ -119,9 +129,21 @@ class PackedText(Dataset):
             raise ValueError(f"{file} holds no sentence and less text than a row of {min(ROW_LENGTHS)} tokens.")
         shares = np.asarray([share for _, is_there, share in kinds if is_there])
         self.shares = shares / shares.sum() if shares.any() else np.full(len(shares), 1 / len(shares))
+        self.file = file
         self.tokens_per_batch = tokens_per_batch
         self.num_batches = num_batches
         self.seed = seed
+
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Raises:
+            ValueError: the text was packed with a tokenizer that numbers tokens differently.
+        """
+        if self.vocabulary != _digest_of_vocabulary(tokenizer):
+            raise ValueError(
+                f"{self.file} was packed with a tokenizer of another vocabulary than the teacher's, so its ids are of "
+                "other words; pack the text again, with this teacher's tokenizer."
+            )
 
     def __len__(self) -> int:
         return self.num_batches

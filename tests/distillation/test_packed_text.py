@@ -56,6 +56,15 @@ def test_pairs_stay_whole_and_their_second_sentence_has_the_other_type(tokenizer
         assert not any(row[sum(tokens) :]) and not any(kinds[sum(tokens) :])
 
 
+def test_text_that_was_packed_with_another_numbering_of_words_is_refused(tokenizer, file, tmp_path):
+    text = PackedText(file, 200, 1, 0.5, 0)
+    text.check_vocabulary(tokenizer)
+    other = tmp_path / "vocab.txt"
+    other.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *reversed(WORDS)]))
+    with pytest.raises(ValueError, match=r"text.npz was packed with a tokenizer of another vocabulary"):
+        text.check_vocabulary(BertTokenizer(str(other)))
+
+
 def test_each_kind_has_its_share_of_the_batches(tokenizer, tmp_path):
     pack(["one two"] * 200, ["three"], tokenizer, tmp_path / "text.npz", [("four five", "six")])
     text = PackedText(tmp_path / "text.npz", 400, 1000, 0.2, 0, pair_share=0.5)
