@@ -26,6 +26,7 @@ from transformers import (
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.arguments import DistillationArguments
+from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer, hidden_state_metrics
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
@@ -157,6 +158,7 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     calibrate_before_training(trainer, model_arguments.calibration_batches)
+    fit_before_training(trainer, teaching.fit_rows)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     return trainer

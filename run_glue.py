@@ -36,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from distillation.arguments import DistillationArguments
+from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
@@ -510,6 +511,8 @@ def make_trainer(
     )
     if data.model.model_name_or_path:
         calibrate_before_training(trainer, data.model.calibration_batches)
+    if teacher is not None:
+        fit_before_training(trainer, teaching.fit_rows)
     return trainer
 
 

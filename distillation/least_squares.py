@@ -1,0 +1,256 @@
+"""A student's weights fitted to its teacher layer by layer: by least squares, from forward passes alone.
+
+Take a linear layer of the student, `W x + b`, whose inputs x are spikes, and what the teacher's layer at that place
+gives for the same token, y. Over the tokens of some text
+
+    D, c = argmin  mean |y - (W + D) x - (b + c)|^2 + ridge * v * |D|^2,    v: mean variance of the inputs
+    D    = C^T (A + ridge * v * I)^-1,   c = mean(r) - D mean(x)
+           A = cov(x, x),   C = cov(x, r),   r = y - W x - b
+
+The inputs are those that the student has when all before them is fitted. Where a residual is added, y is what the
+student's own lacks of the teacher's sum. So every layer also mends what those before it have left, as quantisation with
+asymmetric calibration does (GPTAQ, Li et al. 2025, arXiv:2504.02692). Neurons are calibrated on the way, each group on
+what arrives at it then. What follows no neurons, such as a LayerNorm, is the teacher's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from modeling_spikelm.calibration import calibrated_groups, text_positions
+
+# Levels need less text than weights.
+CALIBRATION_BATCHES = 8
+
+
+class Stage(NamedTuple):
+    """Linear layers that share their inputs.
+
+    Args:
+        neurons: the groups that run after the stage before and until this one, in this order, by their names in a layer
+            of the network.
+        products: the linear layers.
+        residual: what is added to their product: that argument of that module.
+    """
+
+    neurons: tuple[str, ...]
+    products: tuple[str, ...]
+    residual: tuple[str, int] | None = None
+
+
+ENCODER = (
+    Stage(("attention.self.neurons",), ("attention.self.query", "attention.self.key", "attention.self.value")),
+    Stage(
+        ("attention.self.key_neurons", "attention.self.value_neurons", "attention.output.neurons"),
+        ("attention.output.dense",),
+        ("attention.output", 1),
+    ),
+    Stage(("intermediate.neurons",), ("intermediate.dense",)),
+    Stage(("output.neurons",), ("output.dense",), ("output", 1)),
+)
+
+
+class _Call(NamedTuple):
+    """A batch at a layer: hidden states `(T * B, L, H)`, the other arguments, and where it is text, `(B, L)` bool."""
+
+    hidden_states: torch.Tensor
+    others: tuple[Any, ...]
+    named: Mapping[str, Any]
+    is_text: torch.Tensor
+
+    def steps(self, values: torch.Tensor) -> torch.Tensor:
+        """`(T * B, L, F)` to `(T, tokens, F)`, without padding."""
+        return values.unflatten(0, (-1, len(self.is_text)))[:, self.is_text]
+
+    def after(self, layer: nn.Module) -> "_Call":
+        """The batch at the next layer."""
+        outputs = layer(self.hidden_states, *self.others, **self.named)
+        return self._replace(hidden_states=outputs[0] if isinstance(outputs, tuple) else outputs)
+
+
+class _Ended(Exception):
+    """All that was asked for has been seen."""
+
+
+@torch.no_grad()
+def fit_to_teacher(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    ridge: float = 0.1,
+) -> None:
+    """Fits the layers of a student, in place.
+
+    Args:
+        student: an encoder, or a model with one, calibrated, in float32.
+        teacher: the dense model, in evaluation mode, with layers of the same number and sizes.
+        batches: forward arguments of both. Of several processes, which all have to call, each has its own, and all are
+            fitted to together. Hidden states are kept: of every token one vector for each time step, and the teacher's.
+        ridge: what a change of a weight costs, see above.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    if not batches:
+        raise ValueError("There is no batch to fit the student to its teacher with; give some text.")
+    was_training = student.training
+    student.eval()
+    layers, dense_layers = (model.base_model.encoder.layer for model in (student, teacher))
+    calls, dense_calls = ([_first_call(model, batch) for batch in batches] for model in (student, teacher))
+    for layer, dense_layer in zip(layers, dense_layers, strict=True):
+        _take_norms(layer, dense_layer)
+        for stage in ENCODER:
+            for name in stage.neurons:
+                _calibrate(layer, name, calls[:: -(-len(calls) // CALIBRATION_BATCHES)])
+            _fit(layer, dense_layer, stage, calls, dense_calls, ridge)
+        calls = [call.after(layer) for call in calls]
+        dense_calls = [call.after(dense_layer) for call in dense_calls]
+    student.train(was_training)
+
+
+def _first_call(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> _Call:
+    """A batch at the first layer."""
+    found: list[_Call] = []
+    mask = text_positions(batch)
+    is_text = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(_Call(args[0], args[1:], named, is_text))
+        raise _Ended
+
+    base = model.base_model
+    _run(lambda: base(**batch), [base.encoder.layer[0].register_forward_pre_hook(keep, with_kwargs=True)])
+    return found[0]
+
+
+def _take_norms(layer: nn.Module, dense_layer: nn.Module) -> None:
+    """Copies what is no product of a stage."""
+    products = {name for stage in ENCODER for name in stage.products}
+    own = dict(layer.named_parameters())
+    for name, parameter in dense_layer.named_parameters():
+        if name.rpartition(".")[0] not in products:
+            own[name].copy_(parameter)
+
+
+def _calibrate(layer: nn.Module, name: str, calls: Sequence[_Call]) -> None:
+    """Sets the levels of a group by what arrives at it."""
+    for group in calibrated_groups(layer.get_submodule(name)):
+        steps = torch.cat([_arriving(group, layer, call) for call in calls], 1)
+        group.set_calibration(group.batch_calibration(steps, every_process=True))
+
+
+def _arriving(group: nn.Module, layer: nn.Module, call: _Call) -> torch.Tensor:
+    """What a group gets of a batch at its layer, `(T, tokens, F)`."""
+    found: list[torch.Tensor] = []
+
+    def keep(group: nn.Module, args: tuple[torch.Tensor]) -> None:
+        found.append(args[0])
+        raise _Ended
+
+    _run(lambda: call.after(layer), [group.register_forward_pre_hook(keep)])
+    return call.steps(found[0])
+
+
+def _run(call: Callable[[], object], hooks: Sequence[RemovableHandle]) -> None:
+    """Calls until a hook has seen enough, and removes the hooks."""
+    try:
+        call()
+    except _Ended:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _see(layer: nn.Module, stage: Stage, call: _Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """Of a stage the inputs, all outputs side by side, and the residual (0 without one), `(T * B, L, F)`."""
+    products = [layer.get_submodule(name) for name in stage.products]
+    inputs: list[torch.Tensor] = []
+    outputs: dict[nn.Module, torch.Tensor] = {}
+    residual: list[torch.Tensor | float] = [0.0]
+
+    def see(product: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        inputs.append(args[0])
+        outputs[product] = output
+        if len(outputs) == len(products):
+            raise _Ended
+
+    hooks = [product.register_forward_hook(see) for product in products]
+    if stage.residual:
+        name, number = stage.residual
+        adder = layer.get_submodule(name)
+        hooks.append(adder.register_forward_pre_hook(lambda adder, args: residual.append(args[number])))
+    _run(lambda: call.after(layer), hooks)
+    return inputs[0], torch.cat([outputs[product] for product in products], -1), residual[-1]
+
+
+def _fit(
+    layer: nn.Module,
+    dense_layer: nn.Module,
+    stage: Stage,
+    calls: Sequence[_Call],
+    dense_calls: Sequence[_Call],
+    ridge: float,
+) -> None:
+    """Adds D and c to the weights and biases of a stage."""
+    moments = None
+    for call, dense_call in zip(calls, dense_calls, strict=True):
+        inputs, outputs, residual = _see(layer, stage, call)
+        _, wished, dense_residual = _see(dense_layer, stage, dense_call)
+        steps = len(outputs) // len(wished)
+        lacking = (wished + dense_residual).repeat(steps, 1, 1) - outputs - residual
+        x, r = (call.steps(values).flatten(0, 1).float() for values in (inputs, lacking))
+        moments = moments or _Moments(x, r)
+        moments.add(x, r)
+    change, shift = moments.solve(ridge)
+    sizes = [layer.get_submodule(name).out_features for name in stage.products]
+    for name, weight, bias in zip(stage.products, change.split(sizes), shift.split(sizes), strict=True):
+        product = layer.get_submodule(name)
+        product.weight += weight
+        product.bias += bias
+
+
+class _Moments:
+    """Sums over tokens that the least squares take, of all processes; float64, about the means of a first batch.
+
+    Args:
+        x: inputs `(N, F)`.
+        r: what is lacking, `(N, O)`.
+    """
+
+    def __init__(self, x: torch.Tensor, r: torch.Tensor):
+        self.about = torch.cat((x.mean(0), r.mean(0)))
+        if _has_others():
+            dist.broadcast(self.about, 0)
+        size, width = x.shape[1], len(self.about)
+        self.width = size
+        self.sum, self.products = x.new_zeros(width, dtype=torch.float64), x.new_zeros(size, width, dtype=torch.float64)
+        self.count = x.new_zeros(1, dtype=torch.float64)
+
+    def add(self, x: torch.Tensor, r: torch.Tensor) -> None:
+        both = torch.cat((x, r), 1) - self.about
+        self.sum += both.sum(0)
+        self.products += both[:, : self.width].T @ both
+        self.count += len(both)
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """D `(O, F)` and c `(O,)`, float32."""
+        if _has_others():
+            for values in (self.sum, self.products, self.count):
+                dist.all_reduce(values)
+        mean = self.sum / self.count
+        covariance = self.products / self.count - mean[: self.width, None] * mean
+        own, other = covariance.split([self.width, len(mean) - self.width], 1)
+        own = own + ridge * own.diagonal().mean() * torch.eye(self.width, dtype=own.dtype, device=own.device)
+        change = torch.cholesky_solve(other, torch.linalg.cholesky(own)).T
+        mean_x, mean_r = (mean + self.about).split([self.width, len(mean) - self.width])
+        return change.float(), (mean_r - change @ mean_x).float()
+
+
+def _has_others() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
