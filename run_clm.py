@@ -30,6 +30,7 @@ from transformers import (
 from configuration_spikelm import SpikeLMLlamaConfig
 from distillation.arguments import DistillationArguments
 from distillation.causal import CausalTermsTrainer
+from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, load_teacher
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
@@ -210,6 +211,8 @@ def make_trainer(
     )
     if model_arguments.model_name_or_path:
         calibrate_before_training(trainer, model_arguments.calibration_batches)
+    if teacher is not None:
+        fit_before_training(trainer, teaching.fit_rows)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     return trainer

@@ -15,7 +15,7 @@ from .teacher import Teacher
 from .weighted_terms import LossWeights
 
 # Terms that are about a sentence, or an encoder's last layer.
-_OF_ENCODERS = ("sentence_weight", "first_token_weight", "attention_weight", "value_relation_weight", "fit_rows")
+_OF_ENCODERS = ("sentence_weight", "first_token_weight", "attention_weight", "value_relation_weight")
 
 
 @dataclass

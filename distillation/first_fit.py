@@ -10,21 +10,21 @@ from experiment.calibration import spread_rows
 
 from .least_squares import fit_to_teacher
 from .teacher import INPUTS
-from .trainer import DistillationTrainer
+from .weighted_terms import WeightedTermsTrainer
 
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 32
 
 
-def fit_before_training(trainer: DistillationTrainer, rows: int) -> None:
+def fit_before_training(trainer: WeightedTermsTrainer, rows: int) -> None:
     """Makes a trainer fit its student to its teacher before the first step, once its neurons are calibrated.
 
     The rows are spread evenly over the training data (of a stream, its first), shared out among the processes and
     sorted by length. A training that is resumed has been fitted before.
 
     Args:
-        trainer: of an encoder. Every process has to call.
+        trainer: of an encoder or of a decoder. Every process has to call.
         rows: how many of the training data; 0 leaves the student as it is.
 
     Raises:
@@ -43,7 +43,7 @@ def fit_before_training(trainer: DistillationTrainer, rows: int) -> None:
 class FirstFit(TrainerCallback):
     """What `fit_before_training` adds to a trainer."""
 
-    def __init__(self, trainer: DistillationTrainer, rows: int) -> None:
+    def __init__(self, trainer: WeightedTermsTrainer, rows: int) -> None:
         self.trainer = trainer
         self.rows = rows
 

@@ -7,10 +7,13 @@ gives for the same token, y. Over the tokens of some text
     D    = C^T (A + ridge * v * I)^-1,   c = mean(r) - D mean(x)
            A = cov(x, x),   C = cov(x, r),   r = y - W x - b
 
+(without a bias c = 0, and moments about 0 take the place of those about the mean).
+
 The inputs are those that the student has when all before them is fitted. Where a residual is added, y is what the
-student's own lacks of the teacher's sum. So every layer also mends what those before it have left, as quantisation with
-asymmetric calibration does (GPTAQ, Li et al. 2025, arXiv:2504.02692). Neurons are calibrated on the way, each group on
-what arrives at it then. What follows no neurons, such as a LayerNorm, is the teacher's.
+student's own lacks of the teacher's sum; a token then counts by 1 over the variance of that sum, by which norms divide
+it. So every layer also mends what those before it have left, as quantisation with asymmetric calibration does (GPTAQ,
+Li et al. 2025, arXiv:2504.02692). Neurons are calibrated on the way, each group on what arrives at it then. What has
+no neurons before it, such as a LayerNorm, is the teacher's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +46,7 @@ class Stage(NamedTuple):
     residual: tuple[str, int] | None = None
 
 
+# By the names of BERT and of Llama, which the students have as well.
 ENCODER = (
     Stage(("attention.self.neurons",), ("attention.self.query", "attention.self.key", "attention.self.value")),
     Stage(
@@ -52,6 +56,16 @@ ENCODER = (
     ),
     Stage(("intermediate.neurons",), ("intermediate.dense",)),
     Stage(("output.neurons",), ("output.dense",), ("output", 1)),
+)
+DECODER = (
+    Stage(("self_attn.neurons",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Stage(
+        ("self_attn.key_neurons", "self_attn.value_neurons", "self_attn.output_neurons"),
+        ("self_attn.o_proj",),
+        ("input_layernorm", 0),
+    ),
+    Stage(("mlp.neurons",), ("mlp.gate_proj", "mlp.up_proj")),
+    Stage(("mlp.down_neurons",), ("mlp.down_proj",), ("post_attention_layernorm", 0)),
 )
 
 
@@ -87,7 +101,7 @@ def fit_to_teacher(
     """Fits the layers of a student, in place.
 
     Args:
-        student: an encoder, or a model with one, calibrated, in float32.
+        student: an encoder or a decoder, with a head or without, calibrated, in float32.
         teacher: the dense model, in evaluation mode, with layers of the same number and sizes.
         batches: forward arguments of both. Of several processes, which all have to call, each has its own, and all are
             fitted to together. Hidden states are kept: of every token one vector for each time step, and the teacher's.
@@ -100,17 +114,23 @@ def fit_to_teacher(
         raise ValueError("There is no batch to fit the student to its teacher with; give some text.")
     was_training = student.training
     student.eval()
-    layers, dense_layers = (model.base_model.encoder.layer for model in (student, teacher))
+    stages = ENCODER if hasattr(student.base_model, "encoder") else DECODER
+    layers, dense_layers = _layers(student), _layers(teacher)
     calls, dense_calls = ([_first_call(model, batch) for batch in batches] for model in (student, teacher))
     for layer, dense_layer in zip(layers, dense_layers, strict=True):
-        _take_norms(layer, dense_layer)
-        for stage in ENCODER:
+        _take_norms(layer, dense_layer, stages)
+        for stage in stages:
             for name in stage.neurons:
                 _calibrate(layer, name, calls[:: -(-len(calls) // CALIBRATION_BATCHES)])
             _fit(layer, dense_layer, stage, calls, dense_calls, ridge)
         calls = [call.after(layer) for call in calls]
         dense_calls = [call.after(dense_layer) for call in dense_calls]
     student.train(was_training)
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    base = model.base_model
+    return base.encoder.layer if hasattr(base, "encoder") else base.layers
 
 
 def _first_call(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> _Call:
@@ -123,14 +143,15 @@ def _first_call(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> _C
         found.append(_Call(args[0], args[1:], named, is_text))
         raise _Ended
 
-    base = model.base_model
-    _run(lambda: base(**batch), [base.encoder.layer[0].register_forward_pre_hook(keep, with_kwargs=True)])
+    # A layer is run many times; a cache would grow each time.
+    named = batch if hasattr(model.base_model, "encoder") else {**batch, "use_cache": False}
+    _run(lambda: model.base_model(**named), [_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)])
     return found[0]
 
 
-def _take_norms(layer: nn.Module, dense_layer: nn.Module) -> None:
+def _take_norms(layer: nn.Module, dense_layer: nn.Module, stages: Sequence[Stage]) -> None:
     """Copies what is no product of a stage."""
-    products = {name for stage in ENCODER for name in stage.products}
+    products = {name for stage in stages for name in stage.products}
     own = dict(layer.named_parameters())
     for name, parameter in dense_layer.named_parameters():
         if name.rpartition(".")[0] not in products:
@@ -198,57 +219,62 @@ def _fit(
     ridge: float,
 ) -> None:
     """Adds D and c to the weights and biases of a stage."""
+    products = [layer.get_submodule(name) for name in stage.products]
     moments = None
     for call, dense_call in zip(calls, dense_calls, strict=True):
         inputs, outputs, residual = _see(layer, stage, call)
         _, wished, dense_residual = _see(dense_layer, stage, dense_call)
-        steps = len(outputs) // len(wished)
-        lacking = (wished + dense_residual).repeat(steps, 1, 1) - outputs - residual
-        x, r = (call.steps(values).flatten(0, 1).float() for values in (inputs, lacking))
-        moments = moments or _Moments(x, r)
-        moments.add(x, r)
+        wished = wished + dense_residual
+        counts = 1 / wished.var(-1, keepdim=True) if stage.residual else torch.ones_like(wished[..., :1])
+        wished, counts = (values.repeat(len(outputs) // len(wished), 1, 1) for values in (wished, counts))
+        x, r, w = (call.steps(each).flatten(0, 1).float() for each in (inputs, wished - outputs - residual, counts))
+        moments = moments or _Moments(x, r, is_centred=products[0].bias is not None)
+        moments.add(x, r, w)
     change, shift = moments.solve(ridge)
-    sizes = [layer.get_submodule(name).out_features for name in stage.products]
-    for name, weight, bias in zip(stage.products, change.split(sizes), shift.split(sizes), strict=True):
-        product = layer.get_submodule(name)
+    sizes = [product.out_features for product in products]
+    for product, weight, bias in zip(products, change.split(sizes), shift.split(sizes), strict=True):
         product.weight += weight
-        product.bias += bias
+        if product.bias is not None:
+            product.bias += bias
 
 
 class _Moments:
     """Sums over tokens that the least squares take, of all processes; float64, about the means of a first batch.
 
     Args:
-        x: inputs `(N, F)`.
-        r: what is lacking, `(N, O)`.
+        x: inputs `(N, F)` of the first batch, which is still to be added.
+        r: what is lacking there, `(N, O)`.
+        is_centred: whether there is a bias; else the moments are about 0.
     """
 
-    def __init__(self, x: torch.Tensor, r: torch.Tensor):
-        self.about = torch.cat((x.mean(0), r.mean(0)))
+    def __init__(self, x: torch.Tensor, r: torch.Tensor, is_centred: bool):
+        self.is_centred = is_centred
+        self.about = torch.cat((x.mean(0), r.mean(0))) * is_centred
         if _has_others():
             dist.broadcast(self.about, 0)
-        size, width = x.shape[1], len(self.about)
-        self.width = size
-        self.sum, self.products = x.new_zeros(width, dtype=torch.float64), x.new_zeros(size, width, dtype=torch.float64)
-        self.count = x.new_zeros(1, dtype=torch.float64)
+        self.sizes = [x.shape[1], r.shape[1]]
+        self.sum = self.about.new_zeros(sum(self.sizes), dtype=torch.float64)
+        self.products = self.about.new_zeros(x.shape[1], sum(self.sizes), dtype=torch.float64)
+        self.count = self.about.new_zeros(1, dtype=torch.float64)
 
-    def add(self, x: torch.Tensor, r: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> None:
+        """A batch, its tokens with weights `(N, 1)`."""
         both = torch.cat((x, r), 1) - self.about
-        self.sum += both.sum(0)
-        self.products += both[:, : self.width].T @ both
-        self.count += len(both)
+        self.sum += (w * both).sum(0)
+        self.products += (w * both[:, : self.sizes[0]]).T @ both
+        self.count += w.sum()
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """D `(O, F)` and c `(O,)`, float32."""
         if _has_others():
             for values in (self.sum, self.products, self.count):
                 dist.all_reduce(values)
-        mean = self.sum / self.count
-        covariance = self.products / self.count - mean[: self.width, None] * mean
-        own, other = covariance.split([self.width, len(mean) - self.width], 1)
-        own = own + ridge * own.diagonal().mean() * torch.eye(self.width, dtype=own.dtype, device=own.device)
+        mean = self.sum / self.count * self.is_centred
+        moments = self.products / self.count - mean[: self.sizes[0], None] * mean
+        own, other = moments.split(self.sizes, 1)
+        own = own + ridge * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
         change = torch.cholesky_solve(other, torch.linalg.cholesky(own)).T
-        mean_x, mean_r = (mean + self.about).split([self.width, len(mean) - self.width])
+        mean_x, mean_r = (mean + self.about).split(self.sizes)
         return change.float(), (mean_r - change @ mean_x).float()
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.least_squares import _Moments, fit_to_teacher
 from distillation.losses import hidden_state_errors
-from modeling_spikelm import SpikeLMForSequenceClassification, SpikeLMModel
+from modeling_spikelm import SpikeLMForSequenceClassification, SpikeLMLlamaForCausalLM, SpikeLMModel
 
 ROWS = torch.randint(1, 60, (64, 12), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(1, 60, (16, 12), generator=torch.Generator().manual_seed(1))
@@ -31,17 +31,20 @@ def error(student, teacher):
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
-def test_the_change_is_that_of_least_squares_with_a_price_on_weights(ridge):
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_change_is_that_of_least_squares_with_a_price_on_weights(ridge, has_bias):
     numbers = np.random.default_rng(0)
-    x, r = numbers.normal(3, 1, (50, 4)), numbers.normal(size=(50, 3)) - 7
-    moments = _Moments(*(torch.tensor(values[:20], dtype=torch.float32) for values in (x, r)))
-    for part in (slice(20), slice(20, 50)):
-        moments.add(*(torch.tensor(values[part], dtype=torch.float32) for values in (x, r)))
+    x, r, w = numbers.normal(3, 1, (50, 4)), numbers.normal(size=(50, 3)) - 7, numbers.uniform(0.1, 2, (50, 1))
+    parts = [[torch.tensor(values[part]).float() for values in (x, r, w)] for part in (slice(20), slice(20, 50))]
+    moments = _Moments(*parts[0][:2], is_centred=has_bias)
+    for part in parts:
+        moments.add(*part)
     change, shift = moments.solve(ridge)
     # The price is so many more rows, with a wish of 0; a column of ones is the shift, which costs nothing.
-    price = np.sqrt(50 * ridge * x.var(0).mean())
-    rows = np.block([[x, np.ones((50, 1))], [price * np.eye(4), np.zeros((4, 1))]])
-    best, *_ = np.linalg.lstsq(rows, np.vstack([r, np.zeros((4, 3))]), rcond=None)
+    middle = (w * x).sum(0) / w.sum() if has_bias else 0
+    price = np.sqrt(ridge * (w * (x - middle) ** 2).sum(0).mean())
+    rows = np.block([[np.sqrt(w) * x, np.sqrt(w) * has_bias], [price * np.eye(4), np.zeros((4, 1))]])
+    best, *_ = np.linalg.lstsq(rows, np.vstack([np.sqrt(w) * r, np.zeros((4, 3))]), rcond=None)
     np.testing.assert_allclose(change, best[:4].T, atol=1e-5)
     np.testing.assert_allclose(shift, best[4], atol=1e-4)
 
@@ -53,6 +56,20 @@ def test_a_fitted_student_is_nearer_to_its_teacher_on_other_text(save_teacher, f
     fit_to_teacher(student.train(), teacher, [{"input_ids": ROWS[:40]}, {"input_ids": ROWS[40:]}])
     assert student.training
     assert error(student, teacher) < 0.9 * before
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}, {"num_time_steps": 2}])
+def test_a_decoder_is_fitted_too(tmp_path, fields):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    steps = fields.pop("num_time_steps", 1)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=60, **sizes, **fields, initializer_range=0.3)).eval()
+    dense.save_pretrained(tmp_path)
+    student = SpikeLMLlamaForCausalLM.from_pretrained(tmp_path, neuron="thrifty", num_time_steps=steps)
+    student.calibrate({"input_ids": ROWS})
+    before = error(student, dense.model)
+    fit_to_teacher(student, dense, [{"input_ids": ROWS[:40]}, {"input_ids": ROWS[40:]}])
+    assert error(student, dense.model) < 0.9 * before
 
 
 def test_neither_batches_nor_padding_change_what_comes_out(save_teacher):
