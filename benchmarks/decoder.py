@@ -140,13 +140,15 @@ def show(arguments: Arguments, title: str, rows: list[Row], notes: list[str]) ->
         keep("decoder", title, rows, device(), arguments.output, notes, names)
 
 
-def windows(source: str, tokenizer: PreTrainedTokenizerBase, length: int, number: int) -> torch.Tensor:
-    """The first rows that run_clm.py makes of a text, `(number, length)`."""
+def windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, length: int, number: int, objective: str = "clm"
+) -> torch.Tensor:
+    """The first rows that run_clm.py (or with "mlm" run_mlm.py) makes of a text, `(number, length)`."""
     arguments = TextArguments(train_file=[source], validation_file=[source], max_seq_length=length)
     documents = load_documents(arguments, seed=0, is_passed_over=is_output_folder)["validation"]
     # What is packed together; whatever comes after them changes none of these rows.
     documents = documents.select(range(min(DOCUMENTS_PER_BATCH, len(documents))))
-    return torch.tensor(pack_documents(documents, tokenizer, length, "clm")["input_ids"][:number])
+    return torch.tensor(pack_documents(documents, tokenizer, length, objective)["input_ids"][:number])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 
 # What these say of the data and the run is worth a line each; what libraries say at this level is not.
 OWN_LOGGERS = """
-    __main__ run_mlm run_glue run_distill run_clm run_summarization experiment glue_tasks pretraining_data text_to_text
+    __main__ run_mlm run_glue run_distill run_clm run_summarization distillation experiment glue_tasks pretraining_data
+    text_to_text
 """.split()
 
 # What is raised for what a user gave, in our own words or a library's.
