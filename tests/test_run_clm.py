@@ -177,6 +177,15 @@ def test_a_student_comes_nearer_to_its_teacher(teacher, corpus, tmp_path):
     assert "Learned the hidden states and logits of dense" in card and "license:" not in card
 
 
+def test_a_student_that_was_fitted_begins_nearer(teacher, corpus, tmp_path):
+    losses = []
+    for rows in ("0", "40"):
+        small = ("--max_steps", "1", "--learning_rate", "1e-6", "--fit_rows", rows)
+        run_clm.main(student(teacher, corpus, tmp_path / rows, *small))
+        losses += history(tmp_path / rows, "loss")
+    assert losses[1] < 0.9 * losses[0]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -58,6 +59,20 @@ def test_the_student_begins_with_the_teachers_real_valued_parts(taught_run, writ
     for name in taken:
         torch.testing.assert_close(student[name], wished[name])
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "cola").config.model_type == "spikelm"
+
+
+def test_a_student_of_a_task_can_begin_with_a_fit(taught_run, write_glue, tiny_spikelm, tmp_path):
+    still = ("--learning_rate", "1e-30", "--num_train_epochs", "1", "--report_epoch", "last", "--fit_rows", "16")
+    teacher = taught_run / "teachers" / "cola"
+    more = ("--task_name", "cola", "--teacher_name_or_path", str(teacher), *still)
+    main(command(tiny_spikelm, write_glue("CoLA"), tmp_path / "out", *more))
+    student, wished, before = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "cola", teacher, Path(tiny_spikelm))
+    )
+    weight = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.allclose(student[weight], before[weight])
+    norm = "bert.encoder.layer.0.output.LayerNorm.weight"
+    torch.testing.assert_close(student[norm], wished[norm])
 
 
 def test_every_task_goes_on_from_its_own_model_of_a_folder(taught_run, tmp_path):
