@@ -212,7 +212,7 @@ def make_trainer(
     if model_arguments.model_name_or_path:
         calibrate_before_training(trainer, model_arguments.calibration_batches)
     if teacher is not None:
-        fit_before_training(trainer, teaching.fit_rows)
+        fit_before_training(trainer, teaching.fit_tokens)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     return trainer

@@ -158,7 +158,7 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     calibrate_before_training(trainer, model_arguments.calibration_batches)
-    fit_before_training(trainer, teaching.fit_rows)
+    fit_before_training(trainer, teaching.fit_tokens)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     return trainer

@@ -512,7 +512,7 @@ def make_trainer(
     if data.model.model_name_or_path:
         calibrate_before_training(trainer, data.model.calibration_batches)
     if teacher is not None:
-        fit_before_training(trainer, teaching.fit_rows)
+        fit_before_training(trainer, teaching.fit_tokens)
     return trainer
 
 

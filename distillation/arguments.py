@@ -32,11 +32,11 @@ class DistillationArguments:
     teacher_revision: str = field(
         default="main", metadata={"help": "Branch, tag or commit of --teacher_name_or_path on the Hub."}
     )
-    fit_rows: int = field(
+    fit_tokens: int = field(
         default=0,
         metadata={
             "help": "Before the first step, fit the student's weights to the teacher's layers, one after another, by "
-            "least squares on so many training rows; 0 for not at all. It takes forward passes only."
+            "least squares on so many tokens of the training data; 0 for not at all. It takes forward passes only."
         },
     )
     hidden_weight: float = field(
@@ -83,8 +83,8 @@ class DistillationArguments:
             value = getattr(self, f"{entry.name}_weight")
             if not 0 <= value < float("inf"):
                 raise ValueError(f"--{entry.name}_weight is {value}; it has to be a number of at least 0.")
-        if self.fit_rows < 0:
-            raise ValueError(f"--fit_rows is {self.fit_rows}; it has to be a number of rows, or 0 for none.")
+        if self.fit_tokens < 0:
+            raise ValueError(f"--fit_tokens is {self.fit_tokens}; it has to be a number of tokens, or 0 for none.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature is {self.temperature}; it has to be a number above 0.")
 

@@ -3,10 +3,12 @@
 import inspect
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from experiment.calibration import spread_rows
 
 from .least_squares import fit_to_teacher
 from .teacher import INPUTS
@@ -15,37 +17,39 @@ from .weighted_terms import WeightedTermsTrainer
 logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 32
+# Of the order in which rows are taken: the same in every run and process.
+SEED = 0
 
 
-def fit_before_training(trainer: WeightedTermsTrainer, rows: int) -> None:
+def fit_before_training(trainer: WeightedTermsTrainer, tokens: int) -> None:
     """Makes a trainer fit its student to its teacher before the first step, once its neurons are calibrated.
 
-    The rows are spread evenly over the training data (of a stream, its first), shared out among the processes and
-    sorted by length. A training that is resumed has been fitted before.
+    It takes rows of the training data at random (of a stream, its first), the same whatever the seed of the training,
+    shared out among the processes. A training that is resumed has been fitted before.
 
     Args:
         trainer: of an encoder or of a decoder. Every process has to call.
-        rows: how many of the training data; 0 leaves the student as it is.
+        tokens: of rows that hold so many, or of all if there are no more; 0 leaves the student as it is.
 
     Raises:
         ValueError: the weights are going to be sharded, so that no process has them whole.
     """
-    if not rows:
+    if not tokens:
         return
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            "--fit_rows takes whole weights, which FSDP and DeepSpeed share out; make the fit in a run of its own with "
-            "--max_steps 1, and go on from its model with --fit_rows 0."
+            "--fit_tokens takes whole weights, which FSDP and DeepSpeed share out; make the fit in a run without, with "
+            "--max_steps 1, and go on from its model with --fit_tokens 0."
         )
-    trainer.add_callback(FirstFit(trainer, rows))
+    trainer.add_callback(FirstFit(trainer, tokens))
 
 
 class FirstFit(TrainerCallback):
     """What `fit_before_training` adds to a trainer."""
 
-    def __init__(self, trainer: WeightedTermsTrainer, rows: int) -> None:
+    def __init__(self, trainer: WeightedTermsTrainer, tokens: int) -> None:
         self.trainer = trainer
-        self.rows = rows
+        self.tokens = tokens
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -54,9 +58,9 @@ class FirstFit(TrainerCallback):
             return
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        rows = list(spread_rows(trainer.train_dataset, self.rows))
+        rows = rows_of(trainer.train_dataset, self.tokens)
         if len(rows) < args.world_size:
-            raise ValueError(f"--fit_rows {self.rows} is less than a row for each of {args.world_size} processes.")
+            raise ValueError(f"--fit_tokens {self.tokens}: that is not a row for each of {args.world_size} processes.")
         own = sorted(rows[args.process_index :: args.world_size], key=lambda row: len(row["input_ids"]))
         taken = inspect.signature(type(model.base_model).forward).parameters.keys() & set(INPUTS)
         batches = []
@@ -66,3 +70,18 @@ class FirstFit(TrainerCallback):
         began = time.monotonic()
         fit_to_teacher(model, trainer.teacher.model, batches)
         logger.info("Fitted the layers to the teacher's on %d rows, in %.0f s.", len(rows), time.monotonic() - began)
+
+
+def rows_of(dataset: Dataset | IterableDataset, tokens: int) -> list[Mapping[str, Any]]:
+    """Rows that hold so many tokens, or all of them."""
+    if isinstance(dataset, IterableDataset):
+        candidates = iter(dataset)
+    else:
+        candidates = (dataset[int(number)] for number in np.random.default_rng(SEED).permutation(len(dataset)))
+    rows: list[Mapping[str, Any]] = []
+    for row in candidates:
+        if tokens <= 0:
+            break
+        rows.append(row)
+        tokens -= len(row["input_ids"])
+    return rows

@@ -52,7 +52,7 @@ class CalibrationCallback(TrainerCallback):
             return
         if all(neurons.is_calibrated for neurons in calibrated_groups(model)):
             return
-        rows = list(spread_rows(self.trainer.train_dataset, self.batches * BATCH_ROWS))
+        rows = list(_spread_rows(self.trainer.train_dataset, self.batches * BATCH_ROWS))
         inputs = inspect.signature(type(model.base_model).forward).parameters
         batches = (
             self.trainer.data_collator(rows[start : start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS)
@@ -61,7 +61,7 @@ class CalibrationCallback(TrainerCallback):
         logger.info("Calibrated the spike amplitudes on %d training rows, padding left out.", len(rows))
 
 
-def spread_rows(dataset: Dataset | IterableDataset, count: int) -> Iterator[dict[str, Any]]:
+def _spread_rows(dataset: Dataset | IterableDataset, count: int) -> Iterator[dict[str, Any]]:
     """So many rows at equal distances, all if there are no more; of a stream the first."""
     if isinstance(dataset, IterableDataset):
         return islice(dataset, count)

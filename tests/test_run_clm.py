@@ -179,10 +179,10 @@ def test_a_student_comes_nearer_to_its_teacher(teacher, corpus, tmp_path):
 
 def test_a_student_that_was_fitted_begins_nearer(teacher, corpus, tmp_path):
     losses = []
-    for rows in ("0", "40"):
-        small = ("--max_steps", "1", "--learning_rate", "1e-6", "--fit_rows", rows)
-        run_clm.main(student(teacher, corpus, tmp_path / rows, *small))
-        losses += history(tmp_path / rows, "loss")
+    for tokens in ("0", "1200"):
+        small = ("--max_steps", "1", "--learning_rate", "1e-6", "--fit_tokens", tokens)
+        run_clm.main(student(teacher, corpus, tmp_path / tokens, *small))
+        losses += history(tmp_path / tokens, "loss")
     assert losses[1] < 0.9 * losses[0]
 
 

@@ -109,19 +109,19 @@ def test_the_same_command_resumes_to_the_same_weights(distilled, teachers, corpu
 
 
 def test_a_student_that_was_fitted_begins_nearer_and_is_not_fitted_again_when_it_goes_on(teachers, corpus, tmp_path):
-    def fitted(name, rows):
-        steps = ("--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-5", "--fit_rows", rows)
+    def fitted(name, tokens):
+        steps = ("--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-5", "--fit_tokens", tokens)
         return command(teachers["bare"], corpus, tmp_path / name, *steps)
 
     errors = {}
-    for rows in ("0", "40"):
-        run_distill.main(fitted(rows, rows))
-        errors[rows] = json.loads((tmp_path / rows / "all_results.json").read_text())["eval_hidden_error"]
-    assert errors["40"] < 0.9 * errors["0"]
-    cut_off = fitted("again", "40")
+    for tokens in ("0", "1200"):
+        run_distill.main(fitted(tokens, tokens))
+        errors[tokens] = json.loads((tmp_path / tokens / "all_results.json").read_text())["eval_hidden_error"]
+    assert errors["1200"] < 0.9 * errors["0"]
+    cut_off = fitted("again", "1200")
     interrupted(cut_off, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == 1, run_distill)
     run_distill.main(cut_off)
-    assert_same_weights(tmp_path / "again", tmp_path / "40")
+    assert_same_weights(tmp_path / "again", tmp_path / "1200")
 
 
 def test_a_student_goes_on_from_a_student(distilled, teachers, corpus, tmp_path):

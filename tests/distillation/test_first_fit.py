@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModel, TrainerState
 
-from distillation.first_fit import FirstFit, fit_before_training
+from distillation.first_fit import FirstFit, fit_before_training, rows_of
 from distillation.least_squares import fit_to_teacher
 from distillation.losses import hidden_state_errors
 from modeling_spikelm import SpikeLMModel
@@ -42,14 +43,24 @@ def error(trainer):
     return hidden_state_errors(found[1:], wished[1:], batch["attention_mask"].bool()).mean().item()
 
 
-@pytest.mark.parametrize("rows", [0, 60])
-def test_a_training_begins_with_the_fit(make_trainer, rows):  # noqa: F811
+@pytest.mark.parametrize("tokens", [0, 400])
+def test_a_training_begins_with_the_fit(make_trainer, tokens):  # noqa: F811
     trainer = make_trainer("", rows=60, max_steps=1, learning_rate=0.0)
     trainer.model.calibrate(trainer.data_collator(list(trainer.train_dataset)))
     before = error(trainer)
-    fit_before_training(trainer, rows)
+    fit_before_training(trainer, tokens)
     trainer.train()
-    assert error(trainer) < 0.8 * before if rows else error(trainer) == before
+    assert error(trainer) < 0.8 * before if tokens else error(trainer) == before
+
+
+def test_rows_are_taken_from_everywhere_until_they_hold_as_many_tokens_as_asked_for():
+    data = Dataset.from_list([{"input_ids": [number] * 10} for number in range(100)])
+    taken = [row["input_ids"][0] for row in rows_of(data, 295)]
+    assert len(taken) == len(set(taken)) == 30 and max(taken) > 80
+    assert taken == [row["input_ids"][0] for row in rows_of(data, 295)]
+    assert len(rows_of(data, 10**6)) == 100
+    stream = data.to_iterable_dataset()
+    assert [row["input_ids"][0] for row in rows_of(stream, 25)] == [0, 1, 2]
 
 
 def test_a_training_that_goes_on_is_not_fitted_again(make_trainer):  # noqa: F811
@@ -63,7 +74,7 @@ def test_a_training_that_goes_on_is_not_fitted_again(make_trainer):  # noqa: F81
 def test_weights_that_are_going_to_be_sharded_are_refused(make_trainer):  # noqa: F811
     trainer = make_trainer("")
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="--fit_rows takes whole weights"):
+    with pytest.raises(ValueError, match="--fit_tokens takes whole weights"):
         fit_before_training(trainer, 4)
 
 

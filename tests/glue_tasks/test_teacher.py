@@ -62,7 +62,7 @@ def test_the_student_begins_with_the_teachers_real_valued_parts(taught_run, writ
 
 
 def test_a_student_of_a_task_can_begin_with_a_fit(taught_run, write_glue, tiny_spikelm, tmp_path):
-    still = ("--learning_rate", "1e-30", "--num_train_epochs", "1", "--report_epoch", "last", "--fit_rows", "16")
+    still = ("--learning_rate", "1e-30", "--num_train_epochs", "1", "--report_epoch", "last", "--fit_tokens", "150")
     teacher = taught_run / "teachers" / "cola"
     more = ("--task_name", "cola", "--teacher_name_or_path", str(teacher), *still)
     main(command(tiny_spikelm, write_glue("CoLA"), tmp_path / "out", *more))
