@@ -148,7 +148,8 @@ def windows(
     documents = load_documents(arguments, seed=0, is_passed_over=is_output_folder)["validation"]
     # What is packed together; whatever comes after them changes none of these rows.
     documents = documents.select(range(min(DOCUMENTS_PER_BATCH, len(documents))))
-    return torch.tensor(pack_documents(documents, tokenizer, length, objective)["input_ids"][:number])
+    rows = pack_documents(documents, tokenizer, length, objective)["input_ids"]
+    return torch.tensor([row for row in rows if len(row) == length][:number])
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     python benchmarks/fitted_start.py --teacher_name_or_path BERT --data_dir GLUE --train_file TEXT \
         --validation_file VALIDATION
 
-Each of --fields is a student, each of --fit_rows a fit of it, on that many rows of text. Error: of hidden states, on
-other text. Gap: of sentence similarity without fine-tuning (sentence_similarity.py).
+Each of --fields is a student, each of --fit_tokens a fit of it, on that many tokens of text. Error: of hidden states,
+on other text. Gap: of sentence similarity without fine-tuning (sentence_similarity.py).
 """
 
 import time
@@ -37,14 +37,14 @@ class Arguments:
     train_file: str = field(metadata={"help": "Text to calibrate on and to fit to: a file or a folder."})
     validation_file: str = field(metadata={"help": "Text to measure the error on."})
     fields: list[str] = list_of("neuron=thrifty,spike_cost=0.1,num_time_steps=1", help="Of the students.")
-    fit_rows: list[int] = list_of(0, 400, 1600, 6400, help="Rows of text; 0 is calibration alone.")
+    fit_tokens: list[int] = list_of(0, 12_800, 51_200, help="Tokens of text; 0 is calibration alone.")
     length: int = field(default=32, metadata={"help": "Tokens of a row."})
     validation_rows: int = field(default=256, metadata={"help": "Rows to measure the error on."})
     output: str | None = field(default=None, metadata={"help": "Folder for the table, benchmarks/results."})
 
     def __post_init__(self) -> None:
-        if min(self.fit_rows) < 0:
-            raise ValueError(f"--fit_rows {min(self.fit_rows)}: a number of rows is at least 0.")
+        if min(self.fit_tokens) < 0:
+            raise ValueError(f"--fit_tokens {min(self.fit_tokens)}: a number of tokens is at least 0.")
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def main() -> None:
     name = arguments.teacher_name_or_path
     teacher, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"]
-    most = max(CALIBRATION_ROWS, *arguments.fit_rows)
+    fits = [tokens // arguments.length for tokens in arguments.fit_tokens]
+    most = max(CALIBRATION_ROWS, *fits)
     text = windows(arguments.train_file, tokenizer, arguments.length, most, "mlm")
     held_out = windows(arguments.validation_file, tokenizer, arguments.length, arguments.validation_rows, "mlm")
     if len(text) < most:
@@ -62,7 +63,7 @@ def main() -> None:
     dense = measure(teacher, tokenizer, pairs).spearman
     rows: list[Row] = []
     for fields in arguments.fields:
-        for number in arguments.fit_rows:
+        for number in fits:
             student = SpikeLMModel.from_pretrained(name, **parse_fields(fields)).eval()
             student.calibrate({"input_ids": text[:CALIBRATION_ROWS]})
             began = time.perf_counter()
