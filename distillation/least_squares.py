@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 
 from modeling_spikelm.calibration import calibrated_groups, text_positions
 
+from .losses import VARIANCE_FLOOR
+
 # Levels need less text than weights.
 CALIBRATION_BATCHES = 8
 
@@ -225,7 +227,8 @@ def _fit(
         inputs, outputs, residual = _see(layer, stage, call)
         _, wished, dense_residual = _see(dense_layer, stage, dense_call)
         wished = wished + dense_residual
-        counts = 1 / wished.var(-1, keepdim=True) if stage.residual else torch.ones_like(wished[..., :1])
+        variance = wished.var(-1, keepdim=True).clamp(min=VARIANCE_FLOOR)
+        counts = 1 / variance if stage.residual else torch.ones_like(variance)
         wished, counts = (values.repeat(len(outputs) // len(wished), 1, 1) for values in (wished, counts))
         x, r, w = (call.steps(each).flatten(0, 1).float() for each in (inputs, wished - outputs - residual, counts))
         moments = moments or _Moments(x, r, is_centred=products[0].bias is not None)
@@ -239,7 +242,8 @@ def _fit(
 
 
 class _Moments:
-    """Sums over tokens that the least squares take, of all processes; float64, about the means of a first batch.
+    """Sums over tokens that the least squares take, of all processes, about the means of a first batch; float64, where
+    the device has it.
 
     Args:
         x: inputs `(N, F)` of the first batch, which is still to be added.
@@ -253,9 +257,10 @@ class _Moments:
         if _has_others():
             dist.broadcast(self.about, 0)
         self.sizes = [x.shape[1], r.shape[1]]
-        self.sum = self.about.new_zeros(sum(self.sizes), dtype=torch.float64)
-        self.products = self.about.new_zeros(x.shape[1], sum(self.sizes), dtype=torch.float64)
-        self.count = self.about.new_zeros(1, dtype=torch.float64)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        self.sum = self.about.new_zeros(sum(self.sizes), dtype=wide)
+        self.products = self.about.new_zeros(x.shape[1], sum(self.sizes), dtype=wide)
+        self.count = self.about.new_zeros(1, dtype=wide)
 
     def add(self, x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> None:
         """A batch, its tokens with weights `(N, 1)`."""
@@ -273,7 +278,10 @@ class _Moments:
         moments = self.products / self.count - mean[: self.sizes[0], None] * mean
         own, other = moments.split(self.sizes, 1)
         own = own + ridge * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
-        change = torch.cholesky_solve(other, torch.linalg.cholesky(own)).T
+        change = torch.cholesky_solve(other, torch.linalg.cholesky(own)).T.contiguous()
+        if _has_others():
+            # Machines of other kinds may solve to other last bits, and weights would drift apart from there.
+            dist.broadcast(change, 0)
         mean_x, mean_r = (mean + self.about).split(self.sizes)
         return change.float(), (mean_r - change @ mean_x).float()
 

@@ -26,7 +26,7 @@ RECORDED = frozenset(
     lowercase
 
     teacher_name_or_path teacher_revision hidden_weight sentence_weight first_token_weight logits_weight
-    attention_weight value_relation_weight label_weight temperature train_embeddings
+    attention_weight value_relation_weight label_weight temperature train_embeddings fit_tokens
 
     test_file unlabelled_file text_pair_column_name label_column_name problem_type ignore_mismatched_sizes
     task_name data_dir pad_to_max_length task_epochs report_epoch num_seeds max_predict_samples spike_batches

@@ -143,8 +143,6 @@ class GlueArguments:
             raise ValueError("--validation_file is missing: the rows that the model is scored on.")
         if "do_predict" in given and training.do_predict and not self.test_file:
             raise ValueError("--test_file is missing: the rows to predict labels for.")
-        if not (training.do_train or training.do_eval or training.do_predict):
-            raise ValueError("There is nothing to do: no --do_train, --do_eval or --do_predict.")
         return OwnFiles(
             train=self.train_file if training.do_train else None,
             validation=self.validation_file if training.do_train or training.do_eval else None,

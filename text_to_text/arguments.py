@@ -123,7 +123,7 @@ class PairArguments:
         """The splits that the phases of a command use, and whether each has to be there.
 
         Raises:
-            ValueError: a file for one that has to be there is missing, or there is nothing to do.
+            ValueError: a file for one that has to be there is missing.
         """
         if given.get("do_predict") and not training.predict_with_generate:
             raise ValueError("--predict_with_generate False writes nothing, so leave out --do_predict.")
@@ -134,8 +134,6 @@ class PairArguments:
         }
         # A test split is a bonus, unless it is asked for.
         needed = is_wanted | {"test": bool(given.get("do_predict"))}
-        if not any(is_wanted.values()):
-            raise ValueError("There is nothing to do: no --do_train, --do_eval or --do_predict.")
         if not self.dataset_name:
             missing = [split for split, is_needed in needed.items() if is_needed and split not in self.files]
             if missing:

@@ -214,7 +214,10 @@ def test_a_head_of_other_labels_is_refused_or_starts_anew_and_the_rest_is_kept(m
             "--train_file {0}/train.csv --validation_file {0}/dev.csv --metric_for_best_model f1",
             "is no metric of own_data",
         ),
-        ("--train_file {0}/train.csv --validation_file {0}/dev.csv --do_train False", "There is nothing to do"),
+        (
+            "--train_file {0}/train.csv --validation_file {0}/dev.csv --do_train False",
+            "--do_train False leaves nothing to do",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line_and_leave_no_trace(flags, told, data, tiny_bert, tmp_path):
