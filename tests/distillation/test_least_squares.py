@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.least_squares import _Moments, fit_to_teacher
@@ -58,18 +58,28 @@ def test_a_fitted_student_is_nearer_to_its_teacher_on_other_text(save_teacher, f
     assert error(student, teacher) < 0.9 * before
 
 
-@pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}, {"num_time_steps": 2}])
-def test_a_decoder_is_fitted_too(tmp_path, fields):
+def make_decoders(folder, steps=1, **fields):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    steps = fields.pop("num_time_steps", 1)
     dense = LlamaForCausalLM(LlamaConfig(vocab_size=60, **sizes, **fields, initializer_range=0.3)).eval()
-    dense.save_pretrained(tmp_path)
-    student = SpikeLMLlamaForCausalLM.from_pretrained(tmp_path, neuron="thrifty", num_time_steps=steps)
+    dense.save_pretrained(folder)
+    student = SpikeLMLlamaForCausalLM.from_pretrained(folder, neuron="thrifty", num_time_steps=steps)
     student.calibrate({"input_ids": ROWS})
+    return student, dense
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}, {"steps": 2}])
+def test_a_decoder_is_fitted_too(tmp_path, fields):
+    student, dense = make_decoders(tmp_path, **fields)
     before = error(student, dense.model)
     fit_to_teacher(student, dense, [{"input_ids": ROWS[:40]}, {"input_ids": ROWS[40:]}])
     assert error(student, dense.model) < 0.9 * before
+
+
+def test_a_layer_that_runs_many_times_fills_no_cache(tmp_path, monkeypatch):
+    student, dense = make_decoders(tmp_path)
+    monkeypatch.setattr(DynamicCache, "update", lambda *args, **kwargs: pytest.fail("a cache is filled"))
+    fit_to_teacher(student, dense, [{"input_ids": ROWS}])
 
 
 def test_neither_batches_nor_padding_change_what_comes_out(save_teacher):
