@@ -28,6 +28,7 @@ from transformers import (
 from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
 from distillation.encoder_decoder import check_flags
+from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, load_teacher
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
@@ -215,6 +216,8 @@ def make_trainer(
     )
     if start.model_name_or_path:
         calibrate_before_training(trainer, start.calibration_batches)
+    if teacher is not None:
+        fit_before_training(trainer, teaching.fit_tokens)
     if spikes.spike_batches:
         log_firing_rate(trainer)
     return trainer

@@ -48,7 +48,5 @@ def check_flags(teaching: DistillationArguments, given: Mapping[str, Any], label
         ValueError: a flag was given that says nothing to a student that writes.
     """
     teaching.check_flags_of_a_writer(given)
-    if teaching.fit_tokens:
-        raise ValueError("--fit_tokens is about an encoder or a decoder alone; leave it out.")
     if teaching.teacher_name_or_path and label_smoothing:
         raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")

@@ -28,8 +28,8 @@ def fit_before_training(trainer: WeightedTermsTrainer, tokens: int) -> None:
     shared out among the processes. A training that is resumed has been fitted before.
 
     Args:
-        trainer: of an encoder or of a decoder. Every process has to call.
-        tokens: of rows that hold so many, or of all if there are no more; 0 leaves the student as it is.
+        trainer: of a student of any form. Every process has to call.
+        tokens: of rows that hold so many to read, or of all if there are no more; 0 leaves the student as it is.
 
     Raises:
         ValueError: the weights are going to be sharded, so that no process has them whole.

@@ -16,7 +16,9 @@ Li et al. 2025, arXiv:2504.02692). Neurons are calibrated on the way, each group
 no neurons before it, such as a LayerNorm, is the teacher's.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from modeling_spikelm.calibration import calibrated_groups, text_positions
+from configuration_spikelm import SpikeLMBartConfig, SpikeLMConfig, SpikeLMLlamaConfig
+from modeling_spikelm.calibration import calibrated_groups
+from modeling_spikelm.neurons import SpikingNeurons
+from modeling_spikelm.pretrained import SpikingPreTrainedModel
 
 from .losses import VARIANCE_FLOOR
 
@@ -40,16 +45,31 @@ class Stage(NamedTuple):
         neurons: the groups that run after the stage before and until this one, in this order, by their names in a layer
             of the network.
         products: the linear layers.
-        residual: what is added to their product: that argument of that module.
+        residual: what is added to their product: that argument of that module, or for None what that module returns.
+        positions: a group that sees the tokens that the inputs are of; by default the last of `neurons`.
     """
 
     neurons: tuple[str, ...]
     products: tuple[str, ...]
-    residual: tuple[str, int] | None = None
+    residual: tuple[str, int | None] | None = None
+    positions: str | None = None
 
 
-# By the names of BERT and of Llama, which the students have as well.
-ENCODER = (
+class Stack(NamedTuple):
+    """Layers, one after another.
+
+    Args:
+        layers: their list's name in the network without its head.
+        stages: of each of them, in the order of the network.
+        neurons: the groups that run before the first layer, likewise.
+    """
+
+    layers: str
+    stages: tuple[Stage, ...]
+    neurons: tuple[str, ...] = ()
+
+
+BERT_STAGES = (
     Stage(("attention.self.neurons",), ("attention.self.query", "attention.self.key", "attention.self.value")),
     Stage(
         ("attention.self.key_neurons", "attention.self.value_neurons", "attention.output.neurons"),
@@ -59,7 +79,7 @@ ENCODER = (
     Stage(("intermediate.neurons",), ("intermediate.dense",)),
     Stage(("output.neurons",), ("output.dense",), ("output", 1)),
 )
-DECODER = (
+LLAMA_STAGES = (
     Stage(("self_attn.neurons",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     Stage(
         ("self_attn.key_neurons", "self_attn.value_neurons", "self_attn.output_neurons"),
@@ -71,17 +91,57 @@ DECODER = (
 )
 
 
+def _bart_output(attention: str) -> Stage:
+    names = ("key_neurons", "value_neurons", "output_neurons")
+    return Stage(tuple(f"{attention}.{name}" for name in names), (f"{attention}.out_proj",), (attention, 0))
+
+
+def _bart_feed_forward(norm_before: str) -> tuple[Stage, ...]:
+    return Stage(("fc1_neurons",), ("fc1",)), Stage(("fc2_neurons",), ("fc2",), (norm_before, None))
+
+
+BART_SELF_ATTENTION = (
+    Stage(("self_attn.neurons",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    _bart_output("self_attn"),
+)
+BART_CROSS_ATTENTION = (
+    Stage(("encoder_attn.neurons",), ("encoder_attn.q_proj",)),
+    Stage((), ("encoder_attn.k_proj", "encoder_attn.v_proj"), positions="encoder_attn.key_neurons"),
+    _bart_output("encoder_attn"),
+)
+# By the names of BERT, of Llama and of BART, which the students have as well.
+STACKS = {
+    SpikeLMConfig.model_type: (Stack("encoder.layer", BERT_STAGES),),
+    SpikeLMLlamaConfig.model_type: (Stack("layers", LLAMA_STAGES),),
+    SpikeLMBartConfig.model_type: (
+        Stack("encoder.layers", BART_SELF_ATTENTION + _bart_feed_forward("self_attn_layer_norm")),
+        Stack(
+            "decoder.layers",
+            BART_SELF_ATTENTION + BART_CROSS_ATTENTION + _bart_feed_forward("encoder_attn_layer_norm"),
+            ("decoder.memory_neurons",),
+        ),
+    ),
+}
+
+
+class _Text(NamedTuple):
+    """Where a batch of B sequences is text: for every group positions `(B, L)`, bool, or None for all."""
+
+    size: int
+    positions: Mapping[SpikingNeurons, torch.Tensor | None]
+
+    def steps(self, values: torch.Tensor, group: SpikingNeurons) -> torch.Tensor:
+        """`(T * B, L, F)`, of tokens that this group sees, to `(T, tokens, F)`, without padding."""
+        values, is_text = values.unflatten(0, (-1, self.size)), self.positions[group]
+        return values.flatten(1, 2) if is_text is None else values[:, is_text]
+
+
 class _Call(NamedTuple):
-    """A batch at a layer: hidden states `(T * B, L, H)`, the other arguments, and where it is text, `(B, L)` bool."""
+    """A batch at a layer: hidden states `(T * B, L, H)`, and the other arguments."""
 
     hidden_states: torch.Tensor
     others: tuple[Any, ...]
     named: Mapping[str, Any]
-    is_text: torch.Tensor
-
-    def steps(self, values: torch.Tensor) -> torch.Tensor:
-        """`(T * B, L, F)` to `(T, tokens, F)`, without padding."""
-        return values.unflatten(0, (-1, len(self.is_text)))[:, self.is_text]
 
     def after(self, layer: nn.Module) -> "_Call":
         """The batch at the next layer."""
@@ -95,7 +155,7 @@ class _Ended(Exception):
 
 @torch.no_grad()
 def fit_to_teacher(
-    student: PreTrainedModel,
+    student: SpikingPreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Mapping[str, torch.Tensor]],
     ridge: float = 0.1,
@@ -103,7 +163,7 @@ def fit_to_teacher(
     """Fits the layers of a student, in place.
 
     Args:
-        student: an encoder or a decoder, with a head or without, calibrated, in float32.
+        student: of any form, with a head or without, calibrated, in float32.
         teacher: the dense model, in evaluation mode, with layers of the same number and sizes.
         batches: forward arguments of both. Of several processes, which all have to call, each has its own, and all are
             fitted to together. Hidden states are kept: of every token one vector for each time step, and the teacher's.
@@ -116,38 +176,59 @@ def fit_to_teacher(
         raise ValueError("There is no batch to fit the student to its teacher with; give some text.")
     was_training = student.training
     student.eval()
-    stages = ENCODER if hasattr(student.base_model, "encoder") else DECODER
-    layers, dense_layers = _layers(student), _layers(teacher)
-    calls, dense_calls = ([_first_call(model, batch) for batch in batches] for model in (student, teacher))
-    for layer, dense_layer in zip(layers, dense_layers, strict=True):
-        _take_norms(layer, dense_layer, stages)
-        for stage in stages:
+    try:
+        for stack in STACKS[student.config.model_type]:
+            _fit_stack(stack, student, teacher, batches, ridge)
+    finally:
+        student.train(was_training)
+
+
+def _fit_stack(
+    stack: Stack,
+    student: SpikingPreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    ridge: float,
+) -> None:
+    """Fits the layers of a stack, when the stacks before it are fitted."""
+    texts = [_Text(len(batch["input_ids"]), student.counted_positions(batch)) for batch in batches]
+    some = slice(None, None, -(-len(batches) // CALIBRATION_BATCHES))
+    for name in stack.neurons:
+        _calibrate(
+            student.base_model.get_submodule(name), texts[some], [_run_of(student, each) for each in batches[some]]
+        )
+    layers, dense_layers = (model.base_model.get_submodule(stack.layers) for model in (student, teacher))
+    calls, dense_calls = (
+        [_call_of(each[0], _run_of(model, batch)) for batch in batches]
+        for each, model in ((layers, student), (dense_layers, teacher))
+    )
+    for number, (layer, dense_layer) in enumerate(zip(layers, dense_layers, strict=True)):
+        if number:
+            calls = [call.after(layers[number - 1]) for call in calls]
+            dense_calls = [call.after(dense_layers[number - 1]) for call in dense_calls]
+        _take_norms(layer, dense_layer, stack.stages)
+        for stage in stack.stages:
             for name in stage.neurons:
-                _calibrate(layer, name, calls[:: -(-len(calls) // CALIBRATION_BATCHES)])
-            _fit(layer, dense_layer, stage, calls, dense_calls, ridge)
-        calls = [call.after(layer) for call in calls]
-        dense_calls = [call.after(dense_layer) for call in dense_calls]
-    student.train(was_training)
+                _calibrate(layer.get_submodule(name), texts[some], [partial(call.after, layer) for call in calls[some]])
+            _fit(layer, dense_layer, stage, texts, calls, dense_calls, ridge)
 
 
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
+def _run_of(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+    """A forward without a head. It fills no cache, which would grow each time a layer is run."""
     base = model.base_model
-    return base.encoder.layer if hasattr(base, "encoder") else base.layers
+    keeps = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    return lambda: base(**batch, **keeps)
 
 
-def _first_call(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> _Call:
-    """A batch at the first layer."""
+def _call_of(layer: nn.Module, run: Callable[[], object]) -> _Call:
+    """What a layer is called with."""
     found: list[_Call] = []
-    mask = text_positions(batch)
-    is_text = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask
 
     def keep(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.append(_Call(args[0], args[1:], named, is_text))
+        found.append(_Call(args[0], args[1:], named))
         raise _Ended
 
-    # A layer is run many times; a cache would grow each time.
-    named = batch if hasattr(model.base_model, "encoder") else {**batch, "use_cache": False}
-    _run(lambda: model.base_model(**named), [_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)])
+    _until_ended(run, [layer.register_forward_pre_hook(keep, with_kwargs=True)])
     return found[0]
 
 
@@ -160,29 +241,29 @@ def _take_norms(layer: nn.Module, dense_layer: nn.Module, stages: Sequence[Stage
             own[name].copy_(parameter)
 
 
-def _calibrate(layer: nn.Module, name: str, calls: Sequence[_Call]) -> None:
-    """Sets the levels of a group by what arrives at it."""
-    for group in calibrated_groups(layer.get_submodule(name)):
-        steps = torch.cat([_arriving(group, layer, call) for call in calls], 1)
+def _calibrate(neurons: nn.Module, texts: Sequence[_Text], runs: Sequence[Callable[[], object]]) -> None:
+    """Sets the levels of groups by what arrives at them."""
+    for group in calibrated_groups(neurons):
+        steps = torch.cat([text.steps(_arriving(group, run), group) for text, run in zip(texts, runs, strict=True)], 1)
         group.set_calibration(group.batch_calibration(steps, every_process=True))
 
 
-def _arriving(group: nn.Module, layer: nn.Module, call: _Call) -> torch.Tensor:
-    """What a group gets of a batch at its layer, `(T, tokens, F)`."""
+def _arriving(group: nn.Module, run: Callable[[], object]) -> torch.Tensor:
+    """What a group gets in a forward, `(T * B, L, F)`."""
     found: list[torch.Tensor] = []
 
     def keep(group: nn.Module, args: tuple[torch.Tensor]) -> None:
         found.append(args[0])
         raise _Ended
 
-    _run(lambda: call.after(layer), [group.register_forward_pre_hook(keep)])
-    return call.steps(found[0])
+    _until_ended(run, [group.register_forward_pre_hook(keep)])
+    return found[0]
 
 
-def _run(call: Callable[[], object], hooks: Sequence[RemovableHandle]) -> None:
-    """Calls until a hook has seen enough, and removes the hooks."""
+def _until_ended(run: Callable[[], object], hooks: Sequence[RemovableHandle]) -> None:
+    """Runs until a hook has seen enough, and removes the hooks."""
     try:
-        call()
+        run()
     except _Ended:
         pass
     finally:
@@ -206,9 +287,12 @@ def _see(layer: nn.Module, stage: Stage, call: _Call) -> tuple[torch.Tensor, tor
     hooks = [product.register_forward_hook(see) for product in products]
     if stage.residual:
         name, number = stage.residual
-        adder = layer.get_submodule(name)
-        hooks.append(adder.register_forward_pre_hook(lambda adder, args: residual.append(args[number])))
-    _run(lambda: call.after(layer), hooks)
+        module = layer.get_submodule(name)
+        if number is None:
+            hooks.append(module.register_forward_hook(lambda module, args, output: residual.append(output)))
+        else:
+            hooks.append(module.register_forward_pre_hook(lambda module, args: residual.append(args[number])))
+    _until_ended(partial(call.after, layer), hooks)
     return inputs[0], torch.cat([outputs[product] for product in products], -1), residual[-1]
 
 
@@ -216,21 +300,24 @@ def _fit(
     layer: nn.Module,
     dense_layer: nn.Module,
     stage: Stage,
+    texts: Sequence[_Text],
     calls: Sequence[_Call],
     dense_calls: Sequence[_Call],
     ridge: float,
 ) -> None:
     """Adds D and c to the weights and biases of a stage."""
     products = [layer.get_submodule(name) for name in stage.products]
+    group = layer.get_submodule(stage.positions or stage.neurons[-1])
     moments = None
-    for call, dense_call in zip(calls, dense_calls, strict=True):
+    for text, call, dense_call in zip(texts, calls, dense_calls, strict=True):
         inputs, outputs, residual = _see(layer, stage, call)
         _, wished, dense_residual = _see(dense_layer, stage, dense_call)
         wished = wished + dense_residual
         variance = wished.var(-1, keepdim=True).clamp(min=VARIANCE_FLOOR)
         counts = 1 / variance if stage.residual else torch.ones_like(variance)
         wished, counts = (values.repeat(len(outputs) // len(wished), 1, 1) for values in (wished, counts))
-        x, r, w = (call.steps(each).flatten(0, 1).float() for each in (inputs, wished - outputs - residual, counts))
+        lacking = wished - outputs - residual
+        x, r, w = (text.steps(each, group).flatten(0, 1).float() for each in (inputs, lacking, counts))
         moments = moments or _Moments(x, r, is_centred=products[0].bias is not None)
         moments.add(x, r, w)
     change, shift = moments.solve(ridge)

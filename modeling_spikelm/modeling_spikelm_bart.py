@@ -253,7 +253,7 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
         length = 0 if past is None else past.get_seq_length()
         return {"mask": mask, "position_ids": _positions(inputs_embeds, attention_mask, length)}
 
-    def _text_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
+    def counted_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """The encoder sees positions of the source, the decoder those of the target, but for what it reads of the
         encoder's output."""
         source: set[SpikingNeurons] = set()

@@ -179,7 +179,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
             for batch in as_batches(batches):
                 check_batch(batch)
                 inputs = {name: _to_device(value, self.device) for name, value in batch.items()}
-                calibration.use(self, inputs, {} if include_padding else self._text_positions(inputs))
+                calibration.use(self, inputs, {} if include_padding else self.counted_positions(inputs))
         finally:
             self.train(was_training)
             for neurons, values in zip(groups, before, strict=True):
@@ -193,7 +193,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
             if mean is not None:
                 neurons.set_calibration(mean)
 
-    def _text_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
+    def counted_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """Of every group, which positions of its sequence are no padding, `(B, L)` bool; None where a batch does not
         say. A model that reads several sequences overrides it."""
         return dict.fromkeys(neuron_groups(self), text_positions(batch))

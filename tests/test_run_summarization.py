@@ -128,6 +128,18 @@ def test_a_student_starts_as_its_teacher_and_stands_beside_it_in_the_table(dense
     assert "hidden states and logits of dense" in card and "| started from | dense |" in card
 
 
+def test_a_student_that_was_fitted_begins_nearer(dense, files, tmp_path):
+    losses = []
+    for tokens in ("0", "600"):
+        still = ["--max_steps", "1", "--learning_rate", "0", "--predict_with_generate", "False"]
+        states = ["--logits_weight", "0", "--label_weight", "0", "--fit_tokens", tokens]
+        more = ["--teacher_name_or_path", str(dense), "--config_overrides", "num_time_steps=1", *still, *states]
+        run_summarization.main(command(files, tmp_path / tokens, *more))
+        history = json.loads((tmp_path / tokens / "trainer_state.json").read_text())["log_history"]
+        losses += [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[1] < 0.8 * losses[0]
+
+
 def test_a_dense_bart_becomes_spiking_by_its_type_and_texts_alone_are_written_of(dense, files, tmp_path):
     more = ["--model_name_or_path", str(dense), "--model_type", "spikelm_bart", "--max_steps", "1"]
     run_summarization.main([*command(files, tmp_path / "out", *more), "--test_file", str(files / "only_texts.json")])

@@ -3,12 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.least_squares import _Moments, fit_to_teacher
 from distillation.losses import hidden_state_errors
-from modeling_spikelm import SpikeLMForSequenceClassification, SpikeLMLlamaForCausalLM, SpikeLMModel
+from modeling_spikelm import (
+    SpikeLMBartForConditionalGeneration,
+    SpikeLMForSequenceClassification,
+    SpikeLMLlamaForCausalLM,
+    SpikeLMModel,
+)
 
 ROWS = torch.randint(1, 60, (64, 12), generator=torch.Generator().manual_seed(0))
 HELD_OUT = torch.randint(1, 60, (16, 12), generator=torch.Generator().manual_seed(1))
@@ -80,6 +92,95 @@ def test_a_layer_that_runs_many_times_fills_no_cache(tmp_path, monkeypatch):
     student, dense = make_decoders(tmp_path)
     monkeypatch.setattr(DynamicCache, "update", lambda *args, **kwargs: pytest.fail("a cache is filled"))
     fit_to_teacher(student, dense, [{"input_ids": ROWS}])
+
+
+def make_writers(folder, **fields):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=60, **sizes, **heads, max_position_embeddings=32, init_std=0.3)
+    dense = BartForConditionalGeneration(config).eval()
+    dense.save_pretrained(folder)
+    student = SpikeLMBartForConditionalGeneration.from_pretrained(folder, neuron="thrifty", **fields)
+    student.calibrate(read_and_written(ROWS))
+    return student, dense
+
+
+def read_and_written(rows):
+    """What is written is shorter than what is read; both sides have padding."""
+    read, written = rows.clone(), rows.flip(1)[:, :7].clone()
+    read[::2, 9:], written[::3, 5:] = 1, 1
+    masks = {"attention_mask": (read != 1).long(), "decoder_attention_mask": (written != 1).long()}
+    return {"input_ids": read, "decoder_input_ids": written} | masks
+
+
+def errors_of_both(student, dense):
+    """Of the layers of encoder and decoder, on rows that nothing was fitted to."""
+    batch = read_and_written(HELD_OUT)
+    with torch.no_grad():
+        found, wished = (model.eval().model(**batch, output_hidden_states=True) for model in (student, dense))
+    return torch.stack(
+        [
+            hidden_state_errors(found[f"{side}_hidden_states"][1:], wished[f"{side}_hidden_states"][1:], mask.bool())
+            for side, mask in (
+                ("encoder", batch["attention_mask"]),
+                ("decoder", batch["decoder_attention_mask"]),
+            )
+        ]
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_encoder_and_what_writes_behind_it_are_fitted_one_after_the_other(tmp_path, steps):
+    student, dense = make_writers(tmp_path, num_time_steps=steps)
+    before = errors_of_both(student, dense)
+    fit_to_teacher(student, dense, [read_and_written(ROWS[:40]), read_and_written(ROWS[40:])])
+    assert (errors_of_both(student, dense) < 0.95 * before).all()
+
+
+def sums_and_products(model, batch):
+    """What norms get, and what products give that go into no sum, by their names."""
+    found = {}
+
+    def see(module, args, output):
+        found[names[module]] = output if isinstance(module, torch.nn.Linear) else args[0]
+
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if name.endswith(("q_proj", "k_proj", "v_proj", "fc1", "_layer_norm"))
+    }
+    hooks = [module.register_forward_hook(see) for module in names]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_mean_over_tokens_of_every_sum_and_product_becomes_the_dense_one(tmp_path):
+    """As a bias costs nothing. A sum is what a norm gets, and a token counts there by 1 over its variance."""
+    student, dense = make_writers(tmp_path, num_time_steps=1)
+    batch = read_and_written(ROWS)
+    fit_to_teacher(student, dense, [batch])
+    seen = [sums_and_products(model.eval().model, batch) for model in (student, dense)]
+    assert len(seen[0]) == 2 * (2 + 4) + 2 * (3 + 3 + 3 + 1)
+    for name, wished in seen[1].items():
+        is_read = "encoder.layers" in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+        is_token = batch["attention_mask" if is_read else "decoder_attention_mask"].bool()
+        weight = (1 / wished.var(-1, keepdim=True) if name.endswith("norm") else torch.ones_like(wished))[is_token]
+        lacking = (weight * (wished - seen[0][name])[is_token]).mean(0) / weight.mean()
+        torch.testing.assert_close(lacking, torch.zeros_like(lacking), atol=1e-4, rtol=0, msg=name)
+
+
+def test_what_a_decoder_reads_of_the_encoder_gets_levels_of_the_fitted_encoder(tmp_path):
+    student, dense = make_writers(tmp_path, num_time_steps=1)
+    fit_to_teacher(student, dense, [read_and_written(ROWS)])
+    group = student.model.decoder.memory_neurons
+    fitted = group.calibration().clone()
+    student.reset_calibration()
+    student.calibrate(read_and_written(ROWS))
+    torch.testing.assert_close(group.calibration(), fitted)
 
 
 def test_neither_batches_nor_padding_change_what_comes_out(save_teacher):
