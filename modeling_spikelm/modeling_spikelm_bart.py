@@ -42,7 +42,7 @@ from .attention import SpikingAttention, mask_for_all_layers
 from .calibration import neuron_groups, text_positions
 from .compiled_layers import run_layer
 from .configuration_spikelm_bart import SpikeLMBartConfig
-from .fast_paths import is_transformed
+from .fast_paths import is_eager_on_cpu, is_transformed
 from .int8_modules import make_linear
 from .neurons import SpikingNeurons, make_neurons
 from .packing import packing
@@ -342,7 +342,9 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
             )
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         most = self.config.max_position_embeddings
-        # A static cache has its length on the device, and no more than it has room for.
+        # A static cache has its length in a tensor; a GPU would have to be waited for.
+        if isinstance(past, torch.Tensor) and is_eager_on_cpu(past):
+            past = int(past)
         if isinstance(past, int) and past + embeddings.shape[1] > most:
             raise ValueError(
                 f"The sequence is {past + embeddings.shape[1]} tokens long, but this model has "

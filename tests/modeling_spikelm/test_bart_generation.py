@@ -138,6 +138,13 @@ def test_greedy_takes_the_best_token_of_every_forward():
         assert torch.equal(model.generate(SOURCE, **GOES_ON, **options), tokens), options
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_more_tokens_than_positions_are_refused(cache):
+    too_many = make_model().config.max_position_embeddings + 2
+    with pytest.raises(ValueError, match="is 25 tokens long.*max_position_embeddings=24.*write fewer tokens"):
+        make_model().generate(SOURCE, min_new_tokens=too_many, max_new_tokens=too_many, cache_implementation=cache)
+
+
 def test_an_assistant_and_a_kept_cache_change_no_token():
     # It may be cut off anywhere, without the token that ends a text.
     model, assistant = make_model(forced_eos_token_id=None), make_model(decoder_layers=1, forced_eos_token_id=None)
