@@ -126,6 +126,16 @@ def test_a_teacher_that_does_not_fit_is_refused_and_nothing_is_written(
     assert {name for name in snapshot(tmp_path) if name.startswith("out")} == {n for n in before if n.startswith("out")}
 
 
+def test_of_teachers_with_several_seeds_one_has_to_be_named(taught_run, write_glue, tiny_spikelm, tmp_path):
+    for seed in ("seed_0", "seed_1"):
+        shutil.copytree(taught_run / "teachers" / "cola", tmp_path / "teachers" / "cola" / seed)
+    flags = command(tiny_spikelm, write_glue("CoLA"), tmp_path / "out", "--task_name", "cola", "--teacher_name_or_path")
+    with pytest.raises(SystemExit, match="for each of its seeds, seed_0, seed_1; name one, such as .*/cola/seed_0, in"):
+        main([*flags, str(tmp_path / "teachers")])
+    main([*flags, str(tmp_path / "teachers" / "cola" / "seed_1"), "--max_steps", "1", "--report_epoch", "last"])
+    assert "gap" in results(tmp_path / "out")["columns"]["CoLA"]
+
+
 def test_flags_about_a_teacher_are_refused_without_one(write_glue, tiny_spikelm, tmp_path):
     with pytest.raises(SystemExit, match="--hidden_weight is about learning from a teacher"):
         main(command(tiny_spikelm, write_glue("CoLA"), tmp_path / "out", "--task_name", "cola", "--hidden_weight", "2"))
