@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(training)
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
-        teaching.check_batch(training)
+        teaching.check_training(training)
         if training.do_train and training.label_smoothing_factor and teaching.teacher_name_or_path:
             raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
         arguments.check_unlabelled(teaching.teacher_name_or_path, teaching.label_weight, training.do_train)

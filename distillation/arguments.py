@@ -139,20 +139,28 @@ class DistillationArguments:
                 "flag out."
             )
 
-    def check_batch(self, training: TrainingArguments) -> None:
+    def check_training(self, training: TrainingArguments) -> None:
         """
         Raises:
-            ValueError: a device's batch is too small for a term in units of what sequences differ by.
+            ValueError: a device's batch is too small for a term in units of what sequences differ by; or a term would
+                have no gradient.
         """
-        size = training.per_device_train_batch_size
-        if self.teacher_name_or_path is None or not training.do_train or size >= LEAST_SEQUENCES:
+        if self.teacher_name_or_path is None or not training.do_train:
             return
+        size = training.per_device_train_batch_size
         for name in ("sentence_weight", "first_token_weight"):
-            if getattr(self, name):
+            if getattr(self, name) and size < LEAST_SEQUENCES:
                 raise ValueError(
                     f"--{name} {getattr(self, name):g} with --per_device_train_batch_size {size}: the unit of this "
                     f"term is what the sequences of a batch differ by, so it takes {LEAST_SEQUENCES} or more. Give a "
                     f"larger batch, or --{name} 0."
+                )
+        is_reentrant = (training.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        for name in ("attention_weight", "value_relation_weight"):
+            if getattr(self, name) and training.activation_checkpointing and is_reentrant:
+                raise ValueError(
+                    f"--{name} {getattr(self, name):g} with use_reentrant in --activation_checkpointing_kwargs: that "
+                    f"way no gradient comes to queries, keys and values. Leave use_reentrant out, or give --{name} 0."
                 )
 
     def check_flags_of_a_writer(self, given: Mapping[str, Any]) -> None:

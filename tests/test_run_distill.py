@@ -175,6 +175,15 @@ def test_pairs_of_text_teach_what_a_classifier_reads(teachers, corpus, tmp_path,
     assert len(figures) == 4 and all(entry["first_token_gradient"] > 0 for entry in figures)
 
 
+REENTRANT = ("--activation_checkpointing_kwargs", '{"use_reentrant": true}')
+
+
+def test_hidden_states_are_learned_with_any_checkpointing(teachers, corpus, tmp_path):
+    more = ("--max_steps", "1", "--activation_checkpointing", *REENTRANT)
+    run_distill.main(command(teachers["bare"], corpus, tmp_path / "out", *more))
+    assert history(tmp_path / "out")[0]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -184,6 +193,10 @@ def test_pairs_of_text_teach_what_a_classifier_reads(teachers, corpus, tmp_path,
         (
             ("--sentence_weight", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"),
             "--sentence_weight 1 with --per_device_train_batch_size 4: .* takes 8 or more",
+        ),
+        (
+            ("--value_relation_weight", "1", "--activation_checkpointing", *REENTRANT),
+            "--value_relation_weight 1 with use_reentrant .* no gradient",
         ),
     ],
 )
