@@ -114,9 +114,9 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """A hash of the commands and of what their recipes say now."""
+        """A hash of the commands and of what their recipes say now; another copy of the project makes no other job."""
         budget = [_values(recipe) for recipe in self.recipes]
-        commands = [command[1:] for command in self.commands]
+        commands = [[Path(script).name, *flags] for _, script, *flags in self.commands]
         return hashlib.sha256(json.dumps([commands, budget], sort_keys=True).encode()).hexdigest()
 
     @property

@@ -246,10 +246,13 @@ class RunRecord:
 
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
         before = earlier["arguments"]
+        # A flag that only one version of this project has, and that is off, makes no other run.
+        shared = before.keys() & self.arguments.keys()
         differences = [
             _said(name, f"was {before.get(name)!r} and is {self.arguments.get(name)!r}")
             for name in sorted(before.keys() | self.arguments.keys())
             if before.get(name) != self.arguments.get(name)
+            and (name in shared or before.get(name) or self.arguments.get(name))
         ]
         if earlier["data_fingerprint"] != self.data_fingerprint:
             differences.append("the data has changed")

@@ -94,6 +94,15 @@ def test_a_training_that_fails_stops_no_other_and_says_where_its_log_is(tmp_path
         trainings.report_failures(failed)
 
 
+def test_a_job_is_known_in_another_copy_of_the_project_and_not_by_other_flags(tmp_path, monkeypatch):
+    def job(*flags: str) -> trainings.Job:
+        return trainings.Job("job", tmp_path, (trainings.script("run_glue.py", "recipe.yaml", *flags),))
+
+    (tmp_path / trainings.FINISHED).write_text(job("--seed", "1").identity)
+    monkeypatch.setattr(trainings, "ROOT", Path("/somewhere/else"))
+    assert job("--seed", "1").is_finished and not job("--seed", "2").is_finished
+
+
 def test_sigterm_ends_the_trainings_too_and_nothing_begins_after_it(tmp_path):
     code = f"""
 import sys

@@ -69,6 +69,21 @@ def test_another_run_is_refused_and_nothing_is_written(tmp_path, other, named):
     assert (tmp_path / RECORD_NAME).read_bytes() == before
 
 
+@pytest.mark.parametrize("off", [0, 0.0, None, False, "", []])
+def test_a_run_goes_on_with_another_version_whose_new_or_gone_flags_are_off(tmp_path, off):
+    begun = record(tmp_path)
+    begun.open()
+    begun.record_beginning()
+    latest = checkpoint(tmp_path, 5)
+    assert record(tmp_path, new_flag=off).open() == str(latest)
+    # From here on the record knows it.
+    with pytest.raises(ValueError, match="new_flag was .* and is 2"):
+        record(tmp_path, new_flag=2).open()
+    assert record(tmp_path).open() == str(latest)
+    with pytest.raises(ValueError, match="other_flag was None and is 2"):
+        record(tmp_path, other_flag=2).open()
+
+
 def test_the_precision_is_recorded_whether_an_option_or_a_launch_file_sets_it(tmp_path, monkeypatch):
     plain = recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     option = recorded_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True))
