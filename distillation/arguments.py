@@ -36,7 +36,8 @@ class DistillationArguments:
         default=0,
         metadata={
             "help": "Before the first step, fit the student's weights to the teacher's layers, one after another, by "
-            "least squares on so many tokens of the training data; 0 for not at all. It takes forward passes only."
+            "least squares on so many tokens of the training data; 0 for not at all. It takes forward passes only, and "
+            "sets the neurons' levels anew."
         },
     )
     hidden_weight: float = field(

@@ -3,14 +3,16 @@
 import inspect
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .least_squares import fit_to_teacher
+from pretraining_data.streams import StreamPasses
+
+from .least_squares import check_can_fit, fit_to_teacher
 from .teacher import INPUTS
 from .weighted_terms import WeightedTermsTrainer
 
@@ -32,7 +34,8 @@ def fit_before_training(trainer: WeightedTermsTrainer, tokens: int) -> None:
         tokens: of rows that hold so many to read, or of all if there are no more; 0 leaves the student as it is.
 
     Raises:
-        ValueError: the weights are going to be sharded, so that no process has them whole.
+        ValueError: the weights are going to be sharded, so that no process has them whole; or the student is no
+            SpikeLM with the teacher's layers.
     """
     if not tokens:
         return
@@ -41,6 +44,7 @@ def fit_before_training(trainer: WeightedTermsTrainer, tokens: int) -> None:
             "--fit_tokens takes whole weights, which FSDP and DeepSpeed share out; make the fit in a run without, with "
             "--max_steps 1, and go on from its model with --fit_tokens 0."
         )
+    check_can_fit(trainer.model, trainer.teacher.model)
     trainer.add_callback(FirstFit(trainer, tokens))
 
 
@@ -73,9 +77,11 @@ class FirstFit(TrainerCallback):
 
 
 def rows_of(dataset: Dataset | IterableDataset, tokens: int) -> list[Mapping[str, Any]]:
-    """Rows that hold so many tokens, or all of them."""
-    if isinstance(dataset, IterableDataset):
-        candidates = iter(dataset)
+    """Rows that hold so many tokens, padding left out, or all of them."""
+    if isinstance(dataset, StreamPasses):
+        candidates: Iterable[Mapping[str, Any]] = dataset.first_pass()
+    elif isinstance(dataset, IterableDataset):
+        candidates = dataset
     else:
         candidates = (dataset[int(number)] for number in np.random.default_rng(SEED).permutation(len(dataset)))
     rows: list[Mapping[str, Any]] = []
@@ -83,5 +89,5 @@ def rows_of(dataset: Dataset | IterableDataset, tokens: int) -> list[Mapping[str
         if tokens <= 0:
             break
         rows.append(row)
-        tokens -= len(row["input_ids"])
+        tokens -= sum(row["attention_mask"]) if "attention_mask" in row else len(row["input_ids"])
     return rows

@@ -12,8 +12,8 @@ gives for the same token, y. Over the tokens of some text
 The inputs are those that the student has when all before them is fitted. Where a residual is added, y is what the
 student's own lacks of the teacher's sum; a token then counts by 1 over the variance of that sum, by which norms divide
 it. So every layer also mends what those before it have left, as quantisation with asymmetric calibration does (GPTAQ,
-Li et al. 2025, arXiv:2504.02692). Neurons are calibrated on the way, each group on what arrives at it then. What has
-no neurons before it, such as a LayerNorm, is the teacher's.
+Li et al. 2025, arXiv:2504.02692). Neurons are calibrated on the way, each group on what arrives at it then, whatever
+levels they had. What has no neurons before it within a layer, such as a LayerNorm, is the teacher's.
 """
 
 import inspect
@@ -34,6 +34,11 @@ from modeling_spikelm.pretrained import SpikingPreTrainedModel
 
 from .losses import VARIANCE_FLOOR
 
+# What a layer's weights and states are made of: fields of the configurations of both models.
+MUST_AGREE = (
+    *("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads", "head_dim"),
+    *("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"),
+)
 # Levels need less text than weights.
 CALIBRATION_BATCHES = 8
 
@@ -143,14 +148,33 @@ class _Call(NamedTuple):
     others: tuple[Any, ...]
     named: Mapping[str, Any]
 
-    def after(self, layer: nn.Module) -> "_Call":
-        """The batch at the next layer."""
+    def outputs(self, layer: nn.Module) -> torch.Tensor:
+        """What the next layer gets, `(T * B, L, H)`."""
         outputs = layer(self.hidden_states, *self.others, **self.named)
-        return self._replace(hidden_states=outputs[0] if isinstance(outputs, tuple) else outputs)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 class _Ended(Exception):
     """All that was asked for has been seen."""
+
+
+def check_can_fit(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: the student is no SpikeLM, or its layers are not like the teacher's.
+    """
+    if not isinstance(student, SpikingPreTrainedModel):
+        raise ValueError(
+            f"--fit_tokens fits the layers of a SpikeLM, and this student is a {type(student).__name__}; name its "
+            "type, such as --model_type spikelm, or give --fit_tokens 0."
+        )
+    for name in MUST_AGREE:
+        own, other = (getattr(model.config, name, None) for model in (student, teacher))
+        if None not in (own, other) and own != other:
+            raise ValueError(
+                f"--fit_tokens: the teacher has {name}={other}, but the student has {name}={own}; they have to agree, "
+                "so take a student that was warm-started from this teacher, or give --fit_tokens 0."
+            )
 
 
 @torch.no_grad()
@@ -198,18 +222,29 @@ def _fit_stack(
             student.base_model.get_submodule(name), texts[some], [_run_of(student, each) for each in batches[some]]
         )
     layers, dense_layers = (model.base_model.get_submodule(stack.layers) for model in (student, teacher))
-    calls, dense_calls = (
-        [_call_of(each[0], _run_of(model, batch)) for batch in batches]
+    kinds = getattr(student.config, "layer_types", None) or [""] * len(layers)
+    first_calls, dense_first_calls = (
+        [_calls_of(each, kinds, _run_of(model, batch)) for batch in batches]
         for each, model in ((layers, student), (dense_layers, teacher))
     )
-    for number, (layer, dense_layer) in enumerate(zip(layers, dense_layers, strict=True)):
+    states, dense_states = (
+        [batch[kinds[0]].hidden_states for batch in each] for each in (first_calls, dense_first_calls)
+    )
+    calls: list[_Call] = []
+    dense_calls: list[_Call] = []
+    for number, (layer, dense_layer, kind) in enumerate(zip(layers, dense_layers, kinds, strict=True)):
         if number:
-            calls = [call.after(layers[number - 1]) for call in calls]
-            dense_calls = [call.after(dense_layers[number - 1]) for call in dense_calls]
+            states = [call.outputs(layers[number - 1]) for call in calls]
+            dense_states = [call.outputs(dense_layers[number - 1]) for call in dense_calls]
+        calls, dense_calls = (
+            [batch[kind]._replace(hidden_states=state) for batch, state in zip(firsts, each, strict=True)]
+            for firsts, each in ((first_calls, states), (dense_first_calls, dense_states))
+        )
         _take_norms(layer, dense_layer, stack.stages)
         for stage in stack.stages:
             for name in stage.neurons:
-                _calibrate(layer.get_submodule(name), texts[some], [partial(call.after, layer) for call in calls[some]])
+                runs = [partial(call.outputs, layer) for call in calls[some]]
+                _calibrate(layer.get_submodule(name), texts[some], runs)
             _fit(layer, dense_layer, stage, texts, calls, dense_calls, ridge)
 
 
@@ -220,16 +255,21 @@ def _run_of(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Callab
     return lambda: base(**batch, **keeps)
 
 
-def _call_of(layer: nn.Module, run: Callable[[], object]) -> _Call:
-    """What a layer is called with."""
-    found: list[_Call] = []
+def _calls_of(layers: nn.ModuleList, kinds: Sequence[str], run: Callable[[], object]) -> dict[str, _Call]:
+    """What the first layer of each kind is called with: masks, which differ by kind, and what all have in common."""
+    found: dict[str, _Call] = {}
 
-    def keep(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.append(_Call(args[0], args[1:], named))
-        raise _Ended
+    def keep(kind: str, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.setdefault(kind, _Call(args[0], args[1:], named))
+        if len(found) == len(set(kinds)):
+            raise _Ended
 
-    _until_ended(run, [layer.register_forward_pre_hook(keep, with_kwargs=True)])
-    return found[0]
+    hooks = [
+        layer.register_forward_pre_hook(partial(keep, kind), with_kwargs=True)
+        for layer, kind in zip(layers, kinds, strict=True)
+    ]
+    _until_ended(run, hooks)
+    return found
 
 
 def _take_norms(layer: nn.Module, dense_layer: nn.Module, stages: Sequence[Stage]) -> None:
@@ -292,7 +332,7 @@ def _see(layer: nn.Module, stage: Stage, call: _Call) -> tuple[torch.Tensor, tor
             hooks.append(module.register_forward_hook(lambda module, args, output: residual.append(output)))
         else:
             hooks.append(module.register_forward_pre_hook(lambda module, args: residual.append(args[number])))
-    _until_ended(partial(call.after, layer), hooks)
+    _until_ended(partial(call.outputs, layer), hooks)
     return inputs[0], torch.cat([outputs[product] for product in products], -1), residual[-1]
 
 
@@ -364,13 +404,17 @@ class _Moments:
         mean = self.sum / self.count * self.is_centred
         moments = self.products / self.count - mean[: self.sizes[0], None] * mean
         own, other = moments.split(self.sizes, 1)
-        own = own + ridge * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        # Where no neuron fires, inputs have no variance, and the shift is all there is to fit.
+        price = ridge * own.diagonal().mean().clamp(min=VARIANCE_FLOOR)
+        own = own + price * torch.eye(len(own), dtype=own.dtype, device=own.device)
         change = torch.cholesky_solve(other, torch.linalg.cholesky(own)).T.contiguous()
+        mean_x, mean_r = (mean + self.about).split(self.sizes)
+        change, shift = change.float(), (mean_r - change @ mean_x).float()
         if _has_others():
             # Machines of other kinds may solve to other last bits, and weights would drift apart from there.
-            dist.broadcast(change, 0)
-        mean_x, mean_r = (mean + self.about).split(self.sizes)
-        return change.float(), (mean_r - change @ mean_x).float()
+            for values in (change, shift):
+                dist.broadcast(values, 0)
+        return change, shift
 
 
 def _has_others() -> bool:

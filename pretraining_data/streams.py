@@ -103,6 +103,10 @@ class StreamPasses(torch.utils.data.IterableDataset):
         self.rows = rows
         self.prepare = prepare
 
+    def first_pass(self) -> Iterator[Row]:
+        """The rows of the first pass alone."""
+        return self.rows.read(0, self.prepare)
+
     def __iter__(self) -> Iterator[Row]:
         for epoch in itertools.count():
             count = 0

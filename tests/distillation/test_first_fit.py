@@ -11,6 +11,7 @@ from distillation.first_fit import FirstFit, fit_before_training, rows_of
 from distillation.least_squares import fit_to_teacher
 from distillation.losses import hidden_state_errors
 from modeling_spikelm import SpikeLMModel
+from pretraining_data.streams import OrderedStream, StreamPasses
 from tests.distillation.test_trainer import make_trainer  # noqa: F401  (a fixture)
 from tests.forked_processes import launch_forked
 
@@ -59,8 +60,15 @@ def test_rows_are_taken_from_everywhere_until_they_hold_as_many_tokens_as_asked_
     assert len(taken) == len(set(taken)) == 30 and max(taken) > 80
     assert taken == [row["input_ids"][0] for row in rows_of(data, 295)]
     assert len(rows_of(data, 10**6)) == 100
+    padded = data.map(lambda row: {"attention_mask": [1] * 3 + [0] * 7})
+    assert len(rows_of(padded, 295)) == 99
     stream = data.to_iterable_dataset()
     assert [row["input_ids"][0] for row in rows_of(stream, 25)] == [0, 1, 2]
+
+
+def test_of_a_stream_that_never_ends_no_row_is_taken_twice():
+    few = Dataset.from_list([{"input_ids": [number] * 10} for number in range(5)]).to_iterable_dataset()
+    assert [row["input_ids"][0] for row in rows_of(StreamPasses(OrderedStream(few, 1)), 1000)] == list(range(5))
 
 
 def test_a_training_that_goes_on_is_not_fitted_again(make_trainer):  # noqa: F811

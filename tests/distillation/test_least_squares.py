@@ -7,13 +7,17 @@ from transformers import (
     AutoModel,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from configuration_spikelm import SpikeLMConfig
-from distillation.least_squares import _Moments, fit_to_teacher
+from distillation.least_squares import _Moments, check_can_fit, fit_to_teacher
 from distillation.losses import hidden_state_errors
 from modeling_spikelm import (
     SpikeLMBartForConditionalGeneration,
@@ -92,6 +96,53 @@ def test_a_layer_that_runs_many_times_fills_no_cache(tmp_path, monkeypatch):
     student, dense = make_decoders(tmp_path)
     monkeypatch.setattr(DynamicCache, "update", lambda *args, **kwargs: pytest.fail("a cache is filled"))
     fit_to_teacher(student, dense, [{"input_ids": ROWS}])
+
+
+def test_of_layers_of_several_kinds_each_is_run_with_its_own_mask(tmp_path):
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2, "use_sliding_window": True}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=60, **sizes, num_key_value_heads=2, **kinds, initializer_range=0.3)
+    dense = Qwen2ForCausalLM(config).eval()
+    dense.save_pretrained(tmp_path)
+    student = SpikeLMLlamaForCausalLM.from_pretrained(tmp_path, neuron="thrifty", num_time_steps=1)
+    student.calibrate({"input_ids": ROWS})
+    given = []
+    dense.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, output: given.append(output))
+    with torch.no_grad():
+        dense(ROWS)
+    fit_to_teacher(student, dense, [{"input_ids": ROWS}])
+    assert len(given) > 1
+    for output in given[1:]:
+        torch.testing.assert_close(output, given[0])
+
+
+def test_a_group_that_never_fires_leaves_weights_alone_and_the_shift_is_fitted(save_teacher):
+    student, teacher = make_models(save_teacher(), neuron="elastic", amplitude_scale=50)
+    before = error(student, teacher)
+    weights = {name: value.clone() for name, value in student.named_parameters() if name.endswith("query.weight")}
+    fit_to_teacher(student, teacher, [{"input_ids": ROWS}])
+    assert weights and all(torch.equal(student.get_parameter(name), value) for name, value in weights.items())
+    assert error(student, teacher) < before
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"intermediate_size": 48}, "the teacher has intermediate_size=48, but the student has intermediate_size=32"),
+        ({"num_attention_heads": 4}, "the teacher has num_attention_heads=4, but the student has"),
+    ],
+)
+def test_layers_of_other_sizes_are_refused(save_teacher, sizes, message):
+    student, _ = make_models(save_teacher())
+    with pytest.raises(ValueError, match=message):
+        check_can_fit(student, BertModel(BertConfig.from_pretrained(save_teacher(), **sizes)))
+
+
+def test_a_dense_student_is_refused(save_teacher):
+    _, teacher = make_models(save_teacher())
+    with pytest.raises(ValueError, match="this student is a BertModel; name its type, such as --model_type spikelm"):
+        check_can_fit(teacher, teacher)
 
 
 def make_writers(folder, **fields):
