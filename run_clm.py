@@ -124,6 +124,7 @@ def check_flags(
 ) -> None:
     """Refuses flags that say nothing here."""
     teaching.check_flags_of_a_writer(given)
+    teaching.check_training(training)
     data.check_stream(training)
     if training.label_smoothing_factor:
         raise ValueError(

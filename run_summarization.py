@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         model_arguments, arguments, teaching, spikes, training, given = parse_arguments(ARGUMENTS, argv)
         set_up_logging(training)
         check_flags(teaching, given, training.label_smoothing_factor)
+        teaching.check_training(training)
         set_direction(training, given, directions(arguments.translates, training.predict_with_generate))
         set_seed(training.seed)
         start = start_of(model_arguments, teaching)

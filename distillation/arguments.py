@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from experiment.arguments import ModelArguments
 from experiment.model_card import shown_name
@@ -143,8 +144,8 @@ class DistillationArguments:
     def check_training(self, training: TrainingArguments) -> None:
         """
         Raises:
-            ValueError: a device's batch is too small for a term in units of what sequences differ by; or a term would
-                have no gradient.
+            ValueError: a device's batch is too small for a term in units of what sequences differ by; a term would
+                have no gradient; or what it logs would be of no step.
         """
         if self.teacher_name_or_path is None or not training.do_train:
             return
@@ -157,12 +158,17 @@ class DistillationArguments:
                     f"larger batch, or --{name} 0."
                 )
         is_reentrant = (training.activation_checkpointing_kwargs or {}).get("use_reentrant")
-        for name in ("attention_weight", "value_relation_weight"):
+        for name in ("attention_weight", "value_relation_weight", "loss_diagnostics"):
             if getattr(self, name) and training.activation_checkpointing and is_reentrant:
                 raise ValueError(
-                    f"--{name} {getattr(self, name):g} with use_reentrant in --activation_checkpointing_kwargs: that "
-                    f"way no gradient comes to queries, keys and values. Leave use_reentrant out, or give --{name} 0."
+                    f"--{name} with use_reentrant in --activation_checkpointing_kwargs: that way its gradients cannot "
+                    f"be had. Leave use_reentrant out, or --{name}."
                 )
+        if self.loss_diagnostics and training.logging_strategy != IntervalStrategy.STEPS:
+            raise ValueError(
+                f"--loss_diagnostics with --logging_strategy {training.logging_strategy.value} shows nothing: it is "
+                "about single steps. Log by steps, or leave it out."
+            )
 
     def check_flags_of_a_writer(self, given: Mapping[str, Any]) -> None:
         """

@@ -37,8 +37,14 @@ class DistillationTrainer(WeightedTermsTrainer):
     `hidden_state_metrics` makes exact errors of.
     """
 
-    def __init__(self, *args: Any, teacher: Teacher, **kwargs: Any):
-        super().__init__(*args, teacher=teacher, **kwargs)
+    def __init__(self, *, teacher: Teacher, **kwargs: Any):
+        super().__init__(teacher=teacher, **kwargs)
+        heads = self.model.config.num_attention_heads
+        if (self.weights.attention or self.weights.value_relation) and heads != teacher.num_heads:
+            raise ValueError(
+                f"The teacher has num_attention_heads={teacher.num_heads}, but the student has {heads}: what one of "
+                "them attends to says nothing of the other's. Leave out --attention_weight and --value_relation_weight."
+            )
         # What the collator makes and the student does not take, such as labels where there is no head.
         self._inputs = inspect.signature(type(self.model).forward).parameters
         # Without labels the Trainer would evaluate without calling `compute_loss`.

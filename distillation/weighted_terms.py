@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from experiment.whole_steps import WholeStepsTrainer
 
@@ -42,7 +42,8 @@ class WeightedTermsTrainer(WholeStepsTrainer):
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        args: TrainingArguments,
         teacher: Teacher,
         weights: LossWeights,
         temperature: float = 1.0,
@@ -50,7 +51,11 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         diagnoses: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        if args.ddp_find_unused_parameters is None:
+            # No gradient comes to a pooler that no head reads, or to a head without a term. Where activations are
+            # computed twice, the Trainer would not have processes look for such parameters.
+            args.ddp_find_unused_parameters = True
+        super().__init__(args=args, **kwargs)
         for embeddings in _embeddings(self.model.base_model):
             embeddings.requires_grad_(trains_embeddings)
         self.teacher = teacher.to(self.args.device)

@@ -98,8 +98,10 @@ def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
     args.load_best_model_at_end = args.eval_on_start = args.logging_first_step = False
     # Nothing that writes, shows or sends; but what calibrates neurons before the first step of the run does so here.
     kept = [entry for entry in trainer.callback_handler.callbacks if isinstance(entry, CalibrationCallback)]
-    trainer.callback_handler.callbacks = [DefaultFlowCallback(), *kept, _StopAfterStep()]
-    trainer.train_dataset = _first(trainer.train_dataset, ROWS * ACCUMULATION_STEPS * args.world_size)
+    # What a process lacks of another's gradients shows with the next step.
+    steps = 1 if args.world_size == 1 else 2
+    trainer.callback_handler.callbacks = [DefaultFlowCallback(), *kept, _StopAfter(steps)]
+    trainer.train_dataset = _first(trainer.train_dataset, steps * ROWS * ACCUMULATION_STEPS * args.world_size)
     trainer.eval_dataset = _first(trainer.eval_dataset, 2 * ROWS)
     if trains:
         trainer.train()
@@ -107,9 +109,12 @@ def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
         trainer.evaluate()
 
 
-class _StopAfterStep(TrainerCallback):
+class _StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = True
+        control.should_training_stop = state.global_step >= self.steps
 
 
 def _first(rows: Any, count: int) -> Any:

@@ -22,6 +22,7 @@ from distillation.trainer import DistillationTrainer
 from experiment.publishing import Publisher
 from pretraining_data.tokenizers import train_wordpiece
 from tests.corpus import write_corpus
+from tests.forked_processes import launch_forked
 from tests.test_run_mlm import assert_same_weights, interrupted
 
 SHORT = """--per_device_train_batch_size 8 --learning_rate 2e-3 --max_steps 12 --max_seq_length 32 --max_eval_samples 16
@@ -178,6 +179,21 @@ def test_pairs_of_text_teach_what_a_classifier_reads(teachers, corpus, tmp_path,
 REENTRANT = ("--activation_checkpointing_kwargs", '{"use_reentrant": true}')
 
 
+def test_two_processes_that_checkpoint_do_without_gradients_of_a_pooler_that_nothing_reads(teachers, corpus, tmp_path):
+    small = ("--max_steps", "2", "--activation_checkpointing", "--per_device_train_batch_size", "4")
+
+    def launch(name, *more):
+        argv = ["run_distill.py", *command(teachers["bare"], corpus, tmp_path / name, *small, *more)]
+        return launch_forked("two_cpu_processes", argv, "--num_processes", "2")
+
+    done = launch("out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Without looking for them the second step fails, so it is tried before anything is written.
+    done = launch("other", "--ddp_find_unused_parameters", "False")
+    assert done.returncode != 0 and "The first step was tried on a few rows" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_hidden_states_are_learned_with_any_checkpointing(teachers, corpus, tmp_path):
     more = ("--max_steps", "1", "--activation_checkpointing", *REENTRANT)
     run_distill.main(command(teachers["bare"], corpus, tmp_path / "out", *more))
@@ -196,7 +212,11 @@ def test_hidden_states_are_learned_with_any_checkpointing(teachers, corpus, tmp_
         ),
         (
             ("--value_relation_weight", "1", "--activation_checkpointing", *REENTRANT),
-            "--value_relation_weight 1 with use_reentrant .* no gradient",
+            "--value_relation_weight with use_reentrant .* gradients cannot be had",
+        ),
+        (
+            ("--loss_diagnostics", "--logging_strategy", "epoch"),
+            "--loss_diagnostics with --logging_strategy epoch shows nothing",
         ),
     ],
 )

@@ -34,7 +34,9 @@ def make_trainer(tmp_path, batch):
     student.calibrate({name: batch[name] for name in ("input_ids", "attention_mask")})
     teacher = load_teacher(str(tmp_path / "teacher"), SpikeLMLlamaConfig(**SIZES), is_classifier=False)
     training = TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True, disable_tqdm=True)
-    return lambda weights: CausalTermsTrainer(student, training, teacher=teacher, weights=weights, temperature=2.0)
+    return lambda weights: CausalTermsTrainer(
+        model=student, args=training, teacher=teacher, weights=weights, temperature=2.0
+    )
 
 
 @pytest.mark.parametrize("at_a_time", [3, 1024])

@@ -61,8 +61,8 @@ def make_trainer(save_teacher, tmp_path):
         teacher = load_teacher(folder, config, is_classifier=kind == "labels")
         diagnoses = arguments.get("logging_steps") is not None
         return DistillationTrainer(
-            student,
-            training,
+            model=student,
+            args=training,
             teacher=teacher,
             weights=weights,
             diagnoses=diagnoses,
@@ -122,6 +122,15 @@ def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
         for found, target in zip(own, wished, strict=True)
     ]
     assert terms["attention"].item() == pytest.approx(torch.stack(divergences).mean().item(), rel=1e-4)
+
+
+def test_a_teacher_with_other_heads_says_nothing_of_attention(save_teacher, make_trainer):
+    student = SpikeLMModel.from_pretrained(save_teacher(), num_attention_heads=1, num_time_steps=1)
+    trainer = make_trainer("")
+    options = {"args": trainer.args, "teacher": trainer.teacher, "weights": LossWeights(attention=1.0)}
+    with pytest.raises(ValueError, match="The teacher has num_attention_heads=2, but the student has 1"):
+        DistillationTrainer(model=student, **options)
+    DistillationTrainer(model=student, **options | {"weights": LossWeights()})
 
 
 def test_what_attention_is_made_of_is_read_from_a_compiled_student_too(make_trainer, monkeypatch):
