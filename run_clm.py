@@ -31,7 +31,7 @@ from configuration_spikelm import SpikeLMLlamaConfig
 from distillation.arguments import DistillationArguments
 from distillation.causal import CausalTermsTrainer
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, load_teacher
+from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -107,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         model = load_model(AutoModelForCausalLM, saved_by_run(model_arguments, run.trained), config)
         check_is_causal(model)
+        if teacher is not None and training.do_train and not run.trained and not teaching.train_embeddings:
+            take_real_valued_parts(model, teacher)
         rows, validation, collator = causal_data(splits, tokenizer, data_arguments, training)
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)
         run.claim(make, model, given)

@@ -29,7 +29,7 @@ from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
 from distillation.encoder_decoder import check_flags
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, load_teacher
+from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         # The checkpoint then writes as it was evaluated. What does not go together could not be saved.
         model.generation_config.update(**writing)
         model.generation_config.validate(strict=True)
+        if teacher is not None and training.do_train and not run.trained and not teaching.train_embeddings:
+            take_real_valued_parts(model, teacher)
         make = partial(make_trainer, splits, pairs, tokenizer, start, arguments, teacher, teaching, spikes)
         run.claim(make, model, given)
 
@@ -123,10 +125,11 @@ def main(argv: list[str] | None = None) -> None:
         tested = predict(trainer, splits["test"], targets_of(pairs["test"]), tokenizer, arguments)
     rows = {"validation": without_prefix(results, "eval"), "test": without_prefix(tested, "test")}
     if training.do_eval and teacher is not None:
-        # With the same batches, settings and metrics; the student's figures are in the log by now.
+        # With the same batches, settings and metrics; the student's are on record by now, and trackers keep the last.
+        untracked = replace(training, report_to=[])
         teacher.model.generation_config = model.generation_config
         taught_by = make_trainer(
-            splits, pairs, tokenizer, start, arguments, None, teaching, spikes, teacher.model, training
+            splits, pairs, tokenizer, start, arguments, None, teaching, spikes, teacher.model, untracked
         )
         rows["the teacher on validation"] = without_prefix(taught_by.evaluate(), "eval")
     write_results(trainer, rows)

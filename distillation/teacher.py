@@ -1,5 +1,6 @@
 """The dense model that a student learns from: loaded, checked against the student, and run."""
 
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from experiment.precision import WEIGHTS, refuse_quantised
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 # What a teacher can be given of a batch.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+# What a parameter of a layer has in its name.
+_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 # Of models whose head belongs to them: what its logits say something of.
 NEXT, WRITTEN = "next tokens", "written tokens"
 _OWN_HEADS = {AutoModelForCausalLM: NEXT, AutoModelForSeq2SeqLM: WRITTEN}
@@ -127,17 +130,17 @@ def load_teacher(
 
 @torch.no_grad()
 def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher) -> None:
-    """Copies what has no spikes, and so need not be learned again: embeddings, and pooler and classifier or masked-LM
-    head, as far as both models have them; one of the two may be the encoder alone.
+    """Copies what has no spikes, and so need not be learned again: embeddings, norms outside of layers, and pooler and
+    head, as far as both models have them; one of the two may be the network alone.
 
     Raises:
         ValueError: a parameter of that name has another shape in the student.
     """
     prefix = f"{student.base_model_prefix}."
-    wanted = {name.removeprefix(prefix): parameter for name, parameter in teacher.model.named_parameters()}
-    for name, parameter in student.named_parameters():
+    wanted = {name.removeprefix(prefix): value for name, value in teacher.model.state_dict().items()}
+    for name, parameter in student.state_dict(keep_vars=True).items():
         name = name.removeprefix(prefix)
-        source = None if name.startswith("encoder.") else wanted.get(name)
+        source = None if _LAYER.search(name) else wanted.get(name)
         if source is None:
             continue
         if source.shape != parameter.shape:

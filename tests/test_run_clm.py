@@ -1,12 +1,13 @@
 """run_clm.py from text to a decoder that writes, in one process: from scratch, as a stream, and from a teacher."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -175,6 +176,17 @@ def test_a_student_comes_nearer_to_its_teacher(teacher, corpus, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     # Weights that were a Llama's have its licence, which nobody here knows.
     assert "Learned the hidden states and logits of dense" in card and "license:" not in card
+
+
+def test_a_student_that_began_elsewhere_takes_what_is_not_in_a_layer_from_its_teacher(teacher, corpus, tmp_path):
+    shutil.copytree(teacher, tmp_path / "start")
+    start = {name: value + 1 for name, value in load_file(teacher / "model.safetensors").items()}
+    save_file(start, tmp_path / "start" / "model.safetensors", {"format": "pt"})
+    still = ("--model_name_or_path", str(tmp_path / "start"), "--max_steps", "1", "--learning_rate", "0")
+    run_clm.main(student(teacher, corpus, tmp_path / "out", *still))
+    dense, weights = (load_file(folder / "model.safetensors") for folder in (teacher, tmp_path / "out"))
+    for name in dense:
+        assert torch.equal(weights[name], start[name] if ".layers." in name else dense[name]), name
 
 
 def test_a_student_that_was_fitted_begins_nearer(teacher, corpus, tmp_path):

@@ -1,13 +1,14 @@
 """run_summarization.py from files to a model that writes, in one process."""
 
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import run_summarization
@@ -126,6 +127,23 @@ def test_a_student_starts_as_its_teacher_and_stands_beside_it_in_the_table(dense
     assert found["validation"]["loss"] != teachers["loss"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "hidden states and logits of dense" in card and "| started from | dense |" in card
+
+
+def test_a_student_that_began_elsewhere_takes_what_is_not_in_a_layer_from_its_teacher(
+    dense, files, tmp_path, monkeypatch
+):
+    shutil.copytree(dense, tmp_path / "start")
+    start = {name: value + 1 for name, value in load_file(dense / "model.safetensors").items()}
+    save_file(start, tmp_path / "start" / "model.safetensors", {"format": "pt"})
+    still = ["--model_name_or_path", str(tmp_path / "start"), "--max_steps", "1", "--learning_rate", "0"]
+    teaching = ["--teacher_name_or_path", str(dense), "--predict_with_generate", "False", "--report_to", "tensorboard"]
+    monkeypatch.chdir(tmp_path)
+    run_summarization.main(command(files, tmp_path / "out", *still, *teaching))
+    weights, wished = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", dense))
+    for name in wished:
+        assert torch.equal(weights[name], start[name] if ".layers." in name else wished[name]), name
+    # The evaluation of the teacher is in the table, and in nobody's tracker.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "start"]
 
 
 def test_a_student_that_was_fitted_begins_nearer(dense, files, tmp_path):
