@@ -92,6 +92,16 @@ class Arguments:
                     f"--teacher_{grid} and --student_{grid} have to be equally many: a larger grid is an advantage of "
                     "its own."
                 )
+        for name in ("jobs", "num_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is not possible; it must be at least 1.")
+        names = [name_of(variant) for variant in self.variants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"--variants: two of them are called {twice[0]}, and their results would lie in one folder. Of a "
+                "folder its own name counts: give it another, by a link for instance."
+            )
         self.settled_teachers()
         if self.train_file is None and not self.skip_text and not all(map(is_converted, self.variants)):
             raise ValueError("--train_file is missing: the text that the variants are converted with.")
@@ -124,6 +134,12 @@ class Arguments:
 
 def is_converted(variant: str) -> bool:
     return Path(variant, "config.json").is_file()
+
+
+def name_of(variant: str) -> str:
+    """By which its students are called."""
+    # A link by its own name, not by that of its target.
+    return Path(variant).absolute().name if is_converted(variant) else variant
 
 
 @dataclass(frozen=True)
@@ -246,7 +262,8 @@ class WithTimeSteps:
 
     def job(self, task: str, result: Result, arguments: Arguments) -> Job:
         """One evaluation by run_glue.py."""
-        folder = self.trained.folder / f"T_{self.num_time_steps}" / task / f"seed_{result.seed}"
+        setting = result.folder.relative_to(self.trained.folder / task).parts[0]
+        folder = self.trained.folder / f"T_{self.num_time_steps}" / task / setting / f"seed_{result.seed}"
         command = script(
             *("run_glue.py", self.trained.recipe, "--do_eval", "--model_name_or_path", result.folder),
             *("--config_overrides", f"num_time_steps={self.num_time_steps},membrane_reset=symmetric"),
@@ -368,7 +385,7 @@ def conversion(arguments: Arguments, variant: str) -> Job:
 
 def student(arguments: Arguments, variant: str) -> Contestant:
     """A variant that learns the tasks."""
-    name = Path(variant).resolve().name if is_converted(variant) else variant
+    name = name_of(variant)
     model: object = variant
     start: tuple[object, ...] = ()
     if arguments.skip_text and not is_converted(variant):

@@ -43,8 +43,9 @@ class Arguments:
     output: str | None = field(default=None, metadata={"help": "Folder for the table, benchmarks/results."})
 
     def __post_init__(self) -> None:
-        if min(self.fit_tokens) < 0:
-            raise ValueError(f"--fit_tokens {min(self.fit_tokens)}: a number of tokens is at least 0.")
+        wrong = [tokens for tokens in self.fit_tokens if tokens < 0 or 0 < tokens < self.length]
+        if wrong:
+            raise ValueError(f"--fit_tokens {wrong[0]}: 0 is no fit, and else a row of {self.length} is the least.")
 
 
 def main() -> None:

@@ -35,11 +35,18 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Of the order, and of the choice from the text."})
 
     def __post_init__(self) -> None:
+        unknown = [task for task in self.task_name if task not in TASKS]
+        if unknown:
+            raise ValueError(f"--task_name {' '.join(unknown)}: no such task; there are {', '.join(TASKS)}.")
         single = [task for task in self.task_name if len(TASKS[task].sentence_columns) < 2]
         if single:
             raise ValueError(f"--task_name {' '.join(single)}: these tasks have no pairs; leave them out.")
         if Path(self.output).exists():
             raise ValueError(f"--output {self.output} exists; name another file.")
+        if not Path(self.output).parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no such folder; make it first.")
+        if Path(self.output).suffix != ".tsv":
+            raise ValueError(f"--output {self.output}: columns are separated by tabs; name it something.tsv.")
 
 
 def main() -> None:
@@ -68,6 +75,8 @@ def neighbours(path: Path, count: int, seed: int) -> Dataset:
     """So many pairs of sentences that follow each other in a paragraph, drawn from all of the text."""
     with path.open(encoding="utf-8") as lines:
         found = [pair for line in lines for pair in _neighbours_of(line)]
+    if not found:
+        raise SystemExit(f"--text_file {path} has no sentences one after another in a line; give a paragraph a line.")
     drawn = random.Random(seed).sample(found, min(count, len(found)))
     return Dataset.from_dict({name: [pair[place] for pair in drawn] for place, name in enumerate(SENTENCES)})
 

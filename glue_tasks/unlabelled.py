@@ -26,14 +26,18 @@ def with_unlabelled(raw: DatasetDict, files: Sequence[str | Path]) -> DatasetDic
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, or has not one text a row where the task has one, or two where it has two.
+        ValueError: a file cannot be read, has not one text a row where the task has one, or two where it has two, or
+            has no row with all of them.
     """
     names = [name for name in SENTENCES if name in raw["train"].column_names]
     columns: dict[str, list[str]] = {name: [] for name in names}
     for file in files:
         table = read_table(file)
         found = [pair for pair in TEXT_COLUMNS if len(pair) == len(names) and set(pair) <= set(table.columns)]
-        if len(found) != 1:
+        if len(found) > 1:
+            several = " or ".join(" and ".join(pair) for pair in found)
+            raise ValueError(f"--unlabelled_file {file} has several columns that could be meant, {several}; leave one.")
+        if not found:
             wanted = " or ".join(" and ".join(pair) for pair in TEXT_COLUMNS if len(pair) == len(names))
             raise ValueError(
                 f"--unlabelled_file {file}: the task has {len(names)} text{'s' * (len(names) > 1)} a row, so the file "
@@ -41,6 +45,8 @@ def with_unlabelled(raw: DatasetDict, files: Sequence[str | Path]) -> DatasetDic
             )
         texts = [texts_of(table, column, UNLABELLED) for column in found[0]]
         rows = [row for row in zip(*texts, strict=True) if all(map(str.strip, row))]
+        if not rows:
+            raise ValueError(f"--unlabelled_file {file}: none of its {len(table)} rows has a text in every column.")
         logger.info("%s: %d rows without labels, %d dropped that lack a text.", file, len(rows), len(table) - len(rows))
         for name, values in zip(names, zip(*rows, strict=True), strict=False):
             columns[name] += values

@@ -133,6 +133,9 @@ def test_a_trained_student_has_a_row_of_its_own_with_more_time_steps(teacher, gi
     assert str(pupil.job("rte", Setting(3e-4, 3), 0, given).folder / "glue" / "rte") in command
     assert "num_time_steps=4,membrane_reset=symmetric" in command and "--do_eval" in command
     assert longer.results("rte", given) == []
+    # Another setting that turns out to be the best is another evaluation.
+    (other,) = WithTimeSteps(replace(pupil, learning_rates=(1e-4,)), 4).jobs(given)
+    assert other.folder != job.folder
     write_result(job, "rte", 0.5)
     *_, row = build_table(given, teacher, [pupil, longer])
     assert (row["model"], row["rte"], row["cola"]) == ("num_time_steps=1, as it is with T = 4", "0.5", None)
@@ -173,7 +176,21 @@ def test_a_student_learns_the_states_with_the_setting_and_goes_on_from_there(giv
     assert "--model_type" in states and "--model_type" not in finish
 
 
+def test_students_of_one_name_would_share_a_folder_and_are_refused(given, tmp_path):
+    folders = [tmp_path / place / "student" for place in ("one", "other")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    with pytest.raises(ValueError, match="--variants: two of them are called student.*give it another, by a link"):
+        replace(given, variants=list(map(str, folders)))
+    (tmp_path / "another").symlink_to(folders[1])
+    both = replace(given, variants=[str(folders[0]), str(tmp_path / "another")])
+    assert [student(both, variant).name for variant in both.variants] == ["student", "another"]
+
+
 def test_a_larger_grid_for_one_side_is_refused(given):
+    with pytest.raises(ValueError, match="--jobs 0 is not possible"):
+        replace(given, jobs=0)
     with pytest.raises(ValueError, match="--teacher_learning_rates and --student_learning_rates have to be equally"):
         replace(given, student_learning_rates=[1e-4, 2e-4, 3e-4])
     with pytest.raises(ValueError, match="--teacher_epochs and --student_epochs have to be equally"):

@@ -39,5 +39,7 @@ def test_a_fitted_student_is_nearer_on_text_that_it_was_not_fitted_to(tmp_path):
 
 
 def test_less_than_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="--fit_tokens 31: 0 is no fit, and else a row of 32 is the least"):
+        Arguments("bert", "glue", "text", "text", fit_tokens=[0, 31])
     with pytest.raises(ValueError, match="--fit_tokens -1"):
         Arguments("bert", "glue", "text", "text", fit_tokens=[-1])

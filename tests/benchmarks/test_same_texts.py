@@ -62,6 +62,15 @@ def test_pairs_of_all_tasks_and_of_a_text_without_what_a_task_is_scored_on(tmp_p
 def test_a_task_without_pairs_and_a_file_that_exists_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--task_name cola: these tasks have no pairs"):
         Arguments("glue", str(tmp_path / "pairs.tsv"), task_name=["mrpc", "cola"])
+    with pytest.raises(ValueError, match="--task_name mrcp: no such task; there are cola, "):
+        Arguments("glue", str(tmp_path / "pairs.tsv"), task_name=["mrcp"])
+    with pytest.raises(ValueError, match="separated by tabs; name it something.tsv"):
+        Arguments("glue", str(tmp_path / "pairs.csv"))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        Arguments("glue", str(tmp_path / "nowhere/pairs.tsv"))
+    (tmp_path / "lines.txt").write_text("The first one here has words.\nThe second one has as many.\n")
+    with pytest.raises(SystemExit, match="no sentences one after another in a line; give a paragraph a line"):
+        other_pairs.neighbours(tmp_path / "lines.txt", 5, 0)
     (tmp_path / "pairs.tsv").touch()
     with pytest.raises(ValueError, match=r"pairs\.tsv exists; name another file"):
         Arguments("glue", str(tmp_path / "pairs.tsv"))

@@ -20,6 +20,8 @@ def folder(tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unlabelled")
     data = write_tasks(folder / "glue", "CoLA", "RTE")
     (folder / "pairs.tsv").write_text(PAIRS)
+    (folder / "both.csv").write_text("text,sentence\nfive,six\n")
+    (folder / "blank.csv").write_text('text\n" "\n" "\n')
     (folder / "texts.csv").write_text("text\nfive\nsix seven\n")
     tasks = ("--task_name", "cola", "rte", "--num_train_epochs", "1", "--report_epoch", "last")
     main(command(tiny_bert, data, folder / "teachers", *tasks))
@@ -78,6 +80,8 @@ def test_a_student_learns_from_them_and_not_from_labels(folder, tiny_spikelm, tm
         ("rte", "pairs.tsv", ("--label_weight", "0.1"), "--unlabelled_file has no labels for --label_weight 0.1"),
         ("rte", "texts.csv", (), r"the task has 2 texts a row, so the file needs one of .*sentence1 and sentence2"),
         ("cola", "pairs.tsv", (), "the task has 1 text a row, so the file needs one of text or sentence as columns"),
+        ("cola", "both.csv", (), "has several columns that could be meant, text or sentence; leave one"),
+        ("cola", "blank.csv", (), "none of its 2 rows has a text in every column"),
         ("rte", "nowhere.tsv", (), "There is no file .*nowhere.tsv"),
         ("rte", "pairs.tsv", ("--do_eval",), "only a student in training learns from texts without labels"),
     ],
