@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             cache_dir=model_arguments.cache_dir,
             attn_implementation=model_arguments.attn_implementation,
         )
+        teaching.check_head(teacher, given)
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)
         check_fit(config, tokenizer, data_arguments)

@@ -170,6 +170,18 @@ class DistillationArguments:
                 "about single steps. Log by steps, or leave it out."
             )
 
+    def check_head(self, teacher: Teacher, given: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: a flag was given that is about a head, and the teacher has none.
+        """
+        for name in ("logits_weight", "label_weight", "temperature"):
+            if given.get(name) and not teacher.kind:
+                raise ValueError(
+                    f"--{name} {given[name]:g} is about a masked-LM head, and --teacher_name_or_path "
+                    f"{self.teacher_name_or_path} has none; leave the flag out, or name a teacher with its head."
+                )
+
     def check_flags_of_a_writer(self, given: Mapping[str, Any]) -> None:
         """
         Raises:
