@@ -31,7 +31,7 @@ from configuration_spikelm import SpikeLMLlamaConfig
 from distillation.arguments import DistillationArguments
 from distillation.causal import CausalTermsTrainer
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
+from distillation.teacher import Teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(model_arguments, training.do_train, new=SpikeLMLlamaConfig, **fields)
         check_fit(config, tokenizer, data_arguments)
         check_evaluation(training, config)
-        teacher = load_teacher_for(config, model_arguments, teaching)
+        teacher = teaching.load(config, model_arguments)
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)
@@ -171,20 +171,6 @@ def check_is_causal(model: PreTrainedModel) -> None:
             f"A {type(model).__name__} sees the tokens behind the one that it reads, so it would copy the next one "
             "instead of predicting it; train an encoder with run_mlm.py."
         )
-
-
-def load_teacher_for(config, arguments: ModelArguments, teaching: DistillationArguments) -> Teacher | None:
-    """The teacher of a student of that configuration, if there is to be one."""
-    if teaching.teacher_name_or_path is None:
-        return None
-    return load_teacher(
-        teaching.teacher_name_or_path,
-        config,
-        is_classifier=False,
-        revision=teaching.teacher_revision,
-        cache_dir=arguments.cache_dir,
-        attn_implementation=arguments.attn_implementation,
-    )
 
 
 def make_trainer(

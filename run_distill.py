@@ -27,7 +27,7 @@ from transformers import (
 from configuration_spikelm import SpikeLMConfig
 from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
+from distillation.teacher import Teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer, hidden_state_metrics
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
@@ -75,14 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(student_arguments))
         config = load_config(student_arguments, training.do_train)
-        teacher = load_teacher(
-            teaching.teacher_name_or_path,
-            config,
-            is_classifier=False,
-            revision=teaching.teacher_revision,
-            cache_dir=model_arguments.cache_dir,
-            attn_implementation=model_arguments.attn_implementation,
-        )
+        teacher = teaching.load(config, model_arguments)
         teaching.check_head(teacher, given)
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)

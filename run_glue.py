@@ -37,7 +37,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
+from distillation.teacher import Teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
@@ -472,14 +472,7 @@ def load_task_teacher(data: TaskData, teaching: DistillationArguments) -> Teache
     """
     if data.teacher is None:
         return None
-    teacher = load_teacher(
-        data.teacher,
-        data.config,
-        is_classifier=True,
-        revision=teaching.teacher_revision,
-        cache_dir=data.model.cache_dir,
-        attn_implementation=data.model.attn_implementation,
-    )
+    teacher = teaching.load(data.config, data.model, data.teacher, is_classifier=True)
     classifier = classifier_of(teacher.model.config)
     conflict = classifier.conflict(data.task) if classifier else None
     if conflict:

@@ -29,7 +29,7 @@ from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
 from distillation.encoder_decoder import check_flags
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
+from distillation.teacher import Teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -84,16 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=arguments.max_source_length)
         writing |= set_languages(tokenizer, arguments)
-        teacher = None
-        if teaching.teacher_name_or_path:
-            teacher = load_teacher(
-                teaching.teacher_name_or_path,
-                config,
-                is_classifier=False,
-                revision=teaching.teacher_revision,
-                cache_dir=model_arguments.cache_dir,
-                attn_implementation=model_arguments.attn_implementation,
-            )
+        teacher = teaching.load(config, model_arguments)
         with training.main_process_first(desc="reading and tokenising the texts"):
             splits = encode(pairs, tokenizer, arguments)
         record = RunRecord(

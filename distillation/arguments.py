@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from experiment.arguments import ModelArguments
@@ -12,7 +12,7 @@ from experiment.model_card import shown_name
 from experiment.task_checkpoints import checkpoint_of_task, is_folder_of_tasks
 
 from .losses import LEAST_SEQUENCES
-from .teacher import Teacher
+from .teacher import Teacher, load_teacher
 from .weighted_terms import LossWeights
 
 # Terms that are about a sentence, or an encoder's last layer.
@@ -98,6 +98,31 @@ class DistillationArguments:
     @property
     def weights(self) -> LossWeights:
         return LossWeights(**{entry.name: getattr(self, f"{entry.name}_weight") for entry in fields(LossWeights)})
+
+    def load(
+        self, student: PreTrainedConfig, options: ModelArguments, name: str | None = None, is_classifier: bool = False
+    ) -> Teacher | None:
+        """The teacher of a student of that configuration, if there is to be one.
+
+        Args:
+            options: how models are loaded.
+            name: of the teacher, where there is one for each task; by default the one named.
+            is_classifier: see `load_teacher`.
+
+        Raises:
+            ValueError: as there.
+        """
+        name = name or self.teacher_name_or_path
+        if name is None:
+            return None
+        return load_teacher(
+            name,
+            student,
+            is_classifier=is_classifier,
+            revision=self.teacher_revision,
+            cache_dir=options.cache_dir,
+            attn_implementation=options.attn_implementation,
+        )
 
     def options(self, teacher: Teacher) -> dict[str, Any]:
         """What a `DistillationTrainer` takes beside a Trainer's own arguments."""
