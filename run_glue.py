@@ -61,7 +61,7 @@ from experiment.preemption import StopOnSigterm
 from experiment.publishing import HubRepository, Publisher, take_over_pushing
 from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
-from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
+from experiment.run_record import ProgressNote, RunRecord, differing_arguments, restore_state, save_metrics
 from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
 from experiment.written_files import RECORD_NAME, WrittenFiles
@@ -225,8 +225,9 @@ def finished_results(record: RunRecord) -> list[ColumnResult]:
     folder = Path(record.output_dir)
     for file in [*folder.glob(f"*/{RESULT_FILE}"), *folder.glob(f"*/seed_*/{RESULT_FILE}")]:
         arguments = json.loads(file.with_name(RECORD_NAME).read_text(encoding="utf-8"))["arguments"]
-        # A run that went on from a named checkpoint may have had others.
-        if all(arguments[name] == value for name, value in record.arguments.items() if name not in SET_BY_PLAN):
+        # A run that went on from a named checkpoint may have had others; and it has some of its own.
+        common = {name: value for name, value in record.arguments.items() if name not in SET_BY_PLAN}
+        if not differing_arguments({name: arguments[name] for name in common.keys() & arguments.keys()}, common):
             results += [ColumnResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
     return sorted(results, key=lambda result: ([*TASKS, OWN_DATA].index(result.task), result.seed))
 

@@ -174,13 +174,18 @@ def _derived_fields(config: PreTrainedConfig) -> set[str]:
 
 
 def weights_digest(name: str | None) -> str | None:
-    """What tells one content of a local checkpoint from another: its weights' sizes and times of change.
+    """A hash of a local checkpoint's weights: of a copy, or of another clone of its repository, it is the same.
 
     None without a checkpoint, and for one on the Hub, which its revision pins.
     """
     weights = sorted(Path(name).glob("*.safetensors")) if name else []
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in weights]
-    return hashlib.blake2b("\n".join(stamps).encode(), digest_size=8).hexdigest() if stamps else None
+    if not weights:
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for path in weights:
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def load_model(

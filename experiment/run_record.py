@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,17 +246,26 @@ class RunRecord:
 
     def _differences(self, earlier: dict[str, Any]) -> list[str]:
         before = earlier["arguments"]
-        # A flag that only one version of this project has, and that is off, makes no other run.
-        shared = before.keys() & self.arguments.keys()
         differences = [
             _said(name, f"was {before.get(name)!r} and is {self.arguments.get(name)!r}")
-            for name in sorted(before.keys() | self.arguments.keys())
-            if before.get(name) != self.arguments.get(name)
-            and (name in shared or before.get(name) or self.arguments.get(name))
+            for name in differing_arguments(before, self.arguments)
         ]
         if earlier["data_fingerprint"] != self.data_fingerprint:
             differences.append("the data has changed")
         return differences
+
+
+def differing_arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of recorded arguments that make another run of one that may be older or newer than this project.
+
+    A flag that only one version of the project has, and that is off, makes none.
+    """
+    shared = before.keys() & now.keys()
+    return [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and (name in shared or before.get(name) or now.get(name))
+    ]
 
 
 def _check_checkpoint(checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from experiment import precision
@@ -615,7 +615,26 @@ def test_scores_of_a_checkpoint_that_has_changed_since_are_not_shown_again(write
     shutil.copytree(tiny_bert, checkpoint)
     argv = command(checkpoint, write_glue("RTE"), tmp_path / "out", "--task_name", "rte")
     main(argv)
-    weights = checkpoint / "model.safetensors"
-    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(
+        {name: weight + 1e-6 for name, weight in weights.items()}, checkpoint / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(SystemExit, match="checkpoint_digest"):
         main(argv)
+
+
+def test_a_copied_checkpoint_and_a_newer_version_of_the_project_show_what_is_finished(write_glue, tiny_bert, tmp_path):
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    shutil.copytree(tiny_bert, checkpoint)
+    argv = command(checkpoint, write_glue("RTE"), out, "--task_name", "rte")
+    main(argv)
+    before = results(out)
+    # As a fresh clone of a checkpoint's repository has it, and as a version without --fit_tokens recorded it.
+    os.utime(checkpoint / "model.safetensors", ns=(0, 0))
+    for file in (out / "run.json", out / "rte" / "run.json"):
+        record = json.loads(file.read_text())
+        assert record["arguments"].pop("fit_tokens") == 0
+        file.write_text(json.dumps(record))
+    (out / "glue_results.json").unlink()
+    main(argv)
+    assert results(out) == before
