@@ -11,7 +11,8 @@
    states and attention, with a setting of the grid, then logits and labels as well, as
    recipes/conversion_students.yaml says. With `--unlabelled_pairs` and `--unlabelled_texts` it learns the states of
    other texts too, and the row says so.
-4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each.
+4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each;
+   and with `--train_more_time_steps` once more, after some training with them (recipes/conversion_time_steps.yaml).
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
 each (`--task_name cola`) can share a folder, and one for all of them then makes the table.
@@ -38,6 +39,7 @@ TABLE_TITLE = "Conversion: what a spiking student loses against its dense teache
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
 PATH_NAMES |= {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
 STATES_RECIPE, STUDENTS_RECIPE = "recipes/conversion_states.yaml", "recipes/conversion_students.yaml"
+TIME_STEPS_RECIPE = "recipes/conversion_time_steps.yaml"
 
 
 @dataclass
@@ -75,6 +77,9 @@ class Arguments:
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
     )
     more_time_steps: list[int] = list_of(help="T that every trained student is measured with as well, untrained.")
+    train_more_time_steps: bool = field(
+        default=False, metadata={"help": "Students are trained with --more_time_steps as well, for a row of their own."}
+    )
     skip_text: bool = field(
         default=False, metadata={"help": "An ablation: students begin as calibrated warm starts, without step 2."}
     )
@@ -95,6 +100,11 @@ class Arguments:
         for name in ("jobs", "num_seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is not possible; it must be at least 1.")
+        if self.train_more_time_steps and (self.skip_teachers or not self.more_time_steps):
+            raise ValueError(
+                "--train_more_time_steps needs --more_time_steps, such as 4, and a teacher to learn from; give it "
+                "without --skip_teachers."
+            )
         names = [name_of(variant) for variant in self.variants]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -251,25 +261,30 @@ class Result:
 
 @dataclass(frozen=True)
 class WithTimeSteps:
-    """The trained students of a contestant with more time steps, their levels copied to each; nothing is trained."""
+    """The trained students of a contestant with more time steps: their levels copied to each, or trained from there."""
 
     trained: Contestant
     num_time_steps: int
+    is_trained_on: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.trained.name}, as it is with T = {self.num_time_steps}"
+        how = "trained on" if self.is_trained_on else "as it is"
+        return f"{self.trained.name}, {how} with T = {self.num_time_steps}"
 
     def job(self, task: str, result: Result, arguments: Arguments) -> Job:
-        """One evaluation by run_glue.py."""
+        """One training or evaluation by run_glue.py."""
         setting = result.folder.relative_to(self.trained.folder / task).parts[0]
-        folder = self.trained.folder / f"T_{self.num_time_steps}" / task / setting / f"seed_{result.seed}"
+        steps = f"T_{self.num_time_steps}" + ("_trained" if self.is_trained_on else "")
+        folder = self.trained.folder / steps / task / setting / f"seed_{result.seed}"
+        recipe = TIME_STEPS_RECIPE if self.is_trained_on else self.trained.recipe
+        training = ("--seed", result.seed, *self.trained.flags) if self.is_trained_on else ("--do_eval",)
         command = script(
-            *("run_glue.py", self.trained.recipe, "--do_eval", "--model_name_or_path", result.folder),
+            *("run_glue.py", recipe, *training, "--model_name_or_path", result.folder),
             *("--config_overrides", f"num_time_steps={self.num_time_steps},membrane_reset=symmetric"),
             *("--data_dir", arguments.data_dir, "--task_name", task, "--output_dir", folder / "glue"),
         )
-        return Job(f"{self.name}, {task}, seed {result.seed}", folder, (command,), (self.trained.recipe,))
+        return Job(f"{self.name}, {task}, seed {result.seed}", folder, (command,), (recipe,))
 
     def jobs(self, arguments: Arguments) -> list[Job]:
         """Of every task and seed that has ended."""
@@ -306,7 +321,13 @@ def main() -> None:
 def measure(arguments: Arguments) -> None:
     teacher = dense_model(arguments)
     students = [student(arguments, variant) for variant in arguments.variants]
-    longer = [WithTimeSteps(each, steps) for each in students for steps in arguments.more_time_steps]
+    ways = (False, True) if arguments.train_more_time_steps else (False,)
+    longer = [
+        WithTimeSteps(each, steps, is_trained_on)
+        for is_trained_on in ways
+        for each in students
+        for steps in arguments.more_time_steps
+    ]
 
     def keep_table() -> list[Row]:
         rows = build_table(arguments, teacher, [*students, *longer])
@@ -457,6 +478,8 @@ def notes(arguments: Arguments) -> list[str]:
     recipes = ["recipes/conversion_teachers.yaml", STUDENTS_RECIPE]
     if not arguments.skip_teachers:
         recipes.insert(1, STATES_RECIPE)
+    if arguments.more_time_steps and arguments.train_more_time_steps:
+        recipes.append(TIME_STEPS_RECIPE)
     if not all(map(is_converted, arguments.variants)):
         recipes.append(arguments.distill_recipe)
     return [

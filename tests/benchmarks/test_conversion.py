@@ -19,6 +19,7 @@ import conversion
 from conversion import (
     STATES_RECIPE,
     STUDENTS_RECIPE,
+    TIME_STEPS_RECIPE,
     Arguments,
     Contestant,
     Setting,
@@ -141,6 +142,26 @@ def test_a_trained_student_has_a_row_of_its_own_with_more_time_steps(teacher, gi
     assert (row["model"], row["rte"], row["cola"]) == ("num_time_steps=1, as it is with T = 4", "0.5", None)
 
 
+def test_a_student_that_is_trained_on_with_more_time_steps_has_another_row_beside_it(teacher, given):
+    pupil = student(given, "num_time_steps=1")
+    for setting in pupil.settings("rte", given):
+        finish(pupil, "rte", setting, 0, 1.0, given)
+    as_it_is, trained_on = WithTimeSteps(pupil, 4), WithTimeSteps(pupil, 4, is_trained_on=True)
+    (evaluation,), (job,) = as_it_is.jobs(given), trained_on.jobs(given)
+    (command,) = job.commands
+    assert TIME_STEPS_RECIPE in command and "--do_eval" not in command
+    assert command[command.index("--teacher_name_or_path") + 1] == str(chosen_teachers(given))
+    assert command[command.index("--seed") + 1] == "0" and "num_time_steps=4,membrane_reset=symmetric" in command
+    assert evaluation.folder != job.folder
+    write_result(evaluation, "rte", 2.0)
+    write_result(job, "rte", 3.0)
+    *_, first, second = build_table(given, teacher, [pupil, as_it_is, trained_on])
+    assert (first["rte"], second["rte"]) == ("2.0", "3.0") and second["model"].endswith("trained on with T = 4")
+    for wrong in ({}, {"more_time_steps": [4], "skip_teachers": True}):
+        with pytest.raises(ValueError, match="--train_more_time_steps needs --more_time_steps"):
+            replace(given, train_more_time_steps=True, **wrong)
+
+
 def test_there_is_no_mean_as_long_as_a_task_is_missing(teacher, given):
     pupil = student(given, "num_time_steps=1")
     for setting in pupil.settings("rte", given):
@@ -259,12 +280,14 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
         student_epochs=[1],
         num_seeds=2,
         more_time_steps=[2],
+        train_more_time_steps=True,
         distill_recipe=str(tmp_path / "distill.yaml"),
         output=str(tmp_path / "results"),
     )
     conversion.measure(given)
-    dense, row, longer = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    dense, row, longer, trained_on = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
     assert longer["model"].endswith("as it is with T = 2") and longer["gap"] is not None
+    assert trained_on["model"].endswith("trained on with T = 2") and trained_on["gap"] is not None
     assert dense["gap"] == "0.0" and row["model"] == "neuron=thrifty,num_time_steps=1"
     assert row["gap"] is not None and row["firing rate"].endswith("%")
     weights = next((tmp_path / "out").rglob("text/student/model.safetensors"))
