@@ -164,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         check_evaluation(training, ready[0].config)
         # A checkpoint that was trained on since then is another start, and finished tasks are then not its results.
-        starts = {
-            name: {"checkpoint_digest": weights_digest(model.model_name_or_path)} for name, model in models.items()
-        }
+        paths = {model.model_name_or_path for model in models.values()} | {data.teacher for data in ready}
+        digests = {path: weights_digest(path) for path in paths}
+        starts = {name: {"checkpoint_digest": digests[model.model_name_or_path]} for name, model in models.items()}
         has_one_start = all(model == model_arguments for model in models.values())
         # Which tasks the folder has, their data and their own checkpoints, is a matter of the runs' own records.
         common = common_arguments(model_arguments, arguments, teaching, spikes, training)
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for data in ready:
             for run in plans[data.task.name]:
                 run_arguments = common_arguments(model_arguments, arguments, teaching, spikes, run)
-                run_arguments |= starts[data.task.name] | {"teacher_digest": weights_digest(data.teacher)}
+                run_arguments |= starts[data.task.name] | {"teacher_digest": digests[data.teacher]}
                 records[run.output_dir] = RunRecord(run.output_dir, run_arguments, data.fingerprint)
                 checkpoint = records[run.output_dir].check(overwrite, run.resume_from_checkpoint)
                 refuse_pickled_weights(checkpoint)

@@ -478,7 +478,7 @@ def notes(arguments: Arguments) -> list[str]:
     recipes = ["recipes/conversion_teachers.yaml", STUDENTS_RECIPE]
     if not arguments.skip_teachers:
         recipes.insert(1, STATES_RECIPE)
-    if arguments.more_time_steps and arguments.train_more_time_steps:
+    if arguments.train_more_time_steps:
         recipes.append(TIME_STEPS_RECIPE)
     if not all(map(is_converted, arguments.variants)):
         recipes.append(arguments.distill_recipe)
