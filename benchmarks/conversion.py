@@ -7,9 +7,8 @@
    score becomes the teacher. `--teacher_settings` takes the place of a grid that has been run before.
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
    student that has been converted already.
-3. Every student learns every task from its teacher, on a grid of the same size, with the same rule: first hidden
-   states and attention, with a setting of the grid, then logits and labels as well, as
-   recipes/conversion_students.yaml says. With `--unlabelled_pairs` and `--unlabelled_texts` it learns the states of
+3. Every student learns every task from its teacher's hidden states and attention, on a grid of the same size, with the
+   same rule (recipes/conversion_states.yaml). With `--unlabelled_pairs` and `--unlabelled_texts` it learns those of
    other texts too, and the row says so.
 4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each;
    and with `--train_more_time_steps` once more, after some training with them (recipes/conversion_time_steps.yaml).
@@ -38,8 +37,8 @@ TABLE_TITLE = "Conversion: what a spiking student loses against its dense teache
 # What stands in a command in the place of paths, which are of no use elsewhere.
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
 PATH_NAMES |= {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
-STATES_RECIPE, STUDENTS_RECIPE = "recipes/conversion_states.yaml", "recipes/conversion_students.yaml"
-TIME_STEPS_RECIPE = "recipes/conversion_time_steps.yaml"
+TEACHERS_RECIPE, STATES_RECIPE = "recipes/conversion_teachers.yaml", "recipes/conversion_states.yaml"
+LABELS_RECIPE, TIME_STEPS_RECIPE = "recipes/conversion_labels.yaml", "recipes/conversion_time_steps.yaml"
 
 
 @dataclass
@@ -171,8 +170,7 @@ class Contestant:
     Attributes:
         settled: tasks whose setting was found before, so that there is no grid.
         start: flags that make a SpikeLM of `model`, where it is none.
-        states_recipe: of a training before that of `recipe`, on the teacher's hidden states and attention, which
-            then has the setting of the grid.
+        is_taught: whether it has a teacher, who has something to say of texts without labels too.
     """
 
     name: str
@@ -184,7 +182,7 @@ class Contestant:
     epochs: tuple[int, ...]
     settled: Mapping[str, Setting] = field(default_factory=dict)
     start: tuple[object, ...] = ()
-    states_recipe: str | None = None
+    is_taught: bool = False
 
     def settings(self, task: str, arguments: Arguments) -> list[Setting]:
         if task in self.settled:
@@ -193,25 +191,18 @@ class Contestant:
         return [Setting(*point) for point in product(self.learning_rates, epochs)]
 
     def job(self, task: str, setting: Setting, seed: int, arguments: Arguments) -> Job:
-        """A task, a setting and a seed: one training of run_glue.py, or two where the states are learned before."""
+        """A task, a setting and a seed: one training of run_glue.py."""
         folder = self.folder / task / setting.name / f"seed_{seed}"
-        large = task in arguments.large_tasks
-        batch = ("--per_device_train_batch_size", arguments.large_task_batch_size) if large else ()
-        data = (*batch, "--data_dir", arguments.data_dir, "--task_name", task, "--seed", seed)
-        rate = ("--learning_rate", setting.learning_rate, "--num_train_epochs", setting.epochs)
-        model, start, recipes = self.model, self.start, (self.recipe,)
-        commands = []
-        if self.states_recipe:
-            more = arguments.unlabelled_file(task)
-            flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
-            flags += ("--unlabelled_file", more) if more else ()
-            commands.append(script("run_glue.py", self.states_recipe, *flags, "--output_dir", folder / "states"))
-            # What follows has a rate and epochs of its own, in its recipe; of a large task that would be too many.
-            model, start, rate = folder / "states" / task, (), rate[2:] if large else ()
-            recipes = (self.states_recipe, self.recipe)
-        flags = ("--model_name_or_path", model, *start, *self.flags, *data, *rate)
-        commands.append(script("run_glue.py", self.recipe, *flags, "--output_dir", folder / "glue"))
-        return Job(f"{self.name}, {task}, {setting.name}, seed {seed}", folder, tuple(commands), recipes)
+        large, more = task in arguments.large_tasks, arguments.unlabelled_file(task)
+        command = script(
+            *("run_glue.py", self.recipe, "--model_name_or_path", self.model, *self.start, *self.flags),
+            *(("--per_device_train_batch_size", arguments.large_task_batch_size) if large else ()),
+            *("--data_dir", arguments.data_dir, "--task_name", task, "--seed", seed),
+            *("--learning_rate", setting.learning_rate, "--num_train_epochs", setting.epochs),
+            *(("--unlabelled_file", more) if more and self.is_taught else ()),
+            *("--output_dir", folder / "glue"),
+        )
+        return Job(f"{self.name}, {task}, {setting.name}, seed {seed}", folder, (command,), (self.recipe,))
 
     def first_jobs(self, arguments: Arguments) -> list[Job]:
         """The grid, of every task, with the first seed."""
@@ -278,9 +269,9 @@ class WithTimeSteps:
         steps = f"T_{self.num_time_steps}" + ("_trained" if self.is_trained_on else "")
         folder = self.trained.folder / steps / task / setting / f"seed_{result.seed}"
         recipe = TIME_STEPS_RECIPE if self.is_trained_on else self.trained.recipe
-        training = ("--seed", result.seed, *self.trained.flags) if self.is_trained_on else ("--do_eval",)
+        training = ("--seed", result.seed) if self.is_trained_on else ("--do_eval",)
         command = script(
-            *("run_glue.py", recipe, *training, "--model_name_or_path", result.folder),
+            *("run_glue.py", recipe, *training, "--model_name_or_path", result.folder, *self.trained.flags),
             *("--config_overrides", f"num_time_steps={self.num_time_steps},membrane_reset=symmetric"),
             *("--data_dir", arguments.data_dir, "--task_name", task, "--output_dir", folder / "glue"),
         )
@@ -364,7 +355,7 @@ def dense_model(arguments: Arguments) -> Contestant:
     return Contestant(
         name="teacher",
         folder=Path(arguments.output_dir, "teachers"),
-        recipe="recipes/conversion_teachers.yaml",
+        recipe=TEACHERS_RECIPE,
         model=arguments.teacher_name_or_path,
         flags=(),
         learning_rates=tuple(arguments.teacher_learning_rates),
@@ -413,19 +404,19 @@ def student(arguments: Arguments, variant: str) -> Contestant:
         model, start = arguments.teacher_name_or_path, ("--model_type", "spikelm", "--config_overrides", variant)
     elif not is_converted(variant):
         model = conversion(arguments, variant).folder / "student"
-    taught = () if arguments.skip_teachers else ("--teacher_name_or_path", chosen_teachers(arguments))
+    is_taught = not arguments.skip_teachers
     skipped = [each for each in ("text", "teachers") if getattr(arguments, f"skip_{each}")]
     name += "".join(f", without {each}" for each in skipped)
-    if not arguments.skip_teachers and (arguments.unlabelled_pairs or arguments.unlabelled_texts):
+    if is_taught and (arguments.unlabelled_pairs or arguments.unlabelled_texts):
         name += ", with other texts"
     return Contestant(
         name=name,
         folder=Path(arguments.output_dir, "students", name.replace(" ", "_"), "tasks"),
-        recipe=STUDENTS_RECIPE,
+        recipe=STATES_RECIPE if is_taught else LABELS_RECIPE,
         model=model,
         start=start,
-        flags=taught,
-        states_recipe=None if arguments.skip_teachers else STATES_RECIPE,
+        flags=("--teacher_name_or_path", chosen_teachers(arguments)) if is_taught else (),
+        is_taught=is_taught,
         learning_rates=tuple(arguments.student_learning_rates),
         epochs=tuple(arguments.student_epochs),
     )
@@ -475,9 +466,7 @@ def _score(results: Sequence[Result]) -> str:
 
 
 def notes(arguments: Arguments) -> list[str]:
-    recipes = ["recipes/conversion_teachers.yaml", STUDENTS_RECIPE]
-    if not arguments.skip_teachers:
-        recipes.insert(1, STATES_RECIPE)
+    recipes = [TEACHERS_RECIPE, LABELS_RECIPE if arguments.skip_teachers else STATES_RECIPE]
     if arguments.train_more_time_steps:
         recipes.append(TIME_STEPS_RECIPE)
     if not all(map(is_converted, arguments.variants)):

@@ -17,8 +17,8 @@ from tests.glue_tasks.conftest import write_tasks
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import conversion
 from conversion import (
+    LABELS_RECIPE,
     STATES_RECIPE,
-    STUDENTS_RECIPE,
     TIME_STEPS_RECIPE,
     Arguments,
     Contestant,
@@ -174,27 +174,21 @@ def test_a_large_task_has_epochs_and_batches_of_its_own(given):
     pupil = student(given, "num_time_steps=1")
     assert [setting.epochs for setting in pupil.settings("sst2", given)] == [1, 2, 1, 2]
     assert [setting.epochs for setting in pupil.settings("rte", given)] == [3, 3]
-    large, small = (pupil.job(task, ONE, 0, given).commands for task in ("sst2", "rte"))
-    assert [command[command.index("--per_device_train_batch_size") + 1] for command in large] == ["128", "128"]
-    assert not any("--per_device_train_batch_size" in command for command in small)
-    assert [command[command.index("--num_train_epochs") + 1] for command in large] == ["3", "3"]
-    assert "--num_train_epochs" not in small[1] and "--learning_rate" not in large[1]
+    (large,), (small,) = (pupil.job(task, ONE, 0, given).commands for task in ("sst2", "rte"))
+    assert large[large.index("--per_device_train_batch_size") + 1] == "128"
+    assert "--per_device_train_batch_size" not in small
 
 
-def test_a_student_learns_the_states_with_the_setting_and_goes_on_from_there(given):
-    states, finish = student(given, "num_time_steps=1").job("rte", ONE, 0, given).commands
-    assert STATES_RECIPE in states and states[states.index("--learning_rate") + 1] == "0.0001"
-    assert STUDENTS_RECIPE in finish and "--learning_rate" not in finish
-    learned = states[states.index("--output_dir") + 1]
-    assert finish[finish.index("--model_name_or_path") + 1] == str(Path(learned, "rte"))
-    # Labels alone have no teacher's states, and what is not converted becomes a SpikeLM in the first training.
+def test_a_student_learns_its_teachers_states_or_labels_alone(given):
+    (taught,) = student(given, "num_time_steps=1").job("rte", ONE, 0, given).commands
+    assert STATES_RECIPE in taught and "--model_type" not in taught
+    assert taught[taught.index("--teacher_name_or_path") + 1] == str(chosen_teachers(given))
+    assert taught[taught.index("--learning_rate") + 1] == "0.0001"
+    # What is not converted becomes a SpikeLM in the training.
     alone = replace(given, skip_text=True, skip_teachers=True)
     (command,) = student(alone, "num_time_steps=1").job("rte", ONE, 0, alone).commands
-    assert STUDENTS_RECIPE in command and command[command.index("--num_train_epochs") + 1] == "3"
+    assert LABELS_RECIPE in command and command[command.index("--num_train_epochs") + 1] == "3"
     assert "--model_type" in command and "--teacher_name_or_path" not in command
-    calibrated = replace(given, skip_text=True)
-    states, finish = student(calibrated, "num_time_steps=1").job("rte", ONE, 0, calibrated).commands
-    assert "--model_type" in states and "--model_type" not in finish
 
 
 def test_students_of_one_name_would_share_a_folder_and_are_refused(given, tmp_path):
@@ -245,11 +239,10 @@ def test_other_texts_go_to_the_tasks_they_are_like_and_make_a_row_of_their_own(g
         return student(given, variant).job(task, ONE, 0, given).commands
 
     for task, file in (("rte", pairs), ("cola", texts)):
-        states, all_losses = commands(task, more)
-        assert states[states.index("--unlabelled_file") + 1] == str(file)
-        assert "--unlabelled_file" not in all_losses
+        (command,) = commands(task, more)
+        assert command[command.index("--unlabelled_file") + 1] == str(file)
     for task, others in (("sst2", more), ("rte", given), ("rte", replace(more, skip_teachers=True))):
-        assert not any("--unlabelled_file" in command for command in commands(task, others))
+        assert "--unlabelled_file" not in commands(task, others)[0]
     name = student(given, "num_time_steps=1").name
     assert student(more, "num_time_steps=1").name == f"{name}, with other texts"
     with pytest.raises(ValueError, match="--unlabelled_pairs .* does not exist"):
