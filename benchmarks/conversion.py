@@ -28,15 +28,14 @@ from typing import Any
 import project  # noqa: F401
 from cases import list_of
 from report import Row, keep, print_table
-from trainings import Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
+from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
 from transformers import HfArgumentParser
 
 from glue_tasks.tasks import TASKS
 
 TABLE_TITLE = "Conversion: what a spiking student loses against its dense teacher"
 # What stands in a command in the place of paths, which are of no use elsewhere.
-PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
-PATH_NAMES |= {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
+NAMES = PATH_NAMES | {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
 TEACHERS_RECIPE, STATES_RECIPE = "recipes/conversion_teachers.yaml", "recipes/conversion_states.yaml"
 LABELS_RECIPE, TIME_STEPS_RECIPE = "recipes/conversion_labels.yaml", "recipes/conversion_time_steps.yaml"
 
@@ -323,7 +322,7 @@ def measure(arguments: Arguments) -> None:
     def keep_table() -> list[Row]:
         rows = build_table(arguments, teacher, [*students, *longer])
         if arguments.output is not None:
-            keep("conversion", TABLE_TITLE, rows, device(), arguments.output, notes(arguments), PATH_NAMES)
+            keep("conversion", TABLE_TITLE, rows, device(), arguments.output, notes(arguments), NAMES)
         return rows
 
     failed: list[Job] = []

@@ -21,7 +21,8 @@ class StopOnSigterm(TrainerCallback):
     """After a SIGTERM to any of the processes, all of them save a checkpoint at the end of the step and stop.
 
     A callback of the Trainer, and a context for its `train`, which ends the program if the training was cut off. Every
-    process has to enter it.
+    process has to enter it. Before the first step, in a fit of minutes or while a checkpoint is read, there is nothing
+    to save, and the signal does what it did before.
 
     Transformers' own `--enable_jit_checkpoint` saves in each process as its own signal arrives, before the optimizer's
     step, and ends with code 0; so it is not used.
@@ -34,7 +35,7 @@ class StopOnSigterm(TrainerCallback):
         self._saved_step: int | None = None
 
     def __enter__(self) -> Self:
-        self._handler_before = signal.signal(signal.SIGTERM, self._note)
+        self._handler_before = signal.getsignal(signal.SIGTERM)
         if PartialState().num_processes > 1:
             # On the CPU, so that asking does not wait for what a GPU still has to do.
             self._group = dist.new_group(backend="gloo")
@@ -56,6 +57,9 @@ class StopOnSigterm(TrainerCallback):
         signalled = torch.tensor(int(self._is_signalled))
         dist.all_reduce(signalled, dist.ReduceOp.MAX, group=self._group)
         return bool(signalled)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._note)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._is_any_signalled():

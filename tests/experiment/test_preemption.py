@@ -31,7 +31,12 @@ class SigtermAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(folder, strategy, sigterm_at=None, checkpoint=None, **arguments):
+class SigtermBeforeTheFirstStep(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(folder, strategy, sigterm_at=None, checkpoint=None, others=(), **arguments):
     data = [{"x": torch.randn(3, generator=torch.Generator().manual_seed(n)), "labels": n % 2} for n in range(8)]
     training = TrainingArguments(
         output_dir=str(folder),
@@ -48,7 +53,7 @@ def train(folder, strategy, sigterm_at=None, checkpoint=None, **arguments):
         **arguments,
     )
     preemption = StopOnSigterm()
-    callbacks = [preemption, *([SigtermAt(sigterm_at)] if sigterm_at else [])]
+    callbacks = [preemption, *([SigtermAt(sigterm_at)] if sigterm_at else []), *others]
     trainer = Trainer(Noisy(), training, train_dataset=data, eval_dataset=data, callbacks=callbacks)
     with preemption:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -101,3 +106,18 @@ def test_sigterm_does_what_it_did_before_when_the_training_is_over(tmp_path):
     with pytest.raises(RuntimeError, match="broken"), StopOnSigterm():
         raise RuntimeError("broken")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_before_the_first_step_does_what_it_did_before(tmp_path):
+    """A fit can take minutes, and those who send the signal wait for seconds."""
+
+    def end(signum, frame):
+        raise RuntimeError("ended at once")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(RuntimeError, match="ended at once"):
+            train(tmp_path, "steps", others=[SigtermBeforeTheFirstStep()])
+        assert signal.getsignal(signal.SIGTERM) is end and not steps_saved(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
