@@ -59,7 +59,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     end = project.STARTED + arguments.seconds
     device = arguments.device
-    rate = matrix_product_rate(device, torch.bfloat16)
+    rate = matrix_product_rate(device, torch.bfloat16, arguments.shape[0])
     way = "in Triton" if runs_in_triton(torch.zeros(1, device=device)) else "in torch's own operations"
     product = f"product at {rate / 1e12:.3g} TFLOP/s"
     title = f"Time and memory, bf16 autocast, dropout 0.1, neurons {way}, {product}"

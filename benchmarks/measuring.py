@@ -26,9 +26,9 @@ def count_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def matrix_product_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the median of several."""
-    size = 8192 if device == "cuda" else 1024
+def matrix_product_rate(device: str, dtype: torch.dtype, shape: str) -> float:
+    """FLOP/s of a large square matrix product: the median of several. A toy shape's is small: it is for trying."""
+    size = 128 if shape == "tiny" else 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(8):

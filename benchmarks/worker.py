@@ -82,7 +82,7 @@ def serve(case: Case, work: Callable[[], dict[str, float]], flops: int, answer: 
     for _ in range(case.warmup):
         work()
     dtype = torch.bfloat16 if case.dtype == "bf16_autocast" else torch.float32
-    answer({"flops": flops, "matrix_product_rate": matrix_product_rate(case.device, dtype)})
+    answer({"flops": flops, "matrix_product_rate": matrix_product_rate(case.device, dtype, case.shape)})
     for line in sys.stdin:
         work()  # caches and cores are cold after the other sides' turns
         answer([work() for _ in range(int(line))])

@@ -103,6 +103,8 @@ def _become(
         _accelerate_launch(argv, launch)
     else:
         sys.argv = [*argv]
+        # As `python script` does, for what stands beside it.
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
         runpy.run_path(argv[0], run_name="__main__")
 
 

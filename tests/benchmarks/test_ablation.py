@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from modeling_spikelm import spiking
 from tests.corpus import write_corpus
+from tests.forked_processes import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -28,14 +29,7 @@ SIZES = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_s
 
 
 def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_forked([f"benchmarks/{name}.py", *map(str, arguments)], timeout=300, OMP_NUM_THREADS="1")
 
 
 def kept(folder: Path, name: str) -> list[dict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from tests.forked_processes import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = "--shape tiny --length 16 --num_time_steps 2 --rounds 1".split()
@@ -18,14 +19,7 @@ QUICK = "--repeats 1 --warmup 1".split()
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", *TOY, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_forked([f"benchmarks/{name}.py", *TOY, *arguments], timeout=120, OMP_NUM_THREADS="1")
 
 
 def results(name: str, folder: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """The benchmark of the fit before training: one real run of a tiny model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 from pretraining_data.tokenizers import train_wordpiece
 from tests.corpus import write_corpus
+from tests.forked_processes import run_forked
 from tests.glue_tasks.conftest import write_tasks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -31,7 +31,8 @@ def test_a_fitted_student_is_nearer_on_text_that_it_was_not_fitted_to(tmp_path):
     flags = ["--teacher_name_or_path", tmp_path / "bert", "--data_dir", write_tasks(tmp_path / "glue", "STS-B")]
     flags += ["--train_file", text, "--validation_file", text, "--length", 16, "--validation_rows", 8]
     flags += ["--fit_tokens", 0, 2048, "--output", tmp_path / "results"]
-    subprocess.run([sys.executable, fitted_start.__file__, *map(str, flags)], check=True, cwd=tmp_path)
+    finished = run_forked([fitted_start.__file__, *map(str, flags)])
+    assert finished.returncode == 0, finished.stderr
     (run,) = json.loads((tmp_path / "results/fitted_start.json").read_text())
     calibrated, fitted = run["rows"]
     assert (calibrated["tokens"], fitted["tokens"]) == ("0", "2,048")

@@ -1,7 +1,6 @@
 """Tokens against gap: the line through the points, and one real run of a tiny model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 from pretraining_data.tokenizers import train_wordpiece
 from tests.corpus import write_corpus
+from tests.forked_processes import run_forked
 from tests.glue_tasks.conftest import write_tasks
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -64,7 +64,8 @@ def test_a_student_of_every_length_is_trained_and_measured_and_table_and_picture
     flags = ["--teacher_name_or_path", tmp_path / "bert", "--data_dir", write_tasks(tmp_path / "glue", "STS-B")]
     flags += ["--train_file", text, "--output_dir", tmp_path / "runs", "--recipe", recipe, "--max_steps", 1, 2]
     flags += ["--output", tmp_path / "results"]
-    subprocess.run([sys.executable, gap_against_tokens.__file__, *map(str, flags)], check=True, cwd=tmp_path)
+    finished = run_forked([gap_against_tokens.__file__, *map(str, flags)])
+    assert finished.returncode == 0, finished.stderr
     (run,) = json.loads((tmp_path / "results/gap_against_tokens.json").read_text())
     # Steps of 4 rows of 16 tokens; a gap as small as this model's may well leave no line to continue.
     assert [row["tokens"] for row in run["rows"][:3]] == ["0", "64", "128"]
