@@ -38,6 +38,8 @@ TABLE_TITLE = "Conversion: what a spiking student loses against its dense teache
 NAMES = PATH_NAMES | {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
 TEACHERS_RECIPE, STATES_RECIPE = "recipes/conversion_teachers.yaml", "recipes/conversion_states.yaml"
 LABELS_RECIPE, TIME_STEPS_RECIPE = "recipes/conversion_labels.yaml", "recipes/conversion_time_steps.yaml"
+# Students learn states that a dropout would blur.
+WITHOUT_DROPOUT = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
 
 
 @dataclass
@@ -111,6 +113,12 @@ class Arguments:
                 "folder its own name counts: give it another, by a link for instance."
             )
         self.settled_teachers()
+        trained = [variant for variant in self.variants if is_converted(variant)]
+        if self.skip_text and trained:
+            raise ValueError(
+                f"--skip_text is of students that no text has trained, and {trained[0]} has been; name the fields of a "
+                "configuration in --variants, such as neuron=thrifty,num_time_steps=1."
+            )
         if self.train_file is None and not self.skip_text and not all(map(is_converted, self.variants)):
             raise ValueError("--train_file is missing: the text that the variants are converted with.")
         for name in ("train_file", "data_dir", "distill_recipe", "unlabelled_pairs", "unlabelled_texts"):
@@ -388,7 +396,7 @@ def conversion(arguments: Arguments, variant: str) -> Job:
     command = script(
         *("run_distill.py", arguments.distill_recipe, "--teacher_name_or_path", arguments.teacher_name_or_path),
         *("--train_file", arguments.train_file, *validation),
-        *("--config_overrides", f"{variant},hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"),
+        *("--config_overrides", f"{variant},{WITHOUT_DROPOUT}"),
         *("--output_dir", folder / "student"),
     )
     return Job(f"text, {variant}", folder, (command,), (arguments.distill_recipe,))
@@ -400,7 +408,8 @@ def student(arguments: Arguments, variant: str) -> Contestant:
     model: object = variant
     start: tuple[object, ...] = ()
     if arguments.skip_text and not is_converted(variant):
-        model, start = arguments.teacher_name_or_path, ("--model_type", "spikelm", "--config_overrides", variant)
+        model = arguments.teacher_name_or_path
+        start = ("--model_type", "spikelm", "--config_overrides", f"{variant},{WITHOUT_DROPOUT}")
     elif not is_converted(variant):
         model = conversion(arguments, variant).folder / "student"
     is_taught = not arguments.skip_teachers

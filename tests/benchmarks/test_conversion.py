@@ -191,6 +191,17 @@ def test_a_student_learns_its_teachers_states_or_labels_alone(given):
     assert "--model_type" in command and "--teacher_name_or_path" not in command
 
 
+def test_without_text_a_student_has_no_dropout_and_is_none_that_text_has_trained(given, tmp_path):
+    alone = replace(given, skip_text=True)
+    (command,) = student(alone, "num_time_steps=1").job("rte", ONE, 0, alone).commands
+    fields = command[command.index("--config_overrides") + 1].split(",")
+    assert fields[0] == "num_time_steps=1"
+    assert {"hidden_dropout_prob=0.0", "attention_probs_dropout_prob=0.0"} <= set(fields)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="--skip_text.*no text has trained.*name the fields of a configuration"):
+        replace(alone, variants=[str(tmp_path)])
+
+
 def test_students_of_one_name_would_share_a_folder_and_are_refused(given, tmp_path):
     folders = [tmp_path / place / "student" for place in ("one", "other")]
     for folder in folders:
