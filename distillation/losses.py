@@ -200,7 +200,9 @@ def attention_loss(
 def _relations(left: torch.Tensor, right: torch.Tensor, is_token: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Logarithms of how a token of `left` weighs those of `right`, both `(B, L, H)`: `(B, heads, L, L)`."""
     left, right = (values.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for values in (left, right))
-    scores = left @ right.mT / left.shape[-1] ** 0.5
+    # Autocast would round a score of 10 to the nearest 1/16, and a student's differ from its teacher's by less.
+    with torch.autocast(left.device.type, enabled=False):
+        scores = left @ right.mT / left.shape[-1] ** 0.5
     # The lowest number and not -inf, so that a difference of two is a number.
     return scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min).log_softmax(-1)
 

@@ -1,6 +1,7 @@
 """What every student's Trainer has in common, whatever the form of its model: the weighted sum of a teacher's terms."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -65,6 +66,11 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         # Every term is a mean over the batch, so the Trainer has to average over accumulation steps itself.
         self.model_accepts_loss_kwargs = False
         self._figures: dict[str, float] = {}
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """What the Trainer computes a loss in. It leaves autocast to accelerate, which prepares the student's `forward`
+        alone: the teacher, and heads that are called outside of it, would run in float32."""
+        return self.accelerator.autocast()
 
     def loss_terms(self, model: nn.Module, inputs: Batch) -> tuple[dict[str, torch.Tensor], Any]:
         """Every term of a weight above 0, a scalar each, by its name in `LossWeights`; and the student's outputs."""

@@ -71,6 +71,21 @@ def test_padding_is_left_out_of_every_term():
     assert terms(student, teacher) == terms(other_student, other_teacher)
 
 
+def test_relations_are_not_rounded_by_autocast():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+
+    def terms():
+        return [
+            value_relation_loss(student, teacher, ALL, num_heads=2),
+            attention_loss([(student, student)], [(teacher, teacher)], ALL, num_heads=2),
+        ]
+
+    with torch.autocast("cpu"):
+        rounded = terms()
+    assert rounded == terms()
+
+
 def test_a_student_like_its_teacher_has_no_loss():
     torch.manual_seed(0)
     states, head = torch.randn(2, 3, 4), nn.Linear(4, 5)

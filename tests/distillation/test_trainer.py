@@ -106,6 +106,22 @@ def test_a_loss_without_any_term_is_refused(make_trainer):
         trainer.compute_loss(trainer.model.train(), pad([trainer.train_dataset[0]]))
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_teacher_and_the_heads_run_in_the_precision_of_the_training(make_trainer, bf16):
+    trainer = make_trainer("tokens", bf16=bf16, max_steps=1, save_strategy="no")
+    teacher = trainer.teacher.model
+    found = {}
+    for name, module in (
+        ("teacher", teacher.bert.encoder.layer[0].attention.self.query),
+        ("teacher's head", teacher.cls.predictions.decoder),
+        ("student's head", trainer.model.cls.predictions.decoder),
+    ):
+        module.register_forward_hook(lambda _, inputs, output, name=name: found.update({name: output.dtype}))
+    trainer.train()
+    wanted = torch.bfloat16 if bf16 else torch.float32
+    assert found == dict.fromkeys(("teacher", "teacher's head", "student's head"), wanted)
+
+
 def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
     trainer = make_trainer("", LossWeights(hidden=0.0, logits=0.0, attention=1.0, label=0.0), num_time_steps=1)
     batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
