@@ -175,7 +175,7 @@ def _emit(
         membrane = integrate((inputs[step].float() - levels.shift).div_(levels.scale), membrane, kept)
         signs = _fire(membrane, begins[step], ends[step], codes[step])
         spikes[step] = torch.addcmul(levels.shift, signs, sizes[step])
-        if has_membrane:
+        if has_membrane and step + 1 < len(inputs):
             kept = kept_share(signs, levels.amplitude[step], decay, reset)
     return spikes, codes
 
@@ -196,19 +196,18 @@ def _pass_back(
     # Of each step and channel: the gradient that arrived at spikes, with their signs.
     signed = torch.stack([_channel_sums(g * c.clamp(-1, 1)) for g, c in zip(spikes_gradient, codes, strict=True)])
     arrived = _channel_sums(spikes_gradient)
-    steps: list[torch.Tensor] = []
-    for step in reversed(range(len(codes))):
-        passed = passed_on(spikes_gradient[step], codes[step]).float()
-        if steps and has_membrane:
-            kept = kept_share(codes[step].clamp(-1, 1), amplitude[step], decay, reset)
-            passed = passed + kept * steps[0]
-        steps.insert(0, passed)
-    gradient = torch.stack(steps)
+    gradient = at_spikes = passed_on(spikes_gradient, codes)
+    if has_membrane and len(codes) > 1:
+        steps: list[torch.Tensor] = []
+        for passed, step_codes, step_amplitude in reversed(list(zip(at_spikes.float(), codes, amplitude, strict=True))):
+            if steps:
+                passed = passed + kept_share(step_codes.clamp(-1, 1), step_amplitude, decay, reset) * steps[0]
+            steps.insert(0, passed)
+        gradient = torch.stack(steps)
     if inputs is None:
         return gradient.to(dtype), signed, arrived
     scaled = (inputs.float() - shift) / scale
     membranes = _membranes(scaled, codes, amplitude, decay, reset, has_membrane)
-    at_spikes = torch.stack([passed_on(g, c).float() for g, c in zip(spikes_gradient, codes, strict=True)])
     moved = torch.stack([_channel_sums(g * m) for g, m in zip(at_spikes, membranes, strict=True)])
     return gradient.to(dtype), signed, arrived, moved, _channel_sums(gradient * scaled), _channel_sums(gradient)
 
