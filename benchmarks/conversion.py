@@ -4,7 +4,8 @@
 
 1. The BERT is fine-tuned on every task with every learning rate and number of epochs of the grid, by run_glue.py and
    with the first seed. Of a task the best setting is kept and trained with the other seeds; its run with the median
-   score becomes the teacher. `--teacher_settings` takes the place of a grid that has been run before.
+   score becomes the teacher. `--teacher_settings` takes the place of a grid that has been run before, as
+   `--student_settings` does of the students'.
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
    student that has been converted already.
 3. Every student learns every task from its teacher's hidden states and attention, on a grid of the same size, with the
@@ -66,6 +67,7 @@ class Arguments:
     teacher_settings: list[str] = list_of(
         help="Of a task the one setting of its teachers, found before, in place of the grid: cola=5e-5:6 is 6 epochs."
     )
+    student_settings: list[str] = list_of(help="The same of its students.")
     unlabelled_pairs: str | None = field(
         default=None, metadata={"help": "A file for run_glue.py's --unlabelled_file, at tasks of pairs."}
     )
@@ -112,7 +114,8 @@ class Arguments:
                 f"--variants: two of them are called {twice[0]}, and their results would lie in one folder. Of a "
                 "folder its own name counts: give it another, by a link for instance."
             )
-        self.settled_teachers()
+        for flag in ("teacher_settings", "student_settings"):
+            self.settled(flag)
         trained = [variant for variant in self.variants if is_converted(variant)]
         if self.skip_text and trained:
             raise ValueError(
@@ -131,20 +134,20 @@ class Arguments:
             return self.unlabelled_pairs
         return None if task in self.large_tasks else self.unlabelled_texts
 
-    def settled_teachers(self) -> dict[str, "Setting"]:
-        """`teacher_settings` by task."""
+    def settled(self, flag: str) -> dict[str, "Setting"]:
+        """`teacher_settings` or `student_settings` by task."""
         found = {}
-        for text in self.teacher_settings:
+        for text in getattr(self, flag):
             task, _, setting = text.partition("=")
             rate, _, epochs = setting.partition(":")
             try:
                 found[task] = Setting(float(rate), int(epochs))
             except ValueError:
                 raise ValueError(
-                    f"--teacher_settings {text} is not a task, a learning rate and epochs; write it as cola=5e-5:6."
+                    f"--{flag} {text} is not a task, a learning rate and epochs; write it as cola=5e-5:6."
                 ) from None
             if task not in self.task_name:
-                raise ValueError(f"--teacher_settings {text} is of a task that --task_name lacks; add it there.")
+                raise ValueError(f"--{flag} {text} is of a task that --task_name lacks; add it there.")
         return found
 
 
@@ -367,7 +370,7 @@ def dense_model(arguments: Arguments) -> Contestant:
         flags=(),
         learning_rates=tuple(arguments.teacher_learning_rates),
         epochs=tuple(arguments.teacher_epochs),
-        settled=arguments.settled_teachers(),
+        settled=arguments.settled("teacher_settings"),
     )
 
 
@@ -427,6 +430,7 @@ def student(arguments: Arguments, variant: str) -> Contestant:
         is_taught=is_taught,
         learning_rates=tuple(arguments.student_learning_rates),
         epochs=tuple(arguments.student_epochs),
+        settled=arguments.settled("student_settings"),
     )
 
 

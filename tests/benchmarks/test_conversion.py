@@ -227,7 +227,10 @@ def test_a_larger_grid_for_one_side_is_refused(given):
         replace(given, train_file=None)
 
 
-def test_a_setting_found_before_takes_the_place_of_the_teachers_grid_alone(given):
+def test_a_setting_found_before_takes_the_place_of_its_own_grid_alone(given):
+    settled = replace(given, student_settings=["rte=2e-5:6"])
+    assert student(settled, "num_time_steps=1").settings("rte", settled) == [Setting(2e-5, 6)]
+    assert dense_model(settled).settings("rte", settled) == [ONE, OTHER]
     given = replace(given, teacher_settings=["cola=2e-5:6"])
     teacher, pupil = dense_model(given), student(given, "num_time_steps=1")
     assert teacher.settings("cola", given) == [Setting(2e-5, 6)]
@@ -236,8 +239,8 @@ def test_a_setting_found_before_takes_the_place_of_the_teachers_grid_alone(given
     for wrong in ("cola", "cola=6", "cola=x:6", "cola=1e-4:1.5"):
         with pytest.raises(ValueError, match="is not a task, a learning rate and epochs"):
             replace(given, teacher_settings=[wrong])
-    with pytest.raises(ValueError, match="is of a task that --task_name lacks"):
-        replace(given, teacher_settings=["mrpc=1e-4:6"])
+    with pytest.raises(ValueError, match="--student_settings mrpc=1e-4:6 is of a task that --task_name lacks"):
+        replace(given, student_settings=["mrpc=1e-4:6"])
 
 
 def test_other_texts_go_to_the_tasks_they_are_like_and_make_a_row_of_their_own(given, tmp_path):
