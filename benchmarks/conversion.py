@@ -75,6 +75,9 @@ class Arguments:
         default=None, metadata={"help": "The same at tasks of single texts, but not at large ones."}
     )
     num_seeds: int = field(default=3, metadata={"help": "Runs of the best setting, with the seeds 0, 1, ..."})
+    num_teacher_seeds: int | None = field(
+        default=None, metadata={"help": "The same of the teachers, if it is not as many."}
+    )
     distill_recipe: str = field(
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
     )
@@ -99,8 +102,8 @@ class Arguments:
                     f"--teacher_{grid} and --student_{grid} have to be equally many: a larger grid is an advantage of "
                     "its own."
                 )
-        for name in ("jobs", "num_seeds"):
-            if getattr(self, name) < 1:
+        for name in ("jobs", "num_seeds", "num_teacher_seeds"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is not possible; it must be at least 1.")
         if self.train_more_time_steps and (self.skip_teachers or not self.more_time_steps):
             raise ValueError(
@@ -178,6 +181,7 @@ class Contestant:
     """A model that learns the tasks: its name, which is its folder, how run_glue.py gets it, and its grid.
 
     Attributes:
+        num_seeds: of the runs of its best setting.
         settled: tasks whose setting was found before, so that there is no grid.
         start: flags that make a SpikeLM of `model`, where it is none.
         is_taught: whether it has a teacher, who has something to say of texts without labels too.
@@ -190,6 +194,7 @@ class Contestant:
     flags: tuple[object, ...]
     learning_rates: tuple[float, ...]
     epochs: tuple[int, ...]
+    num_seeds: int
     settled: Mapping[str, Setting] = field(default_factory=dict)
     start: tuple[object, ...] = ()
     is_taught: bool = False
@@ -238,7 +243,7 @@ class Contestant:
             self.job(task, setting, seed, arguments)
             for task, setting in best.items()
             if setting is not None
-            for seed in range(1, arguments.num_seeds)
+            for seed in range(1, self.num_seeds)
         ]
 
     def results(self, task: str, arguments: Arguments) -> list["Result"]:
@@ -246,7 +251,7 @@ class Contestant:
         setting = self.best_setting(task, arguments)
         if setting is None:
             return []
-        found = (read_result(self.job(task, setting, seed, arguments), seed) for seed in range(arguments.num_seeds))
+        found = (read_result(self.job(task, setting, seed, arguments), seed) for seed in range(self.num_seeds))
         return [result for result in found if result is not None]
 
 
@@ -370,6 +375,7 @@ def dense_model(arguments: Arguments) -> Contestant:
         flags=(),
         learning_rates=tuple(arguments.teacher_learning_rates),
         epochs=tuple(arguments.teacher_epochs),
+        num_seeds=arguments.num_teacher_seeds or arguments.num_seeds,
         settled=arguments.settled("teacher_settings"),
     )
 
@@ -386,7 +392,7 @@ def choose_teachers(teacher: Contestant, arguments: Arguments) -> None:
     for task in arguments.task_name:
         link = folder / task
         results = teacher.results(task, arguments)
-        if len(results) < arguments.num_seeds or link.is_symlink():
+        if len(results) < teacher.num_seeds or link.is_symlink():
             continue
         middle = sorted(results, key=lambda result: result.score)[(len(results) - 1) // 2]
         link.symlink_to(middle.folder.resolve(), target_is_directory=True)
@@ -430,6 +436,7 @@ def student(arguments: Arguments, variant: str) -> Contestant:
         is_taught=is_taught,
         learning_rates=tuple(arguments.student_learning_rates),
         epochs=tuple(arguments.student_epochs),
+        num_seeds=arguments.num_seeds,
         settled=arguments.settled("student_settings"),
     )
 
@@ -483,9 +490,12 @@ def notes(arguments: Arguments) -> list[str]:
         recipes.append(TIME_STEPS_RECIPE)
     if not all(map(is_converted, arguments.variants)):
         recipes.append(arguments.distill_recipe)
+    seeds = f"{arguments.num_seeds} seeds"
+    if arguments.num_teacher_seeds:
+        seeds += f" (of teachers {arguments.num_teacher_seeds})"
     return [
-        f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {arguments.num_seeds} "
-        "seeds, of the setting that is best with the first seed. Gap: the mean over tasks of teacher less student. "
+        f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {seeds}, of the "
+        "setting that is best with the first seed. Gap: the mean over tasks of teacher less student. "
         "Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network "
         "with ternary activations and no time steps, so against such a one the ratio is 1. Steps of large tasks "
         f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",

@@ -108,6 +108,22 @@ def test_the_run_with_the_median_score_becomes_the_teacher_and_stays_it(teacher,
     assert (chosen / "rte").resolve() == median.resolve()
 
 
+def test_teachers_can_have_another_number_of_seeds(teacher, given):
+    one = replace(given, num_teacher_seeds=1)
+    alone = dense_model(one)
+    assert alone.other_jobs(one) == []
+    choose_teachers(alone, one)
+    chosen = chosen_teachers(one)
+    assert (chosen / "rte").resolve() == (alone.job("rte", ONE, 0, one).folder / "glue/rte").resolve()
+    assert (chosen / "cola").is_symlink()
+    pupil = student(one, "num_time_steps=1")
+    for setting in pupil.settings("rte", one):
+        finish(pupil, "rte", setting, 0, 50.0, one)
+    assert [job.folder.name for job in pupil.other_jobs(one)] == ["seed_1", "seed_2"]
+    with pytest.raises(ValueError, match="--num_teacher_seeds 0 is not possible"):
+        replace(given, num_teacher_seeds=0)
+
+
 def test_the_gap_is_the_mean_over_tasks_of_teacher_less_student(teacher, given):
     for seed in (1, 2):
         finish(teacher, "cola", OTHER, seed, 30.0, given)
