@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import run_clm
 import run_mlm
 import run_summarization
-from modeling_spikelm import SpikeLMForMaskedLM
 from pretraining_data.tokenizers import train_byte_pairs
 from tests.corpus import TINY, write_corpus
+from tests.double_precision import use_float64
 from tests.forked_processes import launch_forked
 
 STEPS, WARMUP = 20, 5
@@ -26,8 +26,17 @@ RUN = f"""--max_train_samples 40 --max_eval_samples 8 --vocab_size 600 --max_seq
     --config_overrides {TINY},{NO_DROPOUT} --max_steps {STEPS} --warmup_steps {WARMUP} --learning_rate 1e-3
     --lr_scheduler_type linear --max_grad_norm 0 --logging_steps 1 --save_strategy no --seed 0
     --ddp_broadcast_buffers False --report_to none --disable_tqdm True""".split()
-ON_A_CPU = ["run_mlm.py", "--use_cpu"]
-SHARDED = ["tests/accelerate_configs/gpu_processes_on_cpu.py", "--use_cpu", "False"]
+DOUBLE = "tests/double_precision.py"
+ON_A_CPU = [DOUBLE, "run_mlm.py", "--use_cpu"]
+SHARDED = [DOUBLE, "tests/accelerate_configs/gpu_processes_on_cpu.py", "--use_cpu", "False"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    """Of the runs in this process, as of those that are launched."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_float64(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +77,11 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes(place, trai
     one, two = (torch.tensor(logged(run, "loss")) for run in runs)
     assert len(one) == STEPS
     torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
-    one, two = (SpikeLMForMaskedLM.from_pretrained(run).state_dict() for run in runs)
+    one, two = (load_file(run / "model.safetensors") for run in runs)
+    assert one["bert.encoder.layer.0.output.dense.weight"].dtype == torch.float64
+    # (Amplitudes are kept in float32.)
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-12, msg=name)
 
 
 def test_the_schedule_advances_once_per_step_whatever_the_number_of_processes(train):
@@ -90,7 +101,7 @@ def test_a_warm_start_is_calibrated_as_by_a_single_process_on_sharded_weights_to
         for run in (tmp_path / "alone", sharded)
     )
     assert all(value.all() for value in one.values())
-    torch.testing.assert_close(two, one, rtol=1e-6, atol=0)
+    torch.testing.assert_close(two, one, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("place", ["two_cpu_processes", "fsdp2"])
@@ -111,10 +122,10 @@ def test_a_decoder_learns_from_its_teacher_alike_on_one_and_on_two_processes(pla
     run_clm.main([*flags, "--use_cpu", "--per_device_train_batch_size", "4", "--output_dir", str(one)])
     on_two = [*flags, "--per_device_train_batch_size", "2", "--output_dir", str(two)]
     if place == "fsdp2":
-        script = [SHARDED[0], "run_clm.py", *SHARDED[1:], *on_two]
+        script = [*SHARDED[:2], "run_clm.py", *SHARDED[2:], *on_two]
         more = ["--fsdp_transformer_layer_cls_to_wrap", "SpikeLMLlamaLayer"]
     else:
-        script, more = ["run_clm.py", "--use_cpu", *on_two], []
+        script, more = [DOUBLE, "run_clm.py", "--use_cpu", *on_two], []
     more += ["--num_processes", "2", "--mixed_precision", "no"]
     done = launch_forked(place, script, *more, ACCELERATE_TORCH_DEVICE="cpu")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -122,7 +133,7 @@ def test_a_decoder_learns_from_its_teacher_alike_on_one_and_on_two_processes(pla
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     weights = [load_file(folder / "model.safetensors") for folder in (one, two)]
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-12, msg=name)
 
 
 def test_a_model_that_writes_is_trained_and_scored_alike_on_two_processes(tmp_path):
@@ -144,11 +155,11 @@ def test_a_model_that_writes_is_trained_and_scored_alike_on_two_processes(tmp_pa
     run_summarization.main([*run, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
     several = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3"]
     done = launch_forked(
-        "two_cpu_processes", ["run_summarization.py", *run, *several, "--output_dir", str(tmp_path / "two")]
+        "two_cpu_processes", [DOUBLE, "run_summarization.py", *run, *several, "--output_dir", str(tmp_path / "two")]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-12, msg=name)
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["validation"] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
