@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
-from configuration_spikelm.configuration_spiking import SpikingConfig
+from configuration_spikelm.configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
 from modeling_spikelm.calibration import INT8_FIELDS, in_words
 from modeling_spikelm.neurons import LearnedNeurons, SpikingNeurons
 
@@ -218,10 +218,13 @@ def load_model(
     # Weights are loaded as they were stored, and what is to be trained is made float then.
     stored = _int8_fields(arguments, config)
     is_float_wanted = any(stored.values()) and not getattr(config, "int8_weights", False)
-    if is_float_wanted:
-        config = type(config).from_dict(config.to_dict() | stored)
     steps_asked_for = {name: getattr(config, name, None) for name in _OF_SEVERAL_STEPS}
     of_one_step = _fields_of_one_step(arguments, config)
+    to_calibrate = None
+    if is_float_wanted:
+        amplitudes = {} if of_one_step else _fields_of_other_amplitudes(arguments, config)
+        to_calibrate = config if amplitudes else None
+        config = type(config).from_dict(config.to_dict() | stored | amplitudes)
     if of_one_step:
         config = type(config).from_dict(config.to_dict() | of_one_step)
     is_warm_start = spiking_config_class(arguments.model_type) is not None
@@ -274,6 +277,8 @@ def load_model(
     report_stored_dtypes(name, _weight_files(arguments))
     if is_float_wanted:
         model.dequantize_weights()
+    if to_calibrate is not None:
+        model = _with_other_neurons(model, to_calibrate)
     if of_one_step:
         model = model.with_time_steps(**steps_asked_for)
     return _with_mean_loss(auto_class, model)
@@ -287,6 +292,25 @@ def _int8_fields(arguments: ModelArguments, config: PreTrainedConfig) -> dict[st
         arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
     )
     return {name: fields.get(name, False) for name in INT8_FIELDS}
+
+
+def _fields_of_other_amplitudes(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
+    """What the amplitudes of a SpikeLM checkpoint are made for, if this configuration asks for others; else nothing."""
+    fields, _ = PreTrainedConfig.get_config_dict(
+        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
+    )
+    if not calibration_differences(fields, config.to_dict()):
+        return {}
+    return {name: fields[name] for name in CALIBRATION_FIELDS if name in fields}
+
+
+def _with_other_neurons(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this configuration with a float model's weights, whose neurons are not calibrated."""
+    neurons = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, SpikingNeurons))
+    other = type(model)._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+    weights = {name: values for name, values in model.state_dict().items() if not name.startswith(neurons)}
+    other.load_state_dict(weights, strict=False)
+    return other
 
 
 def _fields_of_one_step(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:

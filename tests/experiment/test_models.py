@@ -12,6 +12,7 @@ from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel, SpikingNeurons
+from modeling_spikelm.calibration import neuron_groups
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
 
@@ -94,3 +95,24 @@ def test_learned_levels_of_one_step_serve_several(is_int8, tmp_path):
         model.dequantize_weights()
     for (name, own), other in zip(model.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(other, own.repeat(4) if name.endswith(".amplitude") else own), name
+
+
+@pytest.mark.parametrize("neuron", ["thrifty", "elastic"])
+def test_an_int8_checkpoint_begins_anew_with_other_neurons(neuron, tmp_path):
+    """Its levels were made for the cost that it was calibrated with, so training has to calibrate it."""
+    torch.manual_seed(0)
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=1, neuron="thrifty", spike_cost=0.1))
+    model.calibrate({"input_ids": torch.randint(5, 50, (2, 8))})
+    model.quantize_weights()
+    model.save_pretrained(tmp_path)
+    arguments = ModelArguments(
+        model_name_or_path=str(tmp_path), config_overrides=f"neuron={neuron},spike_cost=0.0,num_time_steps=1"
+    )
+    found = load_model(AutoModel, arguments, load_config(arguments, trains=True))
+    assert (found.config.neuron, found.config.spike_cost, found.config.int8_weights) == (neuron, 0.0, False)
+    assert not any(group.is_calibrated for group in neuron_groups(found))
+    model.dequantize_weights()
+    weights = dict(found.named_parameters())
+    for name, value in model.named_parameters():
+        if "neurons" not in name:
+            assert torch.equal(weights[name], value), name
