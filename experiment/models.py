@@ -310,6 +310,8 @@ def _with_other_neurons(model: PreTrainedModel, config: PreTrainedConfig) -> Pre
     other = type(model)._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
     weights = {name: values for name, values in model.state_dict().items() if not name.startswith(neurons)}
     other.load_state_dict(weights, strict=False)
+    if model.can_generate():
+        other.generation_config = model.generation_config
     return other
 
 

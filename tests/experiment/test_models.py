@@ -11,7 +11,7 @@ from transformers import (
 from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model
-from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel, SpikingNeurons
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMLlamaForCausalLM, SpikeLMModel, SpikingNeurons
 from modeling_spikelm.calibration import neuron_groups
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
@@ -116,3 +116,14 @@ def test_an_int8_checkpoint_begins_anew_with_other_neurons(neuron, tmp_path):
     for name, value in model.named_parameters():
         if "neurons" not in name:
             assert torch.equal(weights[name], value), name
+
+
+def test_a_decoder_that_begins_anew_keeps_how_it_writes(tmp_path):
+    model = SpikeLMLlamaForCausalLM(SpikeLMLlamaConfig(**SIZES, neuron="thrifty", spike_cost=0.1))
+    model.calibrate({"input_ids": torch.randint(5, 50, (2, 8))})
+    model.quantize_weights()
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides="spike_cost=0.0")
+    found = load_model(AutoModelForCausalLM, arguments, load_config(arguments, trains=True))
+    assert found.generation_config.max_new_tokens == 7
