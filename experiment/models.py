@@ -284,21 +284,25 @@ def load_model(
     return _with_mean_loss(auto_class, model)
 
 
+def _stored_fields(arguments: ModelArguments) -> dict[str, Any]:
+    """What a checkpoint's own configuration says, without any override."""
+    fields, _ = PreTrainedConfig.get_config_dict(
+        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
+    )
+    return fields
+
+
 def _int8_fields(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, bool]:
     """How the weights of a SpikeLM checkpoint are stored; nothing of another model's."""
     if not is_spiking(config):
         return {}
-    fields, _ = PreTrainedConfig.get_config_dict(
-        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
-    )
+    fields = _stored_fields(arguments)
     return {name: fields.get(name, False) for name in INT8_FIELDS}
 
 
 def _fields_of_other_amplitudes(arguments: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
     """What the amplitudes of a SpikeLM checkpoint are made for, if this configuration asks for others; else nothing."""
-    fields, _ = PreTrainedConfig.get_config_dict(
-        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
-    )
+    fields = _stored_fields(arguments)
     if not calibration_differences(fields, config.to_dict()):
         return {}
     return {name: fields[name] for name in CALIBRATION_FIELDS if name in fields}
@@ -322,9 +326,7 @@ def _fields_of_one_step(arguments: ModelArguments, config: PreTrainedConfig) -> 
     """
     if not isinstance(config, SpikingConfig) or config.num_time_steps == 1:
         return {}
-    fields, _ = PreTrainedConfig.get_config_dict(
-        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
-    )
+    fields = _stored_fields(arguments)
     learns = issubclass(SpikingNeurons.kinds[config.neuron], LearnedNeurons)
     others = set(calibration_differences(fields, config.to_dict())) - set(_OF_SEVERAL_STEPS)
     if not learns or fields.get("num_time_steps") != 1 or others:
@@ -399,8 +401,6 @@ def _with_mean_loss(auto_class: Any, model: PreTrainedModel) -> PreTrainedModel:
 
 def _has_amplitudes_for(arguments: ModelArguments, config: PreTrainedConfig) -> bool:
     """Whether a checkpoint should have the amplitudes of this configuration, by what its own one says."""
-    fields, _ = PreTrainedConfig.get_config_dict(
-        arguments.model_name_or_path, cache_dir=arguments.cache_dir, revision=arguments.model_revision
-    )
+    fields = _stored_fields(arguments)
     is_own = spiking_config_class(fields.get("model_type")) is not None
     return is_own and not calibration_differences(fields, config.to_dict())

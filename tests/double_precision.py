@@ -1,7 +1,7 @@
 """A script in float64, to compare runs that add the same numbers in another order.
 
 In float32 they differ by the last bit, and where a membrane lies as close as that to its threshold, one run spikes and
-the other does not. How often that happens, the CPU's kernels decide. In float64 it is a thousand million times rarer.
+the other does not. How often that happens, the CPU's kernels decide. In float64 it is 2 ** 29 times rarer.
 
     THIS_FILE run_mlm.py ...
 """
