@@ -13,6 +13,8 @@
    other texts too, and the row says so.
 4. With `--more_time_steps 4`, every trained student is measured with four steps as well, its levels copied to each;
    and with `--train_more_time_steps` once more, after some training with them (recipes/conversion_time_steps.yaml).
+5. With `--evaluate_in_float32`, what was trained is evaluated once more without bfloat16, in which the recipes train
+   and evaluate. Rows of the same models side by side show what rounding alone does to a score.
 
 All scores are those of the last epoch. A sitting that is cut off goes on with the same command; commands for one task
 each (`--task_name cola`) can share a folder, and one for all of them then makes the table.
@@ -84,6 +86,9 @@ class Arguments:
     more_time_steps: list[int] = list_of(help="T that every trained student is measured with as well, untrained.")
     train_more_time_steps: bool = field(
         default=False, metadata={"help": "Students are trained with --more_time_steps as well, for a row of their own."}
+    )
+    evaluate_in_float32: bool = field(
+        default=False, metadata={"help": "What was trained is evaluated in float32 as well, for rows of their own."}
     )
     skip_text: bool = field(
         default=False, metadata={"help": "An ablation: students begin as calibrated warm starts, without step 2."}
@@ -265,8 +270,33 @@ class Result:
     spikes: Mapping[str, Any]
 
 
+class OfTrained:
+    """A further measurement or training of what was trained before, one for each of its results."""
+
+    trained: "Contestant | WithTimeSteps"
+
+    def job(self, task: str, result: Result, arguments: Arguments) -> Job:
+        raise NotImplementedError
+
+    def jobs(self, arguments: Arguments) -> list[Job]:
+        """Of every task and seed that has ended."""
+        return [
+            self.job(task, result, arguments)
+            for task in arguments.task_name
+            for result in self.trained.results(task, arguments)
+        ]
+
+    def best_setting(self, task: str, arguments: Arguments) -> Setting | None:
+        return self.trained.best_setting(task, arguments)
+
+    def results(self, task: str, arguments: Arguments) -> list[Result]:
+        trained = self.trained.results(task, arguments)
+        found = (read_result(self.job(task, result, arguments), result.seed) for result in trained)
+        return [result for result in found if result is not None]
+
+
 @dataclass(frozen=True)
-class WithTimeSteps:
+class WithTimeSteps(OfTrained):
     """The trained students of a contestant with more time steps: their levels copied to each, or trained from there."""
 
     trained: Contestant
@@ -292,21 +322,26 @@ class WithTimeSteps:
         )
         return Job(f"{self.name}, {task}, seed {result.seed}", folder, (command,), (recipe,))
 
-    def jobs(self, arguments: Arguments) -> list[Job]:
-        """Of every task and seed that has ended."""
-        return [
-            self.job(task, result, arguments)
-            for task in arguments.task_name
-            for result in self.trained.results(task, arguments)
-        ]
 
-    def best_setting(self, task: str, arguments: Arguments) -> Setting | None:
-        return self.trained.best_setting(task, arguments)
+@dataclass(frozen=True)
+class InFloat32(OfTrained):
+    """The same models evaluated without the bfloat16 of their recipes."""
 
-    def results(self, task: str, arguments: Arguments) -> list[Result]:
-        trained = self.trained.results(task, arguments)
-        found = (read_result(self.job(task, result, arguments), result.seed) for result in trained)
-        return [result for result in found if result is not None]
+    trained: Contestant | WithTimeSteps
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained.name}, in float32"
+
+    def job(self, task: str, result: Result, arguments: Arguments) -> Job:
+        folder = result.folder.parents[1] / "float32"
+        # Of a recipe an evaluation needs rows and lengths, which are the same in all; a student's asks for a teacher.
+        command = script(
+            *("run_glue.py", TEACHERS_RECIPE, "--do_eval", "--model_name_or_path", result.folder),
+            *("--bf16", "False", "--spike_batches", 0, "--data_dir", arguments.data_dir, "--task_name", task),
+            *("--output_dir", folder / "glue"),
+        )
+        return Job(f"{self.name}, {task}, seed {result.seed}", folder, (command,), (TEACHERS_RECIPE,))
 
 
 def read_result(job: Job, seed: int) -> Result | None:
@@ -335,8 +370,13 @@ def measure(arguments: Arguments) -> None:
         for steps in arguments.more_time_steps
     ]
 
+    trained = [teacher, *students, *(each for each in longer if each.is_trained_on)]
+    in_float32 = [InFloat32(each) for each in trained] if arguments.evaluate_in_float32 else []
+
     def keep_table() -> list[Row]:
         rows = build_table(arguments, teacher, [*students, *longer])
+        if in_float32:
+            rows += build_table(arguments, in_float32[0], in_float32[1:])
         if arguments.output is not None:
             keep("conversion", TABLE_TITLE, rows, device(), arguments.output, notes(arguments), NAMES)
         return rows
@@ -350,7 +390,8 @@ def measure(arguments: Arguments) -> None:
             failed += run_left([conversion(arguments, variant) for variant in raw], arguments, keep_table)
         for each in students:
             failed += compete(each, arguments, keep_table)
-        failed += run_left([job for each in longer for job in each.jobs(arguments)], arguments, keep_table)
+        for further in (longer, in_float32):
+            failed += run_left([job for each in further for job in each.jobs(arguments)], arguments, keep_table)
     print_table(TABLE_TITLE, keep_table(), notes(arguments))
     report_failures(failed)
 
@@ -441,7 +482,9 @@ def student(arguments: Arguments, variant: str) -> Contestant:
     )
 
 
-def build_table(arguments: Arguments, teacher: Contestant, students: Sequence[Contestant | WithTimeSteps]) -> list[Row]:
+def build_table(
+    arguments: Arguments, teacher: Contestant | OfTrained, students: Sequence[Contestant | OfTrained]
+) -> list[Row]:
     """Teacher and students, one a row: score and range of every task, their mean, the gap, firing rate and energy.
 
     A mean is over all tasks, so there is none as long as one is missing.
@@ -454,7 +497,7 @@ def build_table(arguments: Arguments, teacher: Contestant, students: Sequence[Co
     return rows
 
 
-def _row(contestant: Contestant | WithTimeSteps, dense: Mapping[str, list[Result]], arguments: Arguments) -> Row:
+def _row(contestant: Contestant | OfTrained, dense: Mapping[str, list[Result]], arguments: Arguments) -> Row:
     found = {task: contestant.results(task, arguments) for task in arguments.task_name}
     row: Row = {"model": contestant.name}
     for task, results in found.items():
@@ -493,12 +536,14 @@ def notes(arguments: Arguments) -> list[str]:
     seeds = f"{arguments.num_seeds} seeds"
     if arguments.num_teacher_seeds:
         seeds += f" (of teachers {arguments.num_teacher_seeds})"
+    precision = "Rows in float32: the same models, evaluated without bfloat16; the gap is to the teacher in float32."
     return [
         f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {seeds}, of the "
         "setting that is best with the first seed. Gap: the mean over tasks of teacher less student. "
         "Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network "
         "with ternary activations and no time steps, so against such a one the ratio is 1. Steps of large tasks "
         f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",
+        *([precision] if arguments.evaluate_in_float32 else []),
         budget_note(recipes),
     ]
 

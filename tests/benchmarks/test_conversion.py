@@ -22,6 +22,7 @@ from conversion import (
     TIME_STEPS_RECIPE,
     Arguments,
     Contestant,
+    InFloat32,
     Setting,
     WithTimeSteps,
     build_table,
@@ -178,6 +179,30 @@ def test_a_student_that_is_trained_on_with_more_time_steps_has_another_row_besid
             replace(given, train_more_time_steps=True, **wrong)
 
 
+def test_what_was_trained_is_evaluated_in_float32_for_a_gap_of_its_own(teacher, given):
+    given = replace(given, task_name=["rte"])
+    pupil = student(given, "num_time_steps=1")
+    for setting in pupil.settings("rte", given):
+        finish(pupil, "rte", setting, 0, 100 * setting.learning_rate, given)
+    longer = WithTimeSteps(pupil, 4, is_trained_on=True)
+    write_result(*longer.jobs(given), "rte", 50.0)
+    dense, *others = (InFloat32(each) for each in (teacher, pupil, longer))
+    for each, its_scores in ((dense, [71.0, 73.0, 75.0]), (others[0], [66.0]), (others[1], [69.0])):
+        for job, score in zip(each.jobs(given), its_scores, strict=True):
+            (command,) = job.commands
+            assert "--do_eval" in command and command[command.index("--bf16") + 1] == "False"
+            write_result(job, "rte", score)
+    # Of the better setting, and of the model with its own number of steps.
+    assert str(pupil.job("rte", Setting(3e-4, 3), 0, given).folder / "glue/rte") in others[0].jobs(given)[0].commands[0]
+    assert str(longer.jobs(given)[0].folder / "glue/rte") in others[1].jobs(given)[0].commands[0]
+    rows = build_table(given, dense, others)
+    assert [(row["model"].endswith(", in float32"), row["gap"]) for row in rows] == [
+        (True, "0.0"),
+        (True, "7.0"),
+        (True, "4.0"),
+    ]
+
+
 def test_there_is_no_mean_as_long_as_a_task_is_missing(teacher, given):
     pupil = student(given, "num_time_steps=1")
     for setting in pupil.settings("rte", given):
@@ -304,15 +329,21 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
         num_seeds=2,
         more_time_steps=[2],
         train_more_time_steps=True,
+        evaluate_in_float32=True,
         distill_recipe=str(tmp_path / "distill.yaml"),
         output=str(tmp_path / "results"),
     )
     conversion.measure(given)
-    dense, row, longer, trained_on = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    rows = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    dense, row, longer, trained_on, *in_float32 = rows
     assert longer["model"].endswith("as it is with T = 2") and longer["gap"] is not None
     assert trained_on["model"].endswith("trained on with T = 2") and trained_on["gap"] is not None
     assert dense["gap"] == "0.0" and row["model"] == "neuron=thrifty,num_time_steps=1"
     assert row["gap"] is not None and row["firing rate"].endswith("%")
+    # Neither the teacher nor a student needs bfloat16 to be what it is.
+    trained = [each["model"] for each in (dense, row, trained_on)]
+    assert [each["model"] for each in in_float32] == [f"{name}, in float32" for name in trained]
+    assert all(each["gap"] is not None for each in in_float32)
     weights = next((tmp_path / "out").rglob("text/student/model.safetensors"))
     before = weights.stat().st_mtime_ns
     # What is converted already is a variant by its folder.
