@@ -348,7 +348,13 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
     before = weights.stat().st_mtime_ns
     # What is converted already is a variant by its folder.
     again = replace(
-        given, variants=[str(weights.parent)], train_file=None, unlabelled_pairs=str(tmp_path / "pairs.tsv")
+        given,
+        variants=[str(weights.parent)],
+        train_file=None,
+        unlabelled_pairs=str(tmp_path / "pairs.tsv"),
+        more_time_steps=[],
+        train_more_time_steps=False,
+        evaluate_in_float32=False,
     )
     conversion.measure(again)
     assert weights.stat().st_mtime_ns == before
