@@ -21,6 +21,7 @@ each (`--task_name cola`) can share a folder, and one for all of them then makes
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -270,13 +271,19 @@ class Result:
     spikes: Mapping[str, Any]
 
 
-class OfTrained:
+class OfTrained(ABC):
     """A further measurement or training of what was trained before, one for each of its results."""
 
     trained: "Contestant | WithTimeSteps"
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What its row is called."""
+
+    @abstractmethod
     def job(self, task: str, result: Result, arguments: Arguments) -> Job:
-        raise NotImplementedError
+        """One training or evaluation by run_glue.py."""
 
     def jobs(self, arguments: Arguments) -> list[Job]:
         """Of every task and seed that has ended."""
@@ -309,7 +316,6 @@ class WithTimeSteps(OfTrained):
         return f"{self.trained.name}, {how} with T = {self.num_time_steps}"
 
     def job(self, task: str, result: Result, arguments: Arguments) -> Job:
-        """One training or evaluation by run_glue.py."""
         setting = result.folder.relative_to(self.trained.folder / task).parts[0]
         steps = f"T_{self.num_time_steps}" + ("_trained" if self.is_trained_on else "")
         folder = self.trained.folder / steps / task / setting / f"seed_{result.seed}"

@@ -37,7 +37,7 @@ SENTENCES = "sentences.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _TABLE = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 _CELL = re.compile(r"\{(\w+); ([^{}]+)\}")
-_NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e-?\d+)?")
+_NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[-+]?\d+)?")
 
 
 def main() -> None:

@@ -340,7 +340,7 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
     assert trained_on["model"].endswith("trained on with T = 2") and trained_on["gap"] is not None
     assert dense["gap"] == "0.0" and row["model"] == "neuron=thrifty,num_time_steps=1"
     assert row["gap"] is not None and row["firing rate"].endswith("%")
-    # Neither the teacher nor a student needs bfloat16 to be what it is.
+    # Of the teacher, the student and the one that was trained on, and not of the one that is as it is.
     trained = [each["model"] for each in (dense, row, trained_on)]
     assert [each["model"] for each in in_float32] == [f"{name}, in float32" for name in trained]
     assert all(each["gap"] is not None for each in in_float32)
