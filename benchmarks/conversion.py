@@ -277,6 +277,10 @@ class OfTrained(ABC):
     trained: "Contestant | WithTimeSteps"
 
     @property
+    def num_seeds(self) -> int:
+        return self.trained.num_seeds
+
+    @property
     @abstractmethod
     def name(self) -> str:
         """What its row is called."""
@@ -384,8 +388,11 @@ def measure(arguments: Arguments) -> None:
         if in_float32:
             rows += build_table(arguments, in_float32[0], in_float32[1:])
         if arguments.output is not None:
-            keep("conversion", TABLE_TITLE, rows, device(), arguments.output, notes(arguments), NAMES)
+            keep("conversion", TABLE_TITLE, rows, device(), arguments.output, described(), NAMES)
         return rows
+
+    def described() -> list[str]:
+        return notes(arguments, [teacher, *students, *longer, *in_float32])
 
     failed: list[Job] = []
     if not arguments.table_only:
@@ -398,7 +405,7 @@ def measure(arguments: Arguments) -> None:
             failed += compete(each, arguments, keep_table)
         for further in (longer, in_float32):
             failed += run_left([job for each in further for job in each.jobs(arguments)], arguments, keep_table)
-    print_table(TABLE_TITLE, keep_table(), notes(arguments))
+    print_table(TABLE_TITLE, keep_table(), described())
     report_failures(failed)
 
 
@@ -533,7 +540,7 @@ def _score(results: Sequence[Result]) -> str:
     return f"{median(scores):.1f}{spread}"
 
 
-def notes(arguments: Arguments) -> list[str]:
+def notes(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -> list[str]:
     recipes = [TEACHERS_RECIPE, LABELS_RECIPE if arguments.skip_teachers else STATES_RECIPE]
     if arguments.train_more_time_steps:
         recipes.append(TIME_STEPS_RECIPE)
@@ -542,16 +549,30 @@ def notes(arguments: Arguments) -> list[str]:
     seeds = f"{arguments.num_seeds} seeds"
     if arguments.num_teacher_seeds:
         seeds += f" (of teachers {arguments.num_teacher_seeds})"
+    settled = {*arguments.settled("teacher_settings")} & {*arguments.settled("student_settings")}
+    setting = "given" if settled == {*arguments.task_name} else "that is best with the first seed"
     precision = "Rows in float32: the same models, evaluated without bfloat16; the gap is to the teacher in float32."
     return [
         f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {seeds}, of the "
-        "setting that is best with the first seed. Gap: the mean over tasks of teacher less student. "
+        f"setting {setting}. Gap: the mean over tasks of teacher less student. "
         "Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network "
         "with ternary activations and no time steps, so against such a one the ratio is 1. Steps of large tasks "
         f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",
+        *fewer_seeds(arguments, contestants),
         *([precision] if arguments.evaluate_in_float32 else []),
         budget_note(recipes),
     ]
+
+
+def fewer_seeds(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -> list[str]:
+    """A sentence about the cells of the table that have fewer seeds than its title says, if there are such."""
+    rows = []
+    for each in contestants:
+        numbers = {task: len(each.results(task, arguments)) for task in arguments.task_name}
+        few = [f"{task} {number}" for task, number in numbers.items() if 0 < number < each.num_seeds]
+        if few:
+            rows.append(f"{each.name}: {', '.join(few)}")
+    return [f"Fewer seeds have ended of {'; '.join(rows)}."] if rows else []
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from conversion import (
     choose_teachers,
     chosen_teachers,
     dense_model,
+    notes,
     student,
 )
 from trainings import FINISHED, Job
@@ -201,6 +202,23 @@ def test_what_was_trained_is_evaluated_in_float32_for_a_gap_of_its_own(teacher, 
         (True, "7.0"),
         (True, "4.0"),
     ]
+
+
+def test_the_table_names_cells_with_fewer_seeds_and_says_whether_settings_were_given(teacher, given):
+    pupil = student(given, "num_time_steps=1")
+    for setting in pupil.settings("rte", given):
+        for seed in range(2 if setting.learning_rate == 3e-4 else 1):
+            finish(pupil, "rte", setting, seed, setting.learning_rate, given)
+    scores, fewer, _ = notes(given, [teacher, pupil])
+    assert "over 3 seeds, of the setting that is best with the first seed." in scores
+    assert fewer == "Fewer seeds have ended of teacher: cola 1; num_time_steps=1: rte 2."
+    in_float32, (first, *_) = InFloat32(teacher), teacher.results("rte", given)
+    write_result(in_float32.job("rte", first, given), "rte", 50.0)
+    assert notes(given, [in_float32])[1] == "Fewer seeds have ended of teacher, in float32: rte 1."
+    found = replace(given, num_seeds=1, teacher_settings=["rte=1e-4:3", "cola=1e-4:3"])
+    assert "best with the first seed" in notes(found, [])[0]
+    found = replace(found, student_settings=["rte=3e-4:3", "cola=3e-4:3"])
+    assert "over 1 seeds, of the setting given." in notes(found, [dense_model(found)])[0]
 
 
 def test_there_is_no_mean_as_long_as_a_task_is_missing(teacher, given):
