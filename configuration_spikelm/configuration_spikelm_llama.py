@@ -138,7 +138,8 @@ class SpikeLMLlamaConfig(SpikingConfig):
         self._require("rms_norm_eps", self.rms_norm_eps > 0, "a number above 0")
         self._require("initializer_range", self.initializer_range >= 0, "a number of at least 0")
         self._require("hidden_act", self.hidden_act in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
-        self._require("sliding_window", self.sliding_window is None or self.sliding_window >= 1, "None or at least 1")
+        # Of 1, transformers' caches keep every token.
+        self._require("sliding_window", self.sliding_window is None or self.sliding_window >= 2, "None or at least 2")
         possible = {FULL} if self.sliding_window is None else {FULL, SLIDING}
         self._require(
             "layer_types",
@@ -147,6 +148,22 @@ class SpikeLMLlamaConfig(SpikingConfig):
         )
         is_float = not self.int8_embeddings
         self._require("int8_embeddings", is_float, "False: there are int8 embeddings for SpikeLMConfig alone")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in `PreTrainedConfig`; `layer_types` follow a `sliding_window` or `num_hidden_layers` among the keywords.
+
+        Fewer layers are the first ones, more are like the last.
+        """
+        asked_for = {name: kwargs[name] for name in ("sliding_window", "num_hidden_layers") if name in kwargs}
+        if asked_for and "layer_types" not in kwargs:
+            kinds = config_dict.get("layer_types") or []
+            if "sliding_window" in asked_for and (asked_for["sliding_window"] is None or SLIDING not in kinds):
+                kinds = []
+            number = asked_for.get("num_hidden_layers", len(kinds))
+            kinds = [*kinds, *kinds[-1:] * (number - len(kinds))][:number]
+            config_dict = config_dict | asked_for | {"layer_types": kinds or None}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def translate(cls, dense: dict[str, Any], name: Any) -> dict[str, Any]:

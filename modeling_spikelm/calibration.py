@@ -125,6 +125,18 @@ def as_batches(batches: Any) -> Iterable[Any]:
     return [batches] if isinstance(batches, Mapping) else batches
 
 
+def check_is_here(groups: Iterable[SpikingNeurons]) -> None:
+    """
+    Raises:
+        ValueError: levels of a group are offloaded, where nothing that is written stays.
+    """
+    if any(group.calibration().is_meta for group in groups):
+        raise ValueError(
+            "calibrate() cannot write the levels of neurons that are offloaded (device_map, cpu_offload). Load the "
+            "model without, calibrate and save it, and load what was saved with it."
+        )
+
+
 def check_batch(batch: Any) -> None:
     """
     Raises:

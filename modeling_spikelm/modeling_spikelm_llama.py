@@ -30,6 +30,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention, mask_for_all_layers
+from .calibration import check_configuration
 from .compiled_layers import run_layer
 from .configuration_spikelm_llama import SpikeLMLlamaConfig
 from .int8_modules import make_linear
@@ -270,8 +271,8 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         Args:
             input_ids: `(B, L)` token ids, or instead of them
             inputs_embeds: `(B, L, H)` embeddings.
-            attention_mask: `(B, past + L)`, 1 for tokens and 0 for padding; or a 4D mask as attention takes it; or what
-                `create_masks_for_generate` makes.
+            attention_mask: `(B, past + L)` or longer, 1 for tokens and 0 for padding; or a 4D mask as attention takes
+                it; or what `create_masks_for_generate` makes.
             position_ids: `(B, L)`; by default padding does not count, so that a token stands where it would without.
             past_key_values: what a forward on the tokens before has returned; see spike_cache.py.
             use_cache: whether to return it.
@@ -279,10 +280,13 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         `hidden_states` `(B, L, H)` and `attentions` `(B, heads, L, past + L)`, if asked for, are means over the steps.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; or the configuration has other time steps by
+                now than the model was built with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if self.config.num_time_steps != self.steps.num_time_steps:
+            check_configuration(self)
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -299,7 +303,8 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         masks = {kind: mask_for_all_layers(mask, hidden_states, self.config) for kind, mask in masks.items()}
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with packing(hidden_states, self.config.num_time_steps):
-            for layer, kind in zip(self.layers, self.layer_types, strict=True):
+            # `generate(assistant_early_exit=...)` asks for fewer layers for a while.
+            for layer, kind in list(zip(self.layers, self.layer_types, strict=True))[: self.config.num_hidden_layers]:
                 hidden_states = run_layer(
                     self.config, layer, hidden_states, masks[kind], rotary, past_key_values=past_key_values, **kwargs
                 )
@@ -318,12 +323,23 @@ def _repeat_rows(position_ids: torch.Tensor | None, steps: int) -> torch.Tensor 
 
 
 def _positions(embeddings: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> torch.Tensor:
-    """`(B, L)`, or `(1, L)` where all sequences have the same."""
-    length = embeddings.shape[1]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    """`(B, L)`, or `(1, L)` where all sequences have the same.
+
+    Raises:
+        ValueError: the mask leaves out tokens of the cache.
+    """
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    return (torch.arange(length, device=embeddings.device) + past).unsqueeze(0)
+    positions = torch.arange(embeddings.shape[1], device=embeddings.device) + past
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        length = attention_mask.shape[1]
+        if isinstance(past, int) and length < past + len(positions):
+            raise ValueError(
+                f"attention_mask is of {length} tokens, but there are {past} in past_key_values and {len(positions)} "
+                "new ones; it has to be of all of them."
+            )
+        # It may be as long as a cache of a fixed length, so that these tokens are not the last in it.
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, positions]
+    return positions.unsqueeze(0)
 
 
 class SpikeLMLlamaForCausalLM(SpikeLMLlamaPreTrainedModel, GenerationMixin):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from .calibration import (
     check_batch,
     check_configuration,
     check_int8_fits,
+    check_is_here,
     forget_amplitudes,
     keep_own_amplitudes,
     neuron_groups,
@@ -49,6 +50,11 @@ class SpikingPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: SpikingConfig, *args: Any, **kwargs: Any):
+        """
+        Raises:
+            TypeError: the configuration is of another type of model.
+        """
+        _check_is_of(config, type(self))
         super().__init__(config, *args, **kwargs)
         # A fixed amplitude is in no checkpoint, and transformers wants no name that matches nothing.
         has_state = SpikingNeurons.kinds[config.neuron].fixed_amplitude is None
@@ -161,8 +167,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: there is no batch, or none with anything but padding (on any process); the weights are int8
-                already; or the configuration was changed since the model was built. The amplitudes then stay what they
-                were.
+                already, or the neurons' levels offloaded; or the configuration was changed since the model was built.
+                The amplitudes then stay what they were.
             TypeError: a batch is no mapping of names to tensors. The amplitudes then stay what they were.
         """
         if self.config.int8_weights:
@@ -171,20 +177,21 @@ class SpikingPreTrainedModel(PreTrainedModel):
         groups = calibrated_groups(self)
         if not groups:
             return
-        calibration = Calibration(groups)
+        check_is_here(groups)
+        calibration, device = Calibration(groups), groups[0].amplitude.device
         before = [neurons.calibration().clone() for neurons in groups]
         was_training = self.training
         self.eval()
         try:
             for batch in as_batches(batches):
                 check_batch(batch)
-                inputs = {name: _to_device(value, self.device) for name, value in batch.items()}
+                inputs = {name: _to_device(value, device) for name, value in batch.items()}
                 calibration.use(self, inputs, {} if include_padding else self.counted_positions(inputs))
         finally:
             self.train(was_training)
             for neurons, values in zip(groups, before, strict=True):
                 neurons.set_calibration(values)
-        means = calibration.means(self.device)
+        means = calibration.means(device)
         if means is None:
             raise ValueError(
                 "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."
@@ -192,6 +199,20 @@ class SpikingPreTrainedModel(PreTrainedModel):
         for neurons, mean in zip(groups, means, strict=True):
             if mean is not None:
                 neurons.set_calibration(mean)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Continuous batching, which is not possible.
+
+        Raises:
+            NotImplementedError: always, before anything is allocated.
+        """
+        raise NotImplementedError(
+            "generate_batch() keeps keys and values in pages of floats, of one time step; those of a SpikeLM are codes "
+            "of all its time steps. Call generate() with a padded batch instead."
+        )
+
+    # The other way in.
+    init_continuous_batching = generate_batch
 
     def counted_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """Of every group, which positions of its sequence are no padding, `(B, L)` bool; None where a batch does not
@@ -338,6 +359,19 @@ def _fields_asked_for(
     else:
         fields = _fields_of_checkpoint(config_class, config, location) | kwargs
     return {name: fields[name] for name in (*CALIBRATION_FIELDS, *INT8_FIELDS) if name in fields}
+
+
+def _check_is_of(config: Any, model_class: type[PreTrainedModel]) -> None:
+    """
+    Raises:
+        TypeError: the configuration is of another type than these models take.
+    """
+    expected = model_class.config_class
+    if expected is not None and getattr(config, "model_type", None) != expected.model_type:
+        raise TypeError(
+            f"{model_class.__name__} takes a {expected.__name__}, not a {type(config).__name__}. From a checkpoint, "
+            f"{expected.__name__}.from_pretrained() makes it; that of a dense model is translated."
+        )
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

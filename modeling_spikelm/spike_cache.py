@@ -1,5 +1,6 @@
 """Keys and values of the tokens before, kept as spikes: in the caches of transformers, a byte for each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def with_past(
         neurons: those that have emitted the keys, and the values.
 
     Returns:
-        `(T * B, past + L, F)` each, or of the length of a cache that has a fixed one.
+        `(T * B, past + L, F)` each, or of the length of a cache that has a fixed one. What this forward adds keeps its
+        gradient, but in a cache of a fixed length; what was there before has none.
 
     Raises:
         ValueError: the cache holds what is no code of these neurons.
@@ -33,12 +35,16 @@ def with_past(
     _check_holds(cache, layer, is_coded)
     num_time_steps = neurons[0].num_time_steps
     spikes = (key, value)
-    new = [group.codes(x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
+    new = [_at_hand(group, group.codes, x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
     kept_key, kept_value = cache.update(*(x.unflatten(0, (num_time_steps, -1)).transpose(0, 1) for x in new), layer)
     if kept_key.shape[2] == key.shape[1]:
         # There is nothing else in it; and what has a gradient keeps it.
         return key, value
-    return _spikes(kept_key, neurons[0], key.dtype), _spikes(kept_value, neurons[1], value.dtype)
+    held_key, held_value = _spikes(kept_key, neurons[0], key.dtype), _spikes(kept_value, neurons[1], value.dtype)
+    if key.requires_grad and is_coded and not cache.layers[layer].is_compileable:
+        before = held_key.shape[1] - key.shape[1]
+        return torch.cat((held_key[:, :before], key), 1), torch.cat((held_value[:, :before], value), 1)
+    return held_key, held_value
 
 
 def kept(
@@ -61,7 +67,22 @@ def _is_coded(neurons: tuple[SpikingNeurons, SpikingNeurons]) -> bool:
 def _spikes(kept: torch.Tensor, neurons: SpikingNeurons, dtype: torch.dtype) -> torch.Tensor:
     """`(B, T, L, F)` of a cache as `(T * B, L, F)` spikes."""
     steps = kept.transpose(0, 1).flatten(0, 1)
-    return neurons.spikes(steps, dtype) if kept.dtype == torch.int8 else steps
+    return _at_hand(neurons, neurons.spikes, steps, dtype) if kept.dtype == torch.int8 else steps
+
+
+def _at_hand(neurons: SpikingNeurons, read: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """What a method of neurons returns that reads their levels, outside their forward.
+
+    Where accelerate has moved weights elsewhere (`device_map`, `cpu_offload`), they are there in a forward alone.
+    """
+    hook: Any = getattr(neurons, "_hf_hook", None)
+    if hook is None:
+        return read(*args)
+    hook.pre_forward(neurons)
+    try:
+        return read(*args)
+    finally:
+        hook.post_forward(neurons, None)
 
 
 def _check_holds(cache: Cache, layer: int, codes: bool) -> None:

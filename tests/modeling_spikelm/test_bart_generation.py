@@ -1,5 +1,6 @@
 """`generate()` of a spiking encoder and decoder: transformers' own, with caches of spikes for both attentions."""
 
+import accelerate
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -252,3 +253,18 @@ def test_training_behind_a_cache_keeps_the_gradient():
         gradients.append([attention.k_proj.weight.grad for attention in attentions])
     for without, behind in zip(*gradients, strict=True):
         assert without.any() and torch.equal(without, behind)
+
+
+def test_weights_that_are_elsewhere_until_a_forward_write_the_same():
+    model = make_model(neuron="thrifty")
+    wanted = model.generate(SOURCE, **GOES_ON)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(model.generate(SOURCE, **GOES_ON), wanted)
+
+
+def test_time_steps_that_were_changed_after_building_are_refused():
+    model = make_model()
+    model.config.num_time_steps = 4
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="built with num_time_steps="):
+            run(SOURCE)

@@ -1,5 +1,6 @@
 """`generate()` of a spiking decoder: transformers' own, with a cache of spikes."""
 
+import accelerate
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -156,3 +157,77 @@ def test_training_behind_a_cache_keeps_the_gradient():
         model(PROMPT, labels=PROMPT, use_cache=use_cache).loss.backward()
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
     assert gradients[0].any() and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("neuron", ["elastic", "thrifty"])
+def test_new_tokens_keep_their_gradient_behind_a_cache_that_is_not_empty(neuron):
+    model = make_model(neuron=neuron)
+    cache = model(PROMPT[:, :4], use_cache=True).past_key_values
+    model(PROMPT[:, 4:], past_key_values=cache, labels=PROMPT[:, 4:]).loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+
+    # Without one, where the first tokens' keys and values have no gradient either.
+    def cut(group, args, spikes):
+        return torch.cat((spikes[:, :4].detach(), spikes[:, 4:]), dim=1)
+
+    for layer in model.model.layers:
+        for group in (layer.self_attn.key_neurons, layer.self_attn.value_neurons):
+            group.register_forward_hook(cut)
+    labels = PROMPT.masked_fill(torch.arange(9) < 5, -100)
+    model(PROMPT, labels=labels, use_cache=False).loss.backward()
+    assert found["model.layers.1.self_attn.k_proj.weight"].any()
+    for name, weight in model.named_parameters():
+        # Learned levels have one from what the cache holds, too.
+        if "neurons" not in name:
+            torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("neuron", ["elastic", "thrifty"])
+def test_weights_that_are_elsewhere_until_a_forward_write_the_same(neuron):
+    model = make_model(neuron=neuron)
+    wanted = model.generate(PROMPT, **GOES_ON)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert model.model.layers[0].self_attn.key_neurons.amplitude.is_meta
+    for cache in (None, "static"):
+        assert torch.equal(model.generate(PROMPT, cache_implementation=cache, **GOES_ON), wanted)
+    with pytest.raises(ValueError, match="cannot write the levels of neurons that are offloaded.*calibrate and save"):
+        model.calibrate({"input_ids": PROMPT})
+
+
+def test_a_model_whose_weights_alone_are_elsewhere_can_be_calibrated():
+    model, wanted = (make_model(calibrated=False) for _ in range(2))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for each in (model, wanted):
+        each.calibrate({"input_ids": PROMPT})
+    assert torch.equal(model.generate(PROMPT, **GOES_ON), wanted.generate(PROMPT, **GOES_ON))
+
+
+def test_its_own_first_layers_can_be_the_assistant():
+    model = make_model()
+    wanted = model.generate(PROMPT, **GOES_ON)
+    assert torch.equal(model.generate(PROMPT, assistant_early_exit=1, **GOES_ON), wanted)
+
+
+def test_a_mask_may_be_as_long_as_a_cache_of_fixed_length():
+    model = make_model()
+    padded = torch.nn.functional.pad(PROMPT, (2, 0))
+    mask = torch.nn.functional.pad((padded != 0).long(), (0, 5))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    begun = model(padded[:, :8], attention_mask=mask, past_key_values=cache).logits
+    rest = model(padded[:, 8:], attention_mask=mask, past_key_values=cache).logits
+    wanted = model(PROMPT).logits
+    torch.testing.assert_close(torch.cat((begun[:, 2:], rest), dim=1), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_mask_without_the_tokens_of_the_cache_is_refused():
+    model = make_model()
+    cache = model(PROMPT[:, :5]).past_key_values
+    with pytest.raises(ValueError, match="attention_mask is of 4 tokens, but there are 5 in past_key_values and 4 new"):
+        model(PROMPT[:, 5:], attention_mask=torch.ones(1, 4), past_key_values=cache)
+
+
+def test_continuous_batching_is_refused_before_it_takes_memory():
+    for begin in (lambda model: model.generate_batch([[3, 4]]), lambda model: model.init_continuous_batching()):
+        with pytest.raises(NotImplementedError, match="Call generate\\(\\) with a padded batch"):
+            begin(make_model())

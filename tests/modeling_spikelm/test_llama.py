@@ -131,12 +131,56 @@ def test_heads_that_turn_in_part_are_refused(tmp_path):
         ("num_key_value_heads", 3),
         ("head_dim", 7),
         ("layer_types", ["sliding_attention"] * 2),
+        ("sliding_window", 1),
         ("int8_embeddings", True),
     ],
 )
 def test_an_impossible_field_is_named(field, value):
     with pytest.raises(ValueError, match=f"SpikeLMLlamaConfig: {field}="):
         SpikeLMLlamaConfig(**SIZES | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked_for", "kinds"),
+    [
+        ({}, {"sliding_window": 4}, ["sliding_attention"] * 2),
+        ({"sliding_window": 3}, {"sliding_window": 4}, ["sliding_attention"] * 2),
+        ({"sliding_window": 3}, {"sliding_window": None}, ["full_attention"] * 2),
+        ({"sliding_window": 3}, {"num_hidden_layers": 1}, ["sliding_attention"]),
+        ({}, {"num_hidden_layers": 3}, ["full_attention"] * 3),
+        (
+            {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+            {"sliding_window": 4, "num_hidden_layers": 1},
+            ["full_attention"],
+        ),
+    ],
+)
+def test_layers_follow_a_window_or_a_number_that_a_checkpoint_is_loaded_with(saved, asked_for, kinds, tmp_path):
+    SpikeLMLlamaConfig(**SIZES | saved).save_pretrained(tmp_path)
+    found = SpikeLMLlamaConfig.from_pretrained(tmp_path, **asked_for)
+    assert found.layer_types == kinds
+    assert {name: getattr(found, name) for name in asked_for} == asked_for
+    attention = SpikeLMLlamaModel(found).layers[0].self_attn
+    assert attention.sliding_window == (found.sliding_window if kinds[0] == "sliding_attention" else None)
+
+
+def test_a_window_is_asked_for_with_a_warm_start(tmp_path):
+    MistralConfig(**SIZES, sliding_window=None).save_pretrained(tmp_path)
+    found = SpikeLMLlamaConfig.from_pretrained(tmp_path, sliding_window=4)
+    assert (found.sliding_window, found.layer_types) == (4, ["sliding_attention"] * 2)
+
+
+def test_a_configuration_of_another_type_is_refused_by_name():
+    with pytest.raises(TypeError, match="SpikeLMLlamaForCausalLM takes a SpikeLMLlamaConfig, not a LlamaConfig"):
+        SpikeLMLlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def test_time_steps_that_were_changed_after_building_are_refused(batch):
+    model = make_model()
+    model.config.num_time_steps = 1
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="built with num_time_steps=2"):
+            run(**batch)
 
 
 def make_model(num_time_steps: int = 2, calibrated: bool = True, **fields) -> SpikeLMLlamaForCausalLM:

@@ -119,6 +119,16 @@ def test_time_steps_can_be_chosen_with_a_warm_start(tmp_path):
     assert model.encoder.layer[0].intermediate.neurons.amplitude.shape == (1,)
 
 
+@pytest.mark.parametrize("neuron", ["elastic", "learned", "thrifty"])
+def test_what_calibration_sets_is_float32_in_a_warm_start_of_16_bits(neuron, tmp_path):
+    BertModel(BertConfig(**SIZES)).bfloat16().save_pretrained(tmp_path)
+    for dtype in ("auto", torch.float16):
+        model = SpikeLMModel.from_pretrained(tmp_path, neuron=neuron, dtype=dtype)
+        assert model.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+        state = model.encoder.layer[0].intermediate.neurons.state_dict()
+        assert {values.dtype for values in state.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("with_config", [False, True], ids=["own config", "caller's config"])
 def test_other_model_types_are_refused(tmp_path, with_config):
     RobertaModel(RobertaConfig(**SIZES)).save_pretrained(tmp_path)
