@@ -380,7 +380,7 @@ def check_inference(module: nn.Module, dtype: torch.dtype) -> None:
 
     Raises:
         RuntimeError: the module is in training mode.
-        TypeError: the model was cast to another dtype than float32.
+        TypeError: what it gets is not float32.
     """
     if module.training:
         raise RuntimeError(
@@ -388,6 +388,6 @@ def check_inference(module: nn.Module, dtype: torch.dtype) -> None:
         )
     if dtype != torch.float32:
         raise TypeError(
-            f"A SpikeLM with int8 weights computes in float32, but its hidden states are {dtype}: load it without "
-            "dtype, or call model.float()."
+            f"A SpikeLM with int8 weights computes in float32, but its hidden states are {dtype}: give it "
+            "float32 inputs_embeds."
         )

@@ -1,7 +1,7 @@
 """What every spiking pre-trained model does, of whatever family."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
@@ -103,7 +103,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         With `dtype=torch.bfloat16` the amplitudes stay float32. The model is as good on average, but spikes next to
         their threshold fall otherwise, so that single logits and labels differ from float32's, whichever weights are
-        rounded; docs/precision.md has figures.
+        rounded; docs/precision.md has figures. With int8 weights the rest is float32, whatever `dtype` says.
 
         Raises:
             ValueError: the checkpoint is neither of this family nor a warm start for it; or one of the checkpoint and
@@ -114,9 +114,13 @@ class SpikingPreTrainedModel(PreTrainedModel):
         location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
         config_class = type(config) if isinstance(config, PreTrainedConfig) else cls.config_class
         given = _fields_asked_for(config_class, config, kwargs, location)
+        asks_for_dtype = not kwargs.keys().isdisjoint(_DTYPE_ARGUMENTS)
         # What the checkpoint's own configuration says matters only beside something else.
-        saved = _fields_of_checkpoint(config_class, name, location) if given else {}
+        saved = _fields_of_checkpoint(config_class, name, location) if given or asks_for_dtype else {}
         check_int8_fits(name, saved, saved | given)
+        if asks_for_dtype and (saved | given).get("int8_weights"):
+            kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPE_ARGUMENTS}
+            kwargs["dtype"] = torch.float32
         loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
         model, info = loaded
         # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
@@ -131,6 +135,30 @@ class SpikingPreTrainedModel(PreTrainedModel):
         keep_own_amplitudes(model, saved, bool(missing))
         watch_new_modules(model, info["missing_keys"])
         return (model, info) if output_loading_info else model
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Layers with int8 weights compute in float32, so .half() and the like leave the rest of such a model as it is.
+        if not self.config.int8_weights:
+            return super()._apply(fn, recurse)
+
+        def in_float32(values: torch.Tensor) -> torch.Tensor:
+            moved = fn(values)
+            is_cast = moved.is_floating_point() and moved.dtype != torch.float32
+            return values.to(moved.device, torch.float32) if is_cast else moved
+
+        return super()._apply(in_float32, recurse)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in `PreTrainedModel`.
+
+        Raises:
+            ValueError: the embeddings are int8.
+        """
+        if self.config.int8_embeddings:
+            raise ValueError("int8 embeddings cannot be resized: call model.dequantize_weights() before.")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in `PreTrainedModel`: weights, configuration and code.
@@ -333,6 +361,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
         return self
 
 
+# transformers' name of it, and the one before.
+_DTYPE_ARGUMENTS = ("dtype", "torch_dtype")
 # Arguments of from_pretrained that say where a checkpoint lies.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 

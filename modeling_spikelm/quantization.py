@@ -213,7 +213,7 @@ class QuantizedLayer(nn.Module):
         """
         Raises:
             RuntimeError: in training mode.
-            TypeError: the model was cast to another dtype than float32.
+            TypeError: what it gets is not float32.
         """
         check_inference(self, hidden_states.dtype)
         steps = hidden_states.unflatten(0, (self.num_time_steps, -1))

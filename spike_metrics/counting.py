@@ -402,6 +402,8 @@ class SpikeCounter:
         )
 
     def _watch(self, module: nn.Module, observe: Any, name: str) -> None:
+        # It leaves no trace in a graph: a checkpointed layer has to save the same when it runs again, unwatched.
+        @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             observe(name, module, args, output)
 

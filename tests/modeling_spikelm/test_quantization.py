@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM
 from transformers.activations import ACT2FN
 
 from configuration_spikelm import SpikeLMConfig
@@ -385,6 +385,14 @@ def test_int8_embeddings_are_the_rounded_rows_and_take_a_quarter_of_the_disk(con
     assert loaded.half().embeddings.word_embeddings.weight_scale.dtype == torch.float32
 
 
+def test_int8_embeddings_are_not_resized(config, batch):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights(embeddings=True)
+    number = model.config.vocab_size
+    with pytest.raises(ValueError, match=r"cannot be resized: call model\.dequantize_weights\(\) before"):
+        model.resize_token_embeddings(number + 1)
+    assert model.dequantize_weights().resize_token_embeddings(number + 1).num_embeddings == number + 1
+
+
 def test_embeddings_that_a_head_shares_do_not_become_int8(config, batch, tmp_path):
     with pytest.raises(ValueError, match="float already"):
         calibrated(SpikeLMModel, config, batch).dequantize_weights()
@@ -572,16 +580,29 @@ def test_calibrating_or_resetting_int8_weights_cannot_corrupt(config, batch):
         model(**batch)
 
 
-def test_bfloat16_is_refused_and_leaves_scales_alone(config, batch):
+def test_weights_of_16_bits_are_not_quantised(config, batch):
     model = calibrated(SpikeLMModel, config, batch)
     with pytest.raises(ValueError, match=r"model\.float\(\)"):
-        copy.deepcopy(model).bfloat16().quantize_weights()
-    model.quantize_weights()
-    scales = model.encoder.layer[0].output.dense.weight_scale.clone()
-    model.bfloat16()
-    assert torch.equal(model.encoder.layer[0].output.dense.weight_scale, scales)
-    with pytest.raises(TypeError, match="float32"):
-        model(**batch)
+        model.bfloat16().quantize_weights()
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_with_int8_weights_all_else_is_float32_whatever_is_asked_for(embeddings, config, batch, tmp_path):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights(embeddings)
+    model.save_pretrained(tmp_path)
+    expected = model(**batch).pooler_output
+    for loaded in (
+        SpikeLMModel.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        AutoModel.from_pretrained(tmp_path, torch_dtype="float16"),
+        copy.deepcopy(model).half(),
+        nn.ModuleList([copy.deepcopy(model)]).to(torch.bfloat16)[0],
+    ):
+        assert loaded.dtype == torch.float32
+        assert torch.equal(loaded(**batch).pooler_output, expected)
+    # A head that is no part of the checkpoint is made anew.
+    classifier = SpikeLMForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert classifier(**batch).logits.dtype == torch.float32
+    assert model.dequantize_weights().half().dtype == torch.float16
 
 
 def test_adapters_are_refused(config, batch):

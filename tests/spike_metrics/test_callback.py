@@ -1,10 +1,16 @@
+import copy
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from configuration_spikelm import SpikeLMConfig
+from configuration_spikelm.configuration_spiking import NEURONS
+from modeling_spikelm import SpikeLMForMaskedLM
 from spike_metrics.callback import FiringRateCallback, log_firing_rate
 from spike_metrics.counting import count
+from tests.spike_metrics.conftest import SIZES
 
 
 class Rows(Dataset):
@@ -58,6 +64,21 @@ def test_the_training_is_the_same_to_the_bit(model, tmp_path, accumulation):
         weights.append({name: value.clone() for name, value in model.state_dict().items()})
     assert any(not torch.equal(value, start[name]) for name, value in weights[0].items())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_layers_that_run_again_for_their_gradient_are_watched_in_one_run_alone(neuron, batch, tmp_path):
+    torch.manual_seed(0)
+    model = SpikeLMForMaskedLM(SpikeLMConfig(**SIZES, num_time_steps=2, neuron=neuron))
+    model.calibrate([batch])
+    start, found = copy.deepcopy(model.state_dict()), []
+    for checkpointing in (False, True):
+        model.load_state_dict(start)
+        _, rates, _ = train(model, tmp_path, 1, gradient_checkpointing=checkpointing)
+        found.append((rates, copy.deepcopy(model.state_dict())))
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][name], msg=name)
 
 
 def test_the_rate_is_that_of_the_batch_and_reaches_every_log(model, tmp_path):
