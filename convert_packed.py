@@ -10,6 +10,7 @@ text elsewhere. The learning rate falls to 0 by the clock, so that it is done wh
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from distillation.packed_text import PackedText
+from distillation.packed_text import ROW_LENGTHS, PackedText
 from distillation.teacher import load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
 from distillation.weighted_terms import LossWeights
@@ -111,6 +112,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--{name}: the rate follows a clock, from the beginning; leave the flag out.")
         if training.eval_strategy != "no":
             raise ValueError("--eval_strategy: there is no data to evaluate on here; leave the flag out.")
+        if Path(training.output_dir, "config.json").exists():
+            raise ValueError(
+                f"--output_dir {training.output_dir} holds a model, which would be overwritten; name another folder."
+            )
         # A "row" of the data is a whole batch.
         training.per_device_train_batch_size = 1
         if training.max_steps < 0:
@@ -131,6 +136,11 @@ def main(argv: list[str] | None = None) -> None:
             training.seed,
             arguments.pair_share,
         )
+        if text.longest > config.max_position_embeddings:
+            raise ValueError(
+                f"{arguments.packed_text} has rows of {text.longest} tokens, and {arguments.teacher_name_or_path} "
+                f"takes {config.max_position_embeddings}; it is for a BERT that takes {max(ROW_LENGTHS)}."
+            )
         model = load_model(AutoModel, student, config)
         # A student that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
         take_real_valued_parts(model, teacher)

@@ -7,6 +7,7 @@ card says how well it finds similar sentences, with --teacher_name_or_path next 
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from spike_metrics.counting import count
 from spike_metrics.evaluation import FIGURES, spike_figures
 
 CARD = "README.md"
+HEADING = "## Sentences"
 SPEARMAN = "Spearman, STS-B validation, without fine-tuning"
 COUNTED_SENTENCES = 64
 # As every release of sentence-transformers reads them, of which the newest writes others.
@@ -163,7 +165,7 @@ def section(name: str, arguments: ExportArguments, config: SpikeLMConfig, figure
     )
     table = "".join(f"| {title} | {value} |\n" for title, value in figures.items())
     return (
-        "## Sentences\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f"{HEADING}\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'encoder = SentenceTransformer("{name}", trust_remote_code=True)\n'
         'vectors = encoder.encode(["A man is playing a guitar.", "Someone plays an instrument."])\n'
         "print(encoder.similarity(vectors, vectors))\n```\n\n"
@@ -173,8 +175,8 @@ def section(name: str, arguments: ExportArguments, config: SpikeLMConfig, figure
 
 
 def _with_section(text: str, name: str, section: str) -> str:
-    """The card's text under the new name, with the section after its first paragraph."""
-    lines = text.strip().splitlines()
+    """The card's text under the new name, with the section after its first paragraph, in place of one that it has."""
+    lines = re.sub(rf"^{HEADING}$.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL).strip().splitlines()
     old = lines[0].removeprefix("# ")
     renamed = "\n".join([f"# {name}", *(line.replace(f'"{old}"', f'"{name}"') for line in lines[1:])])
     begin, heading, rest = renamed.partition("\n## ")

@@ -194,6 +194,11 @@ class DistillationArguments:
                 f"--loss_diagnostics with --logging_strategy {training.logging_strategy.value} shows nothing: it is "
                 "about single steps. Log by steps, or leave it out."
             )
+        if self.loss_diagnostics and 0 < training.max_steps < training.logging_steps:
+            raise ValueError(
+                f"--loss_diagnostics shows nothing in --max_steps {training.max_steps} with --logging_steps "
+                f"{training.logging_steps:g}; give a smaller --logging_steps."
+            )
 
     def check_head(self, teacher: Teacher, given: Mapping[str, Any]) -> None:
         """

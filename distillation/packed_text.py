@@ -125,6 +125,9 @@ class PackedText(Dataset):
             (partial(self._wholes, *pairs, 2), len(pairs[1]) > 1, pair_share),
         ]
         self.kinds = [kind for kind, is_there, _ in kinds if is_there]
+        # Of one sentence, or of two without a second [CLS].
+        wholes = [LONGEST_SENTENCE] * (len(sentences[1]) > 1) + [2 * LONGEST_SENTENCE - 1] * (len(pairs[1]) > 1)
+        self.longest = max([*self.lengths, *wholes], default=0)
         if not self.kinds:
             raise ValueError(f"{file} holds no sentence and less text than a row of {min(ROW_LENGTHS)} tokens.")
         shares = np.asarray([share for _, is_there, share in kinds if is_there])

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
@@ -42,6 +44,8 @@ _OF_LAYERS = re.compile(r"\blayers?\.\d+\.")
 ENCODER_TOKENS = ("pad", "cls", "sep", "mask")
 # What tells a causal model that a text is over.
 CAUSAL_TOKENS = ("eos",)
+# A folder with a model, or with an adapter, has one of these.
+_CONFIGURATIONS = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
 # What says nothing to a model of one time step.
 _OF_SEVERAL_STEPS = ("num_time_steps", "membrane_decay", "membrane_reset")
 
@@ -66,6 +70,8 @@ def load_tokenizer(arguments: ModelArguments, needed: Sequence[str] = ENCODER_TO
             trust_remote_code=arguments.trust_remote_code,
         )
     except (OSError, KeyError) as error:
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise ValueError(f"{name} does not exist; name a folder with a model, or a model of the Hub.") from error
         raise ValueError(
             f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})"
         ) from error
@@ -120,6 +126,8 @@ def load_config(
     """
     name = arguments.model_name_or_path or arguments.config_name
     try:
+        if name is not None and Path(name).is_dir() and not any(Path(name, file).exists() for file in _CONFIGURATIONS):
+            raise ValueError(f"{name} holds no model: there is no {CONFIG_NAME} in it. Was its run cut off?")
         if name is None:
             model_type = arguments.model_type or new.model_type
             if model_type not in CONFIG_MAPPING:
@@ -220,6 +228,9 @@ def load_model(
     is_float_wanted = any(stored.values()) and not getattr(config, "int8_weights", False)
     steps_asked_for = {name: getattr(config, name, None) for name in _OF_SEVERAL_STEPS}
     of_one_step = _fields_of_one_step(arguments, config)
+    if is_float_wanted and stored["int8_embeddings"] and auto_class is AutoModelForMaskedLM:
+        # A head that shares the embeddings can be there once these are float.
+        return _with_mean_loss(auto_class, _with_new_head(load_model(AutoModel, arguments, config), config, options))
     to_calibrate = None
     if is_float_wanted:
         amplitudes = {} if of_one_step else _fields_of_other_amplitudes(arguments, config)
@@ -282,6 +293,14 @@ def load_model(
     if of_one_step:
         model = model.with_time_steps(**steps_asked_for)
     return _with_mean_loss(auto_class, model)
+
+
+def _with_new_head(encoder: PreTrainedModel, config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A masked-LM model of an encoder, its head new but for the embeddings' weight."""
+    model = AutoModelForMaskedLM.from_config(config, **options)
+    left_out = model.base_model.load_state_dict(encoder.state_dict(), strict=False).unexpected_keys
+    logger.info("The masked-LM head is new%s.", f", and {len(left_out)} weights are left out" if left_out else "")
+    return model
 
 
 def _stored_fields(arguments: ModelArguments) -> dict[str, Any]:

@@ -1,5 +1,11 @@
-"""The code that a checkpoint has to carry: what the model classes import, by the name that it has in a checkpoint."""
+"""The code that a checkpoint has to carry: what the model classes import, by the name that it has in a checkpoint.
 
+    python tests/carried_code.py
+
+copies what a BERT's form needs to the checkpoint of this repository.
+"""
+
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -15,3 +21,8 @@ _SHARED = {name: path for name, path in _FILES.items() if name not in NOT_CARRIE
 CODE = _SHARED | {name: _FILES[name] for name in BERT}
 BART_CODE = _SHARED | {name: _FILES[name] for name in BART}
 LLAMA_CODE = _SHARED | {name: _FILES[name] for name in LLAMA}
+CHECKPOINT = ROOT / "checkpoints/spikelm-minilm-l6"
+
+if __name__ == "__main__":
+    for name, path in CODE.items():
+        shutil.copyfile(path, CHECKPOINT / name)

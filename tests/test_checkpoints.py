@@ -6,15 +6,16 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from transformers import AutoModel
 
 import export_sentence_encoder
 import run_glue
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
+from tests.carried_code import CHECKPOINT, CODE
 from tests.clean_machine import PROJECT_ROOT, run_on_clean_machine
 from tests.glue_tasks.conftest import write_tasks
 
-CHECKPOINT = PROJECT_ROOT / "checkpoints/spikelm-minilm-l6"
 GLUE = PROJECT_ROOT.parent / "shared/data/glue"
 # Pairs that say the same, one after the other.
 SENTENCES = [
@@ -34,6 +35,20 @@ def test_it_is_small_and_holds_no_pickle():
     with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
         kinds = {file.get_slice(name).get_dtype() for name in file.keys() if name.endswith("int8_weight")}  # noqa: SIM118
     assert kinds == {"I8"}
+
+
+def test_it_carries_the_code_of_today():
+    found = {path.name: path.read_text() for path in CHECKPOINT.glob("*.py")}
+    wanted = {name: path.read_text() for name, path in CODE.items()}
+    stale = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    assert not stale, "Run python tests/carried_code.py"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_computes_in_float32_whatever_it_is_loaded_as(dtype):
+    ids = torch.arange(1000, 1012)[None]
+    found, wanted = (AutoModel.from_pretrained(CHECKPOINT, dtype=each)(ids) for each in (dtype, "auto"))
+    assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
 
 
 def test_its_card_says_what_it_is_made_of_and_how_good_it_is():

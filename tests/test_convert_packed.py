@@ -137,11 +137,22 @@ def test_all_processes_go_by_the_clock_of_the_first(tmp_path):
         (["--minutes", "1", "--eval_strategy", "steps", "--eval_steps", "5"], "--eval_strategy: there is no data"),
         (["--minutes", "1", "--packed_text", "nowhere.npz"], "nowhere.npz is not a file of packed text"),
         (["--minutes", "1", "--teacher_name_or_path", "nowhere"], "nowhere"),
+        (["--minutes", "1", "--student", "EMPTY"], "EMPTY holds no model: there is no config.json in it"),
+        (["--minutes", "1", "--output_dir", "FULL"], "--output_dir FULL holds a model, which would be overwritten"),
+        (["--minutes", "1", "--teacher_name_or_path", "SHORT"], "has rows of 200 tokens, and SHORT takes 64"),
     ],
 )
-def test_a_wrong_command_is_one_line(inputs, tmp_path, flags, message, capsys):
+def test_a_wrong_command_is_one_line(inputs, tmp_path, flags, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("EMPTY", "FULL"):
+        Path(name).mkdir()
+    Path("FULL/config.json").touch()
+    short = BertConfig.from_pretrained(inputs / "bert", max_position_embeddings=64)
+    BertModel(short).save_pretrained("SHORT")
+    BertTokenizer(str(inputs / "vocab.txt")).save_pretrained("SHORT")
+    monkeypatch.setattr(convert_packed, "TimedTrainer", None)
     with pytest.raises(SystemExit, match=message):
-        convert_packed.main(command(inputs, tmp_path / "out", *flags))
+        convert_packed.main([str(ROOT / "recipes/convert_packed.yaml"), *command(inputs, tmp_path / "out", *flags)[1:]])
     assert not (tmp_path / "out").exists()
 
 

@@ -98,6 +98,13 @@ def test_its_card_keeps_how_it_was_trained_and_says_what_was_measured(trained, b
     ):
         assert f"{title}" in card.text
     assert "cut to 32 tokens" in card.text
+    # What is exported once more has the section of its own export alone, where it was.
+    flags = ["--model_name_or_path", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "again")]
+    export_sentence_encoder.main([*flags, "--max_seq_length", "16"])
+    again = ModelCard.load(tmp_path / "again/README.md").text
+    assert again.count("## Sentences") == again.count("cut to ") == 1 and "cut to 16 tokens" in again
+    headings = [[line for line in text.splitlines() if line.startswith("#")] for text in (card.text, again)]
+    assert headings[1] == [line.replace("mine", "again") for line in headings[0]]
 
 
 def test_float_weights_stay_what_they_are_if_that_is_asked_for(trained, tmp_path):

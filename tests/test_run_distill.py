@@ -219,6 +219,10 @@ def test_hidden_states_are_learned_with_any_checkpointing(teachers, corpus, tmp_
             ("--loss_diagnostics", "--logging_strategy", "epoch"),
             "--loss_diagnostics with --logging_strategy epoch shows nothing",
         ),
+        (
+            ("--loss_diagnostics", "--max_steps", "2", "--logging_steps", "3"),
+            "--loss_diagnostics shows nothing in --max_steps 2 with --logging_steps 3",
+        ),
     ],
 )
 def test_bad_flags_end_in_one_line_and_nothing_is_written(teachers, corpus, tmp_path, more, message):

@@ -11,9 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spiking import SpikingConfig
-from .dropout import attention_with_dropout
-from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
+from .dropout import written_out_attention
+from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_eager_on_gpu, is_transformed
+from .spiking import spikes_dtype
 from .steps import SpikeLMStepMean
+
+# Rows of a mask that begin at a multiple of so many values are not copied by torch's attention.
+MASK_ALIGNMENT = 8
 
 
 def eager_attention_forward(
@@ -69,6 +73,22 @@ def _attend_in_float32(
     return context.to(query.dtype), probabilities
 
 
+def mask_for_all_layers(mask: Any, hidden_states: torch.Tensor, config: SpikingConfig) -> Any:
+    """A mask as the attention of every layer takes it, where each would make that of the same bool tensor, and keep it.
+
+    Args:
+        mask: for the attention of `config`; `(N, 1, L, S)` bool (True: attend) where it is torch's own.
+        hidden_states: `(N, L, H)`, of the dtype of the model.
+    """
+    is_bool = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    if config._attn_implementation != "sdpa" or not is_bool or not is_eager_on_gpu(mask) or is_transformed(mask):
+        return mask
+    length = mask.shape[-1]
+    row = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
+    added = hidden_states.new_zeros(*mask.shape[:-1], row, dtype=spikes_dtype(hidden_states))[..., :length]
+    return added.masked_fill_(~mask, -torch.inf)
+
+
 class SpikingAttention(nn.Module):
     """What attentions on spikes share; the neurons and linear layers are a subclass's.
 
@@ -112,10 +132,12 @@ class SpikingAttention(nn.Module):
         query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        drops_quickly = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
-        if drops_quickly and 0 < dropout < 1 and is_eager_on_cpu(query):
-            # torch's own is written out on a CPU when it has to drop, and keeps three matrices of probabilities.
-            context = attention_with_dropout(query, key, value, attention_mask, self.scaling, dropout)
+        is_quicker = self.training and (0 < dropout < 1 or (dropout == 0 and _is_half_on_cpu(query)))
+        is_torchs = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
+        if is_quicker and is_torchs and is_eager_on_cpu(query):
+            # torch's own keeps three matrices of probabilities on a CPU when it has to drop; in 16 bits it takes
+            # up to four times as long, forwards and backwards, when it has not.
+            context = written_out_attention(query, key, value, attention_mask, self.scaling, dropout)
             return context.transpose(1, 2).flatten(2), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation == "sdpa" and not self.training and _is_half_on_cpu(query):

@@ -41,19 +41,23 @@ class Calibration:
 
     def __init__(self, groups: list[SpikingNeurons]):
         self.groups = groups
-        self._is_counted: torch.Tensor | None = None
+        self._positions: Mapping[SpikingNeurons, torch.Tensor | None] = {}
         self._sums: dict[SpikingNeurons, torch.Tensor] = defaultdict(lambda: torch.tensor(0.0, dtype=torch.float64))
         self._weights: dict[SpikingNeurons, int] = defaultdict(int)
+        self._runs: dict[SpikingNeurons, int] = defaultdict(int)
 
-    def use(self, model: nn.Module, batch: Mapping[str, Any], is_counted: torch.Tensor | None) -> None:
+    def use(
+        self, model: nn.Module, batch: Mapping[str, Any], positions: Mapping[SpikingNeurons, torch.Tensor | None]
+    ) -> None:
         """Runs a batch.
 
         Args:
             model: in evaluation mode.
             batch: its forward arguments.
-            is_counted: `(B, L)` bool, the positions whose membranes count; None for all.
+            positions: of every group, the positions of its sequence whose membranes count, `(B, L)` bool; all of them
+                for None, and for a group that is not named.
         """
-        self._is_counted = is_counted
+        self._positions = positions
         hooks = [neurons.register_forward_pre_hook(self._use_inputs) for neurons in self.groups]
         try:
             model(**batch)
@@ -62,10 +66,12 @@ class Calibration:
                 hook.remove()
 
     def _use_inputs(self, neurons: SpikingNeurons, args: tuple[torch.Tensor]) -> None:
+        self._runs[neurons] += 1
         steps = args[0].unflatten(0, (neurons.num_time_steps, -1))
-        if self._is_counted is not None:
+        is_counted = self._positions.get(neurons)
+        if is_counted is not None:
             # A membrane depends on its own position alone, so the others can be left out from the start.
-            steps = steps[:, self._is_counted]
+            steps = steps[:, is_counted]
         if not steps.numel():
             return
         calibration = neurons.batch_calibration(steps)
@@ -73,22 +79,31 @@ class Calibration:
         self._weights[neurons] += steps[0].numel()
         neurons.set_calibration(calibration)
 
-    def means(self, device: torch.device) -> list[torch.Tensor] | None:
-        """The mean calibration of every group, over all processes (which all have to call); None if nothing counted.
+    def means(self, device: torch.device) -> list[torch.Tensor | None] | None:
+        """The mean calibration of every group, over all processes (which all have to call).
 
         Args:
             device: one that the processes can exchange tensors on.
+
+        Returns:
+            None for a group that no forward runs, as PEFT keeps them beside the copies that it trains. None altogether
+            if nothing ran, or a group that did had nothing to count.
         """
         sizes = [len(group.calibration()) for group in self.groups]
         sums = torch.cat([self._sums[group].expand(size) for group, size in zip(self.groups, sizes, strict=True)])
-        weights = torch.tensor([self._weights[group] for group in self.groups], dtype=torch.float64)
+        counts = [[self._runs[group], self._weights[group]] for group in self.groups]
+        numbers = torch.tensor(counts, dtype=torch.float64)
         if dist.is_available() and dist.is_initialized():
-            sums, weights = sums.to(device), weights.to(device)
+            sums, numbers = sums.to(device), numbers.to(device)
             dist.all_reduce(sums)
-            dist.all_reduce(weights)
-        if not (weights > 0).all():
+            dist.all_reduce(numbers)
+        runs, weights = numbers.unbind(1)
+        if not runs.any() or (weights[runs > 0] == 0).any():
             return None
-        return [(total / weight).float() for total, weight in zip(sums.split(sizes), weights, strict=True)]
+        return [
+            (total / weight).float() if run else None
+            for total, weight, run in zip(sums.split(sizes), weights, runs, strict=True)
+        ]
 
 
 def text_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:
@@ -108,6 +123,18 @@ def text_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:
 def as_batches(batches: Any) -> Iterable[Any]:
     """Batches one by one, of an iterable or of a single batch."""
     return [batches] if isinstance(batches, Mapping) else batches
+
+
+def check_is_here(groups: Iterable[SpikingNeurons]) -> None:
+    """
+    Raises:
+        ValueError: levels of a group are offloaded, where nothing that is written stays.
+    """
+    if any(group.calibration().is_meta for group in groups):
+        raise ValueError(
+            "calibrate() cannot write the levels of neurons that are offloaded (device_map, cpu_offload). Load the "
+            "model without, calibrate and save it, and load what was saved with it."
+        )
 
 
 def check_batch(batch: Any) -> None:

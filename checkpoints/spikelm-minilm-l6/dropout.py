@@ -26,6 +26,11 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 torch_dropout = nn.functional.dropout
 
 
+def levels_to_drop(probability: float) -> int:
+    """At how many of the 65,536 levels of 16 random bits a value is dropped, with a probability in (0, 1)."""
+    return min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
+
+
 def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
     """A mask of int8: 0 with the probability, else -1, which has all bits set."""
     count = shape.numel()
@@ -33,13 +38,17 @@ def _draw_mask(shape: torch.Size, probability: float) -> torch.Tensor:
     bits = np.random.SFC64(seed).random_raw(-(-count // 4))
     levels = torch.from_numpy(bits.view(np.int16))[:count].view(shape)
     # Clamping to two neighbouring levels compares, and other than a comparison is vectorised on a CPU.
-    dropped_levels = min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
-    first_dropped = _LEVELS // 2 - dropped_levels
+    first_dropped = _LEVELS // 2 - levels_to_drop(probability)
     return levels.clamp_(first_dropped - 1, first_dropped).sub_(first_dropped).to(torch.int8)
 
 
-def _drop_(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values`, in place, with 0 where a mask of `_draw_mask` has it: in half precision far cheaper than a product."""
+def _drop_(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`values`, in place, with 0 where a mask of `_draw_mask` has it: in half precision far cheaper than a product.
+
+    Without a mask they are as they were.
+    """
+    if mask is None:
+        return values
     integers = _INTEGERS[values.dtype.itemsize]
     values.view(integers).bitwise_and_(mask.to(integers))
     return values
@@ -84,13 +93,15 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         probability: float,
     ) -> torch.Tensor:
-        kept = _draw_mask(torch.Size([*query.shape[:3], key.shape[2]]), probability)
+        shape = torch.Size([*query.shape[:3], key.shape[2]])
+        kept = _draw_mask(shape, probability) if probability else None
         ctx.save_for_backward(query, key, value, mask, kept)
         ctx.scaling, ctx.scale = scaling, 1 / (1 - probability)
         # In memory the heads of a token lie side by side, as the next linear layer reads them.
         context = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
-        for piece in _pieces(kept, query.dtype):
-            queries, keys, values, keeps = (matrices[piece].flatten(0, 1) for matrices in (query, key, value, kept))
+        for piece in _pieces(shape, query.dtype):
+            queries, keys, values = (matrices[piece].flatten(0, 1) for matrices in (query, key, value))
+            keeps = None if kept is None else kept[piece].flatten(0, 1)
             probabilities = _probabilities(queries, keys, mask, piece, scaling)
             products = torch.bmm(_drop_(probabilities, keeps), values)
             torch.mul(products.view_as(context[piece]), ctx.scale, out=context[piece])
@@ -105,12 +116,12 @@ class _Attention(torch.autograd.Function):
             gradients_in_order = iter(torch.autograd.grad(context, operands, gradient, create_graph=True))
             return tuple(next(gradients_in_order) if is_needed else None for is_needed in ctx.needs_input_grad)
         query_gradient, key_gradient, value_gradient = map(torch.empty_like, (query, key, value))
-        for piece in _pieces(kept, query.dtype):
-            queries, keys, values, gradients, keeps = (
-                matrices[piece].flatten(0, 1) for matrices in (query, key, value, gradient, kept)
+        for piece in _pieces(torch.Size([*query.shape[:3], key.shape[2]]), query.dtype):
+            queries, keys, values, gradients = (
+                matrices[piece].flatten(0, 1) for matrices in (query, key, value, gradient)
             )
             # Both uses of the mask share this conversion.
-            keeps = keeps.to(_INTEGERS[query.dtype.itemsize])
+            keeps = None if kept is None else kept[piece].flatten(0, 1).to(_INTEGERS[query.dtype.itemsize])
             probabilities = _probabilities(queries, keys, mask, piece, ctx.scaling)
             weighted = _drop_(_scaled_product(gradients, values.mT, ctx.scale), keeps)
             # With dp the gradient of a probability p, that of its score is p (dp - sum(p dp)).
@@ -130,7 +141,7 @@ def _attention_reference(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    kept: torch.Tensor,
+    kept: torch.Tensor | None,
     scaling: float,
     scale: float,
 ) -> torch.Tensor:
@@ -138,7 +149,8 @@ def _attention_reference(
     scores = query @ key.mT * scaling
     if mask is not None:
         scores = scores + mask
-    return (torch.softmax(scores, -1) * kept * -scale) @ value
+    probabilities = torch.softmax(scores, -1)
+    return (probabilities if kept is None else probabilities * kept * -scale) @ value
 
 
 def _probabilities(
@@ -158,14 +170,14 @@ def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> to
     return torch.baddbmm(product, left, right, beta=0, alpha=scale, out=product)
 
 
-def _pieces(kept: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+def _pieces(shape: torch.Size, dtype: torch.dtype) -> list[slice]:
     """Parts of a batch of matrices `(N, heads, L, L)`: single sequences, or several where these are short."""
     values = _PIECES.get(dtype.itemsize, _PIECES[4])
-    count = max(1, values // kept.shape[1:].numel())
-    return [slice(first, first + count) for first in range(0, len(kept), count)]
+    count = max(1, values // shape[1:].numel())
+    return [slice(first, first + count) for first in range(0, shape[0], count)]
 
 
-def attention_with_dropout(
+def written_out_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -176,9 +188,10 @@ def attention_with_dropout(
     """`dropout(softmax(query key^T * scaling + mask)) value`.
 
     Args:
-        query, key, value: `(N, heads, L, d)`; the arithmetic has the dtype of the query.
-        mask: broadcasts to `(N, heads, L, L)`; bool (True: attend) or floats to add.
-        scaling, probability: of the scores, and of a probability to be dropped, in (0, 1).
+        query: `(N, heads, L, d)`, whose dtype the arithmetic has.
+        key, value: `(N, heads, S, d)`.
+        mask: broadcasts to `(N, heads, L, S)`; bool (True: attend) or floats to add.
+        scaling, probability: of the scores, and of a probability to be dropped, in [0, 1).
 
     Returns:
         `(N, heads, L, d)`.

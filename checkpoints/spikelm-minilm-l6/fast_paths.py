@@ -20,22 +20,27 @@ class FastPaths:
     GPU's; everywhere else torch's own code runs.
 
     Attributes:
-        fused_neurons: neurons that keep a byte per spike and have their gradient written out, on every device; else the
-            oracles `spike_reference` and `lif_reference`.
+        fused_neurons: neurons that keep a byte per spike and have their gradient written out, in eager mode on every
+            device; else the oracles `spike_reference`, `level_spikes_reference` and `lif_reference`.
         cpu_neurons: elastic and bi-spiking neurons without passes that take or give bool, which torch's CPU kernels do
             one value at a time.
-        triton_neurons: neurons in one kernel for all time steps, forwards and backwards, and spikes unpacked in one,
-            where Triton is installed and works (kernels.py).
+        triton_neurons: neurons in one kernel for all time steps, forwards and backwards, spikes unpacked in one, and
+            what lies between int8 products (int8_kernels.py), where Triton is installed and works (kernels.py).
+        triton_dropout: dropout of many values at a time that keeps a seed instead of a mask, where Triton works, too
+            (seeded_dropout.py).
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
-        cpu_attention: attention with dropout that keeps one byte per probability and computes it again backwards.
-        packed_spikes: what autograd keeps of spikes is their int8 codes, on every device.
+        cpu_attention: attention in training, with dropout or in 16 bits, that keeps no probabilities (of dropout a byte
+            for each) and computes them again backwards.
+        packed_spikes: what autograd keeps of spikes is their int8 codes, on every device; where neurons run in Triton,
+            of more than one time step.
         autocast_spikes: under autocast spikes have the dtype of the products they go into, on every device.
     """
 
     fused_neurons: bool = True
     cpu_neurons: bool = True
     triton_neurons: bool = True
+    triton_dropout: bool = True
     cpu_products: bool = True
     cpu_dropout: bool = True
     cpu_attention: bool = True
@@ -52,8 +57,11 @@ def is_eager_on_cpu(tensor: torch.Tensor) -> bool:
 
 
 def is_eager_on_gpu(tensor: torch.Tensor) -> bool:
-    """The same of a GPU's tensor, NVIDIA's or AMD's (torch calls the latter cuda, too)."""
-    return tensor.device.type == "cuda" and _is_eager(tensor)
+    """Whether this is a GPU's tensor, NVIDIA's or AMD's (torch calls the latter cuda, too), that nothing traces.
+
+    Not whether it `is_transformed`, for that takes as long as a launch and is known where this is asked.
+    """
+    return tensor.is_cuda and type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _is_eager(tensor: torch.Tensor) -> bool:

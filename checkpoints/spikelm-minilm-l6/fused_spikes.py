@@ -7,7 +7,7 @@ import torch
 
 from .cpu_passes import emit_on_cpu, pass_back_on_cpu
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
-from .kernels import emit, pass_back, runs_in_triton
+from .kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .packing import SpikePacking
 from .spiking import integrate, kept_share, spike_reference, spikes_dtype, ternary
 
@@ -16,13 +16,16 @@ def spike(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `spike_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons or is_transformed(inputs):
+    # A compiler fuses the plain equations by itself.
+    if not FAST_PATHS.fused_neurons or torch.compiler.is_compiling() or is_transformed(inputs):
         return spike_reference(inputs, amplitude, decay, reset, has_membrane)
+    if runs_in_triton(inputs) and not torch.is_grad_enabled():
+        return emit(inputs, amplitude, decay, reset, has_membrane, with_codes=False)[0]
     return _Spike.apply(inputs, amplitude, decay, reset, has_membrane)
 
 
 class _Spike(torch.autograd.Function):
-    """`spike_reference` with its gradient written out; a spike and its gradient mask are kept in one int8."""
+    """`spike_reference` with its gradient written out; a spike and its gradient mask are kept in one int8, or half."""
 
     @staticmethod
     def forward(
@@ -32,8 +35,7 @@ class _Spike(torch.autograd.Function):
         spikes, codes = way(inputs, amplitude, decay, reset, has_membrane)
         ctx.save_for_backward(codes, amplitude)
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
-        if not torch.compiler.is_compiling():
-            SpikePacking.announce(spikes, codes, amplitude)
+        SpikePacking.announce(spikes, codes, amplitude)
         return spikes
 
     @staticmethod
@@ -42,6 +44,8 @@ class _Spike(torch.autograd.Function):
         # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
         is_plain = torch.is_grad_enabled()
         way = _pass_back if is_plain else _quickest(codes, pass_back, pass_back_on_cpu, _pass_back)
+        if way is not pass_back:
+            codes = codes_of_steps(codes, len(spikes_gradient))
         gradient = way(spikes_gradient, codes, amplitude, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype)
         return gradient, None, None, None, None
 

@@ -8,62 +8,40 @@ writes forwards, two reads and one write backwards, where torch's own operations
 A tensor `(T, ..., F)` is T matrices of rows, which are positions, and F channels. A program has a tile of such a matrix
 and takes it through all steps.
 
+Codes are small, and those of two steps share a byte: that of an even step, and 16 times that of the step after it.
+
 Triton may be missing, or unable to run: `runs_in_triton` says whether these functions may be called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-from .fast_paths import FAST_PATHS, is_eager_on_gpu
+from .fast_paths import FAST_PATHS
+from .launching import can_launch, jit, launch, readable, tiles, tl
 from .spiking import spikes_dtype
-
-try:
-    import triton
-    import triton.language as tl
-
-    HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
-
-logger = logging.get_logger(__name__)
 
 # A row of a tile is 128 bytes of bfloat16: a line of the cache.
 TILE_ROWS, TILE_CHANNELS = 32, 64
 
-
-def _jit(function: Callable) -> Any:
-    return triton.jit(function) if HAS_TRITON else function
+# What may begin anywhere in memory, as a part of a larger parameter does; of the other tensors, `readable` sees to it.
+_jit = partial(jit, unaligned=("amplitude", "scale", "shift", "cost"))
 
 
 def runs_in_triton(tensor: torch.Tensor) -> bool:
-    """Whether the neurons of this tensor run in Triton: where it is installed and works, on a GPU, in eager mode."""
-    return HAS_TRITON and FAST_PATHS.triton_neurons and is_eager_on_gpu(tensor) and _triton_works(tensor.device)
+    """Whether the neurons of this tensor run in Triton: where it is installed and works, on a GPU, in eager mode.
 
-
-@cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether a first kernel runs. Triton needs a C compiler, which many containers lack, and a GPU that it knows."""
-    try:
-        emit(torch.zeros(1, 1, device=device), torch.ones(1, device=device), 0.0, "symmetric", has_membrane=False)
-    except Exception as error:  # its compilers and drivers raise what they like
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning(
-            f"Triton is installed but does not run on {device} ({type(error).__name__}: {reason}). The spiking neurons "
-            "run in torch's own operations, with the same results, which takes several times as long."
-        )
-        return False
-    return True
+    To be asked of a tensor that is not transformed (`is_transformed`).
+    """
+    return FAST_PATHS.triton_neurons and can_launch(tensor)
 
 
 def emit(
     inputs: torch.Tensor,
-    amplitude: torch.Tensor,
+    amplitude: torch.Tensor | None,
     decay: float,
     reset: str,
     has_membrane: bool,
@@ -71,43 +49,57 @@ def emit(
     shift: torch.Tensor | None = None,
     cost: torch.Tensor | None = None,
     is_binary: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spikes and their codes, contiguous and of the shape of the inputs.
+    with_codes: bool = True,
+) -> tuple[torch.Tensor, Any]:
+    """Spikes and their codes, contiguous; the spikes have the shape of the inputs.
 
     Args:
         inputs: `(T, ..., F)`, any floating dtype and strides.
-        amplitude: `(T,)`.
+        amplitude: `(T,)`; of binary spikes it is 1, whatever stands here.
         decay, reset, has_membrane: as for `spike_reference`.
         scale, shift, cost: `(F,)`, as `Levels` has them; None for neurons whose levels are the amplitudes alone.
         is_binary: spikes are 0 or 1 (lif.py), else -1, 0 or 1 amplitudes.
+        with_codes: there will be a backward pass.
 
     Returns:
-        Spikes of the dtype that the products take, and int8 codes. Ternary, 0: no spike (nor of a NaN); +-1: a spike
-        that passes gradient on; +-2: one that does not. Binary, as lif.py has them.
+        Spikes of the dtype that the products take, and int8 codes of two steps in a byte, `(ceil(T / 2), ..., F)`, or
+        None. Ternary, 0: no spike (nor of a NaN); +-1: a spike that passes gradient on; +-2: one that does not. Binary,
+        as lif.py has them.
     """
-    inputs = inputs.contiguous()
+    inputs = readable(inputs)
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
-    codes = torch.empty_like(inputs, dtype=torch.int8)
-    levels = _parameters(inputs, amplitude, scale, shift, cost)
-    _launch(_emit, codes, inputs, *levels, spikes, codes, decay, reset, has_membrane, is_binary)
+    codes = inputs.new_empty(tiles(len(inputs), 2), *inputs.shape[1:], dtype=torch.int8) if with_codes else None
+    tensors = inputs, amplitude, scale, shift, cost, spikes, codes
+    launch_on_tiles(_emit, inputs, tensors, (decay, reset, has_membrane, is_binary))
     return spikes, codes
+
+
+def codes_of_steps(codes: torch.Tensor, num_time_steps: int) -> torch.Tensor:
+    """The codes of T steps in a byte each, `(T, ..., F)`, in torch's own operations: what other ways to go on take."""
+    if len(codes) == num_time_steps:
+        return codes
+    moved = codes + 8
+    return torch.stack(((moved & 15) - 8, moved >> 4), 1).flatten(0, 1)[:num_time_steps]
 
 
 def pass_back(
     spikes_gradient: torch.Tensor,
     codes: torch.Tensor,
-    amplitude: torch.Tensor,
+    amplitude: torch.Tensor | None,
     decay: float,
     reset: str,
     has_membrane: bool,
     dtype: torch.dtype,
     is_binary: bool = False,
 ) -> torch.Tensor:
-    """Gradient of the inputs, of this dtype, from that of the spikes and their codes; arguments as for `emit`."""
-    gradient = torch.empty_like(codes, dtype=dtype)
-    levels = _parameters(codes, amplitude)
-    arrived = spikes_gradient.contiguous()
-    _launch(_pass_back, codes, arrived, codes, *levels, gradient, decay, reset, has_membrane, is_binary)
+    """Gradient of the inputs, of this dtype, from that of the spikes and their codes; arguments as for `emit`.
+
+    Here and below, codes may lie in a byte each, too, as those of `codes_of_steps` do.
+    """
+    arrived = readable(spikes_gradient)
+    gradient = torch.empty_like(arrived, dtype=dtype)
+    tensors = arrived, codes, amplitude, gradient
+    launch_on_tiles(_pass_back, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane, is_binary))
     return gradient
 
 
@@ -133,15 +125,15 @@ def pass_back_levels(
         spikes; `(F,)`, gradients. For LSQ also: `(T, F)`, gradients that spikes pass on times their membranes; `(F,)`,
         gradients of the inputs times scaled inputs; `(F,)`, gradients of the inputs.
     """
-    gradient = torch.empty_like(codes, dtype=dtype)
-    steps, rows, channels = _sizes(codes)
-    arrived, inputs = spikes_gradient.contiguous(), None if inputs is None else inputs.contiguous()
+    arrived, inputs = readable(spikes_gradient), None if inputs is None else readable(inputs)
+    gradient = torch.empty_like(arrived, dtype=dtype)
+    steps, rows, channels = _sizes(arrived)
     # Each tile of rows has sums of its own, added up in one order: the same in every run, as atomic additions are not.
     sums = torch.empty(
-        _tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
+        tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
     )
-    levels = _parameters(codes, amplitude, scale, shift)
-    _launch(_pass_back_levels, codes, arrived, codes, inputs, *levels, gradient, sums, decay, reset, has_membrane)
+    tensors = arrived, codes, inputs, amplitude, scale, shift, gradient, sums
+    launch_on_tiles(_pass_back_levels, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane))
     sums = sums.sum(0)
     signed, total = sums[:steps], sums[steps]
     if inputs is None:
@@ -153,9 +145,14 @@ def unpack(
     codes: torch.Tensor, amplitude: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The spikes of ternary neurons from their codes: amplitude `(T,)`, or with a shift `(F,)`, sizes `(T, F)`."""
-    spikes = torch.empty_like(codes, dtype=dtype)
-    _launch(_unpack, codes, codes, *_parameters(codes, amplitude, shift), spikes)
+    spikes = codes.new_empty(len(amplitude), *codes.shape[1:], dtype=dtype)
+    launch_on_tiles(_unpack, spikes, (readable(codes), amplitude, shift, spikes), (_in_a_byte(codes, spikes),))
     return spikes
+
+
+def _in_a_byte(codes: torch.Tensor, steps: torch.Tensor) -> int:
+    """Of how many steps the codes lie in a byte."""
+    return 1 if len(codes) == len(steps) else 2
 
 
 def _sizes(steps: torch.Tensor) -> tuple[int, int, int]:
@@ -164,31 +161,22 @@ def _sizes(steps: torch.Tensor) -> tuple[int, int, int]:
     return len(steps), steps.shape[1:-1].numel(), channels
 
 
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
+def launch_on_tiles(
+    kernel: Any, steps: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...]
+) -> None:
+    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its arguments are tensors, settings, and the sizes."""
+    launch(kernel, steps, tensors, settings, _tiling)
 
 
-def _parameters(like: torch.Tensor, *parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Parameters as kernels read them: float32, whatever has cast them since, contiguous, where the tensor is."""
-    return [
-        None if values is None else values.detach().to(like.device, torch.float32).contiguous() for values in parameters
-    ]
-
-
-def _launch(kernel: Any, steps: torch.Tensor, *arguments: Any) -> None:
-    """Runs a kernel on every tile of `steps`, `(T, ..., F)`; its last arguments are T and the sizes."""
+def _tiling(steps: torch.Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """The grid of programs for `(T, ..., F)`, and the sizes that a kernel is told."""
     num_steps, rows, channels = _sizes(steps)
-    if not steps.numel():
-        return
-    grid = (_tiles(rows, TILE_ROWS), _tiles(channels, TILE_CHANNELS))
-    sizes = rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS
-    # Triton launches on the current device. Without fusion a product is rounded before it is added, as torch's is.
-    with torch.cuda.device_of(steps):
-        kernel[grid](*arguments, *sizes, enable_fp_fusion=False)
+    grid = tiles(rows, TILE_ROWS), tiles(channels, TILE_CHANNELS), 1
+    return grid, (rows, channels, rows * channels, num_steps, TILE_ROWS, TILE_CHANNELS)
 
 
 @_jit
-def _tile(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tensor:
+def tile_of(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tensor:
     """Offsets in the matrix of a step, the channels' numbers, and what of both is in there."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -197,12 +185,62 @@ def _tile(rows: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr, CHANNELS: tl
 
 
 @_jit
-def _scaled(inputs: tl.tensor, shift: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def of_step(amplitude: tl.tensor, step: tl.constexpr, IS_BINARY: tl.constexpr) -> tl.tensor:
+    """The amplitude of a step, float32, whatever has cast it since."""
+    return 1.0 if IS_BINARY else tl.load(amplitude + step).to(tl.float32)
+
+
+@_jit
+def of_channels(values: tl.tensor, channel: tl.tensor, is_channel: tl.tensor, other: tl.constexpr) -> tl.tensor:
+    """Values of each channel, float32, as one row of a tile."""
+    return tl.load(values + channel, is_channel, other).to(tl.float32)[None, :]
+
+
+@_jit
+def scaled(inputs: tl.tensor, shift: tl.tensor, scale: tl.tensor) -> tl.tensor:
     return tl.div_rn(inputs.to(tl.float32) - shift, scale)
 
 
 @_jit
-def _sign(code: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
+def threshold_of(step_amplitude: tl.tensor, cost: tl.tensor, channel: tl.tensor, is_channel: tl.tensor) -> tl.tensor:
+    """`spike_threshold` of learned.py."""
+    threshold = step_amplitude * 0.5
+    if cost is not None:
+        threshold += tl.div_rn(of_channels(cost, channel, is_channel, 0.0), step_amplitude * 2.0)
+    return threshold
+
+
+@_jit
+def direction_of(membrane: tl.tensor, threshold: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
+    """Ternary: the sign of a spike; binary: 1 for a spike, -1 for a membrane below 0; else 0. int8."""
+    # Rounding membrane / amplitude half to even says the same as these comparisons, for amplitude / 2 is exact.
+    is_up = membrane > threshold
+    is_down = membrane < (0.0 if IS_BINARY else -threshold)
+    return is_up.to(tl.int8) - is_down.to(tl.int8)
+
+
+@_jit
+def _code(
+    codes: tl.tensor,
+    offsets: tl.tensor,
+    is_inside: tl.tensor,
+    step_size: tl.tensor,
+    step: tl.constexpr,
+    IN_A_BYTE: tl.constexpr,
+) -> tl.tensor:
+    """The codes of a step, given the offsets of the first one. For its neighbour, a byte comes from the cache."""
+    byte = tl.load(codes + offsets + tl.cast(step_size, tl.int64) * (step // IN_A_BYTE), is_inside, 0)
+    if IN_A_BYTE == 1:
+        code = byte
+    elif step % 2 == 0:
+        code = ((byte + 8) & 15) - 8
+    else:
+        code = (byte + 8) >> 4
+    return code
+
+
+@_jit
+def sign_of(code: tl.tensor, IS_BINARY: tl.constexpr) -> tl.tensor:
     """The sign of the spike that a code says, float32."""
     return tl.minimum(tl.maximum(code.to(tl.float32), 0.0 if IS_BINARY else -1.0), 1.0)
 
@@ -214,7 +252,7 @@ def _passed_on(gradient: tl.tensor, code: tl.tensor, IS_BINARY: tl.constexpr) ->
 
 
 @_jit
-def _kept_share(sign: tl.tensor, amplitude: tl.tensor, decay: tl.tensor, RESET: tl.constexpr) -> tl.tensor:
+def share_kept(sign: tl.tensor, amplitude: tl.tensor, decay: tl.tensor, RESET: tl.constexpr) -> tl.tensor:
     """`kept_share` of spiking.py."""
     if RESET == "reference":
         share = decay * (amplitude - amplitude * sign)
@@ -243,39 +281,43 @@ def _emit(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
     if scale is not None:
-        channel_scale = tl.load(scale + channel, is_channel, 1.0)[None, :]
-        channel_shift = tl.load(shift + channel, is_channel, 0.0)[None, :]
+        channel_scale = of_channels(scale, channel, is_channel, 1.0)
+        channel_shift = of_channels(shift, channel, is_channel, 0.0)
     left = tl.zeros([ROWS, CHANNELS], tl.float32)  # of the membrane, by the step before
+    code_offsets = offsets
     for step in tl.static_range(STEPS):
-        step_amplitude = tl.load(amplitude + step)
-        threshold = step_amplitude * 0.5
-        if cost is not None:
-            threshold += tl.div_rn(tl.load(cost + channel, is_channel, 0.0)[None, :], step_amplitude * 2.0)
+        step_amplitude = of_step(amplitude, step, IS_BINARY)
+        threshold = threshold_of(step_amplitude, cost, channel, is_channel)
         limit = threshold + step_amplitude * 0.5
 
         membrane = tl.load(inputs + offsets, is_inside, 0.0).to(tl.float32)
         if scale is not None:
-            membrane = _scaled(membrane, channel_shift, channel_scale)
+            membrane = scaled(membrane, channel_shift, channel_scale)
         if HAS_MEMBRANE:
             membrane += left
 
-        # Rounding membrane / amplitude half to even says the same as these comparisons, for amplitude / 2 is exact.
-        is_up = membrane > threshold
-        is_down = membrane < (0.0 if IS_BINARY else -threshold)
+        direction = direction_of(membrane, threshold, IS_BINARY)
         is_outside = (membrane if IS_BINARY else tl.abs(membrane)) > limit
-        direction = is_up.to(tl.int8) - is_down.to(tl.int8)
-        tl.store(codes + offsets, tl.where(is_outside, direction * 2, direction), is_inside)
+        if codes is not None:
+            code = tl.where(is_outside, direction * 2, direction)
+            if step % 2 == 0:
+                byte = code
+            else:
+                byte += code * 16
+            if step % 2 == 1 or step == STEPS - 1:
+                tl.store(codes + code_offsets, byte, is_inside)
+                code_offsets += step_size
 
-        sign = tl.where(membrane == membrane, _sign(direction, IS_BINARY), membrane)  # a NaN stays one
+        sign = tl.where(membrane == membrane, sign_of(direction, IS_BINARY), membrane)  # a NaN stays one
         if scale is not None:
             spike = channel_shift + sign * (step_amplitude * channel_scale)
         else:
             spike = sign * step_amplitude
         tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
 
-        left = _kept_share(sign, step_amplitude, decay, RESET) * membrane
+        left = share_kept(sign, step_amplitude, decay, RESET) * membrane
         offsets += step_size
 
 
@@ -285,6 +327,7 @@ def _pass_back(
     codes: tl.tensor,
     amplitude: tl.tensor,
     gradient: tl.tensor,
+    IN_A_BYTE: tl.constexpr,
     decay: tl.tensor,
     RESET: tl.constexpr,
     HAS_MEMBRANE: tl.constexpr,
@@ -296,17 +339,18 @@ def _pass_back(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
+    offsets = first_offsets
     for _step in tl.static_range(STEPS):
         offsets += step_size
     later = tl.zeros([ROWS, CHANNELS], tl.float32)
     for back in tl.static_range(STEPS):
         offsets -= step_size
-        code = tl.load(codes + offsets, is_inside, 0)
+        code = _code(codes, first_offsets, is_inside, step_size, STEPS - 1 - back, IN_A_BYTE)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, IS_BINARY)
         if HAS_MEMBRANE:
-            step_amplitude = tl.load(amplitude + (STEPS - 1 - back))
-            passed += later * _kept_share(_sign(code, IS_BINARY), step_amplitude, decay, RESET)
+            step_amplitude = of_step(amplitude, STEPS - 1 - back, IS_BINARY)
+            passed += later * share_kept(sign_of(code, IS_BINARY), step_amplitude, decay, RESET)
         tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
         later = passed
 
@@ -321,6 +365,7 @@ def _pass_back_levels(
     shift: tl.tensor,
     gradient: tl.tensor,
     sums: tl.tensor,
+    IN_A_BYTE: tl.constexpr,
     decay: tl.tensor,
     RESET: tl.constexpr,
     HAS_MEMBRANE: tl.constexpr,
@@ -331,29 +376,30 @@ def _pass_back_levels(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
-    channel_scale = tl.load(scale + channel, is_channel, 1.0)[None, :]
-    channel_shift = tl.load(shift + channel, is_channel, 0.0)[None, :]
+    first_offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
+    channel_scale = of_channels(scale, channel, is_channel, 1.0)
+    channel_shift = of_channels(shift, channel, is_channel, 0.0)
     num_sums = STEPS + 1 if inputs is None else 2 * STEPS + 3
     # One row of sums after the other, in the order that the function of this name without the line returns them in.
     row_of_sums = sums + tl.program_id(0).to(tl.int64) * num_sums * channels + channel
 
     # Forwards in time, for the membranes of LSQ are made once more.
+    offsets = first_offsets
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     left = tl.zeros([ROWS, CHANNELS], tl.float32)
     for step in tl.static_range(STEPS):
-        code = tl.load(codes + offsets, is_inside, 0)
-        sign = _sign(code, False)
+        code = _code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE)
+        sign = sign_of(code, False)
         arrived = tl.load(spikes_gradient + offsets, is_inside, 0.0).to(tl.float32)
         total += arrived
         tl.store(row_of_sums + step * channels, tl.sum(arrived * sign, 0), is_channel)
         if inputs is not None:
-            membrane = _scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
+            membrane = scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
             if HAS_MEMBRANE:
                 membrane += left
             moved = tl.sum(_passed_on(arrived, code, False) * membrane, 0)
             tl.store(row_of_sums + (STEPS + 1 + step) * channels, moved, is_channel)
-            left = _kept_share(sign, tl.load(amplitude + step), decay, RESET) * membrane
+            left = share_kept(sign, of_step(amplitude, step, False), decay, RESET) * membrane
         offsets += step_size
     tl.store(row_of_sums + STEPS * channels, tl.sum(total, 0), is_channel)
 
@@ -363,15 +409,15 @@ def _pass_back_levels(
     later = tl.zeros([ROWS, CHANNELS], tl.float32)
     for back in tl.static_range(STEPS):
         offsets -= step_size
-        code = tl.load(codes + offsets, is_inside, 0)
+        code = _code(codes, first_offsets, is_inside, step_size, STEPS - 1 - back, IN_A_BYTE)
         passed = _passed_on(tl.load(spikes_gradient + offsets, is_inside, 0.0), code, False)
         if HAS_MEMBRANE:
-            step_amplitude = tl.load(amplitude + (STEPS - 1 - back))
-            passed += later * _kept_share(_sign(code, False), step_amplitude, decay, RESET)
+            step_amplitude = of_step(amplitude, STEPS - 1 - back, False)
+            passed += later * share_kept(sign_of(code, False), step_amplitude, decay, RESET)
         tl.store(gradient + offsets, passed.to(gradient.dtype.element_ty), is_inside)
         if inputs is not None:
             of_inputs += passed
-            of_scaled += passed * _scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
+            of_scaled += passed * scaled(tl.load(inputs + offsets, is_inside, 0.0), channel_shift, channel_scale)
         later = passed
     if inputs is not None:
         tl.store(row_of_sums + (2 * STEPS + 1) * channels, tl.sum(of_scaled, 0), is_channel)
@@ -384,6 +430,7 @@ def _unpack(
     amplitude: tl.tensor,
     shift: tl.tensor,
     spikes: tl.tensor,
+    IN_A_BYTE: tl.constexpr,
     rows: tl.tensor,
     channels: tl.tensor,
     step_size: tl.tensor,
@@ -391,13 +438,14 @@ def _unpack(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    offsets, channel, is_inside, is_channel = _tile(rows, channels, ROWS, CHANNELS)
+    first_offsets, channel, is_inside, is_channel = tile_of(rows, channels, ROWS, CHANNELS)
+    offsets = first_offsets
     for step in tl.static_range(STEPS):
-        sign = _sign(tl.load(codes + offsets, is_inside, 0), False)
+        sign = sign_of(_code(codes, first_offsets, is_inside, step_size, step, IN_A_BYTE), False)
         if shift is None:
-            spike = sign * tl.load(amplitude + step)
+            spike = sign * of_step(amplitude, step, False)
         else:
-            size = tl.load(amplitude + step * channels + channel, is_channel, 0.0)[None, :]
-            spike = tl.load(shift + channel, is_channel, 0.0)[None, :] + sign * size
+            size = of_channels(amplitude + step * channels, channel, is_channel, 0.0)
+            spike = of_channels(shift, channel, is_channel, 0.0) + sign * size
         tl.store(spikes + offsets, spike.to(spikes.dtype.element_ty), is_inside)
         offsets += step_size

@@ -34,7 +34,7 @@ import torch
 
 from .cpu_passes import passed_on
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import emit, pass_back_levels, runs_in_triton
+from .kernels import codes_of_steps, emit, pass_back_levels, runs_in_triton
 from .packing import SpikePacking
 from .spiking import BELOW_ONE, integrate, kept_share, spikes_dtype
 
@@ -117,7 +117,7 @@ def level_spikes_reference(
 
 
 class _LevelSpikes(torch.autograd.Function):
-    """`level_spikes_reference` with its gradient written out; it keeps an int8 per spike, and for LSQ the inputs."""
+    """`level_spikes_reference`, its gradient written out; it keeps an int8 per spike or two, and for LSQ the inputs."""
 
     @staticmethod
     def forward(
@@ -138,15 +138,16 @@ class _LevelSpikes(torch.autograd.Function):
             spikes, codes = _emit(inputs, levels, decay, reset, has_membrane)
         ctx.save_for_backward(inputs if cost is None else None, codes, amplitude, scale, shift)
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
-        if not torch.compiler.is_compiling():
-            SpikePacking.announce(spikes, codes, levels.sizes(), shift)
+        SpikePacking.announce(spikes, codes, levels.sizes(), shift)
         return spikes
 
     @staticmethod
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, codes, amplitude, scale, shift = ctx.saved_tensors
         # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
-        way = pass_back_levels if runs_in_triton(codes) and not torch.is_grad_enabled() else _pass_back
+        way = pass_back_levels
+        if torch.is_grad_enabled() or not runs_in_triton(codes):
+            way, codes = _pass_back, codes_of_steps(codes, len(spikes_gradient))
         gradient, signed, arrived, *of_lsq = way(
             spikes_gradient, codes, inputs, amplitude, scale, shift, ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype
         )
@@ -174,7 +175,7 @@ def _emit(
         membrane = integrate((inputs[step].float() - levels.shift).div_(levels.scale), membrane, kept)
         signs = _fire(membrane, begins[step], ends[step], codes[step])
         spikes[step] = torch.addcmul(levels.shift, signs, sizes[step])
-        if has_membrane:
+        if has_membrane and step + 1 < len(inputs):
             kept = kept_share(signs, levels.amplitude[step], decay, reset)
     return spikes, codes
 
@@ -195,19 +196,18 @@ def _pass_back(
     # Of each step and channel: the gradient that arrived at spikes, with their signs.
     signed = torch.stack([_channel_sums(g * c.clamp(-1, 1)) for g, c in zip(spikes_gradient, codes, strict=True)])
     arrived = _channel_sums(spikes_gradient)
-    steps: list[torch.Tensor] = []
-    for step in reversed(range(len(codes))):
-        passed = passed_on(spikes_gradient[step], codes[step]).float()
-        if steps and has_membrane:
-            kept = kept_share(codes[step].clamp(-1, 1), amplitude[step], decay, reset)
-            passed = passed + kept * steps[0]
-        steps.insert(0, passed)
-    gradient = torch.stack(steps)
+    gradient = at_spikes = passed_on(spikes_gradient, codes)
+    if has_membrane and len(codes) > 1:
+        steps: list[torch.Tensor] = []
+        for passed, step_codes, step_amplitude in reversed(list(zip(at_spikes.float(), codes, amplitude, strict=True))):
+            if steps:
+                passed = passed + kept_share(step_codes.clamp(-1, 1), step_amplitude, decay, reset) * steps[0]
+            steps.insert(0, passed)
+        gradient = torch.stack(steps)
     if inputs is None:
         return gradient.to(dtype), signed, arrived
     scaled = (inputs.float() - shift) / scale
     membranes = _membranes(scaled, codes, amplitude, decay, reset, has_membrane)
-    at_spikes = torch.stack([passed_on(g, c).float() for g, c in zip(spikes_gradient, codes, strict=True)])
     moved = torch.stack([_channel_sums(g * m) for g, m in zip(at_spikes, membranes, strict=True)])
     return gradient.to(dtype), signed, arrived, moved, _channel_sums(gradient * scaled), _channel_sums(gradient)
 
@@ -216,8 +216,14 @@ def level_spikes(
     inputs: torch.Tensor, levels: Levels, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
     """The spikes of `level_spikes_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons or is_transformed(inputs, levels.amplitude, levels.scale, levels.shift):
+    if (
+        not FAST_PATHS.fused_neurons
+        or torch.compiler.is_compiling()
+        or is_transformed(inputs, levels.amplitude, levels.scale, levels.shift)
+    ):
         return level_spikes_reference(inputs, levels, decay, reset, has_membrane)
+    if runs_in_triton(inputs) and not torch.is_grad_enabled():
+        return emit(inputs, levels.amplitude, decay, reset, has_membrane, *levels[1:], with_codes=False)[0]
     return _LevelSpikes.apply(inputs, *levels, decay, reset, has_membrane)
 
 

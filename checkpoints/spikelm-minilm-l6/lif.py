@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import emit, pass_back, runs_in_triton
+from .kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .spiking import integrate, spikes_dtype
 
 
@@ -36,13 +36,15 @@ def lif_reference(inputs: torch.Tensor, decay: float, has_membrane: bool = True)
 
 def lif(inputs: torch.Tensor, decay: float, has_membrane: bool = True) -> torch.Tensor:
     """The spikes of `lif_reference`, same arguments, same numbers, in less time and memory."""
-    if not FAST_PATHS.fused_neurons or is_transformed(inputs):
+    if not FAST_PATHS.fused_neurons or torch.compiler.is_compiling() or is_transformed(inputs):
         return lif_reference(inputs, decay, has_membrane)
+    if runs_in_triton(inputs) and not torch.is_grad_enabled():
+        return _emit_in_triton(inputs, decay, has_membrane, with_codes=False)[0]
     return _LIF.apply(inputs, decay, has_membrane)
 
 
 class _LIF(torch.autograd.Function):
-    """`lif_reference` with its gradient written out; a spike and its gradient mask are kept in one int8."""
+    """`lif_reference` with its gradient written out; a spike and its gradient mask are kept in one int8, or half."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, decay: float, has_membrane: bool) -> torch.Tensor:
@@ -56,8 +58,9 @@ class _LIF(torch.autograd.Function):
     def backward(ctx: Any, spikes_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (codes,) = ctx.saved_tensors
         # Gradients are enabled in here for `create_graph`, which only torch's own differentiable operations can give.
-        is_quick = runs_in_triton(codes) and not torch.is_grad_enabled()
-        way = _pass_back_in_triton if is_quick else _pass_back
+        way = _pass_back_in_triton
+        if torch.is_grad_enabled() or not runs_in_triton(codes):
+            way, codes = _pass_back, codes_of_steps(codes, len(spikes_gradient))
         return way(spikes_gradient, codes, ctx.decay, ctx.has_membrane, ctx.dtype), None, None
 
 
@@ -77,8 +80,11 @@ def _emit(inputs: torch.Tensor, decay: float, has_membrane: bool) -> tuple[torch
     return spikes, codes
 
 
-def _emit_in_triton(inputs: torch.Tensor, decay: float, has_membrane: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return emit(inputs, _one_each(inputs), decay, "symmetric", has_membrane, is_binary=True)
+def _emit_in_triton(
+    inputs: torch.Tensor, decay: float, has_membrane: bool, with_codes: bool = True
+) -> tuple[torch.Tensor, Any]:
+    # Either reset says the same of binary spikes.
+    return emit(inputs, None, decay, "symmetric", has_membrane, is_binary=True, with_codes=with_codes)
 
 
 def _pass_back(
@@ -100,13 +106,7 @@ def _pass_back(
 def _pass_back_in_triton(
     spikes_gradient: torch.Tensor, codes: torch.Tensor, decay: float, has_membrane: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    amplitude = _one_each(codes)
-    return pass_back(spikes_gradient, codes, amplitude, decay, "symmetric", has_membrane, dtype, is_binary=True)
-
-
-def _one_each(steps: torch.Tensor) -> torch.Tensor:
-    """The amplitudes of binary spikes, `(T,)`. Either reset says the same of them."""
-    return torch.ones(len(steps), device=steps.device)
+    return pass_back(spikes_gradient, codes, None, decay, "symmetric", has_membrane, dtype, is_binary=True)
 
 
 def _binary(membrane: torch.Tensor) -> torch.Tensor:

@@ -27,12 +27,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import mask_for_all_layers
+from .compiled_layers import run_layer
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
+from .int8_modules import make_embedding
 from .layers import SpikeLMLayer, SpikeLMSelfAttention
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
-from .quantization import QuantizedLayer, make_embedding
+from .quantization import QuantizedLayer
 from .quick_layers import quick
 from .steps import SpikeLMStepMean, repeat_steps
 
@@ -88,7 +91,7 @@ class SpikeLMEncoder(nn.Module):
         """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps."""
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = run_layer(self.config, layer, hidden_states, attention_mask, **kwargs)
             if records_layers:
                 # The recorder of `capture_outputs` listens to this module.
                 hidden_states, _ = self.step_mean(hidden_states)
@@ -264,7 +267,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             allow_is_bidirectional_skip=attention_mask is None
             or (attention_mask.is_cpu and not is_transformed(hidden_states)),
         )
-        with packing(hidden_states):
+        mask = mask_for_all_layers(mask, hidden_states, self.config)
+        with packing(hidden_states, self.config.num_time_steps):
             last_hidden_state = self.encoder(hidden_states, mask, **kwargs)
         pooled = self.pooler(last_hidden_state) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)

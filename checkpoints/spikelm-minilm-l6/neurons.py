@@ -291,10 +291,11 @@ class LearnedNeurons(SpikingNeurons, neuron="learned"):
         amplitude = self.amplitude
         del self.amplitude
         self.amplitude = nn.Parameter(amplitude)
-        self.log_scale = nn.Parameter(torch.zeros(num_neurons))
-        self.shift = nn.Parameter(torch.zeros(num_neurons))
+        # float32 where a model is loaded in 16 bits, too: a step of a training is less than their last bit.
+        self.log_scale = nn.Parameter(torch.zeros(num_neurons, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros(num_neurons, dtype=torch.float32))
         # What a spike has to save of the squared error, in units of the squared inputs; calibrated, then frozen.
-        self.register_buffer("price", torch.zeros(1))
+        self.register_buffer("price", torch.zeros(1, dtype=torch.float32))
         self.spike_cost = config.spike_cost
 
     def init_calibration(self) -> None:

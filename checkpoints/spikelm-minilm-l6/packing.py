@@ -8,7 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import runs_in_triton, unpack
+from .kernels import codes_of_steps, runs_in_triton, unpack
 from .spiking import per_step
 
 
@@ -30,6 +30,8 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
     def __exit__(self, *error: object) -> None:
         _PACKING.reset(self._token)
         super().__exit__(*error)
+        # The hooks refer to this object, and it to them: what it knows of would stay until Python looks for circles.
+        self._announced = {}
 
     @staticmethod
     def announce(
@@ -38,7 +40,7 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
         """Tells the innermost context, if there is one, what `spikes` `(T, ..., F)` are made of.
 
         Args:
-            codes: int8, of the same shape; their sign, by 0, is that of the spike.
+            codes: int8, of the same shape, or of two steps in a byte (kernels.py); their sign, by 0, is the spike's.
             amplitude: `(T,)` or `(T, F)`, what a sign is multiplied by.
             shift: `(F,)`, what is added then.
         """
@@ -95,19 +97,21 @@ def spikes_of(
     # Only torch's own operations pass gradients on to what the spikes carry.
     if runs_in_triton(codes) and not torch.is_grad_enabled():
         return unpack(codes, amplitude, shift, dtype)
-    signs = codes.clamp(-1, 1)
+    signs = codes_of_steps(codes, len(amplitude)).clamp(-1, 1)
     if shift is None:
-        return signs.to(dtype).mul_(per_step(amplitude, codes).to(dtype))
+        return signs.to(dtype).mul_(per_step(amplitude, signs).to(dtype))
     # Rounded once, as the spikes were.
     sizes = amplitude.view(len(signs), *(1 for _ in signs.shape[1:-1]), -1)
     return torch.addcmul(shift, signs.float(), sizes).to(dtype)
 
 
-def packing(hidden_states: torch.Tensor) -> AbstractContextManager:
-    """The context for a forward on `hidden_states`: a `SpikePacking` where something is kept and can be packed."""
+def packing(hidden_states: torch.Tensor, num_time_steps: int) -> AbstractContextManager:
+    """The context for a forward on `hidden_states` `(T * B, ...)`: a `SpikePacking` where it can pack, and pays."""
+    # With a single step on a GPU it does not: that waits for its host, which would have a quarter more to do. And
     # torch.compile decides by itself what to keep and what to compute again from the codes.
     packs = (
         FAST_PATHS.packed_spikes
+        and (num_time_steps > 1 or not runs_in_triton(hidden_states))
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_transformed(hidden_states)

@@ -1,7 +1,8 @@
 """What every spiking pre-trained model does, of whatever family."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from .calibration import (
     check_batch,
     check_configuration,
     check_int8_fits,
+    check_is_here,
     forget_amplitudes,
     keep_own_amplitudes,
     neuron_groups,
@@ -23,16 +25,17 @@ from .calibration import (
     text_positions,
 )
 from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
+from .int8_modules import QuantizedEmbedding, SpikesLinear
 from .neurons import SpikingNeurons
 from .new_modules import watch_new_modules
 from .quantization import (
-    QuantizedEmbedding,
     check_can_quantize,
     check_is_quantized,
     dequantize_layer,
     layer_stacks,
     quantize_layer,
     replace_embeddings,
+    spiking_linears,
 )
 
 
@@ -47,6 +50,11 @@ class SpikingPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: SpikingConfig, *args: Any, **kwargs: Any):
+        """
+        Raises:
+            TypeError: the configuration is of another type of model.
+        """
+        _check_is_of(config, type(self))
         super().__init__(config, *args, **kwargs)
         # A fixed amplitude is in no checkpoint, and transformers wants no name that matches nothing.
         has_state = SpikingNeurons.kinds[config.neuron].fixed_amplitude is None
@@ -67,6 +75,17 @@ class SpikingPreTrainedModel(PreTrainedModel):
         loading_info.missing_keys |= {name for name, *_ in others}
         super()._adjust_missing_and_unexpected_keys(loading_info)
 
+    # What comes back depends on one argument, and a user's checker should know the class.
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Self: ...
+
     @classmethod
     def from_pretrained(
         cls,
@@ -84,7 +103,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         With `dtype=torch.bfloat16` the amplitudes stay float32. The model is as good on average, but spikes next to
         their threshold fall otherwise, so that single logits and labels differ from float32's, whichever weights are
-        rounded; docs/precision.md has figures.
+        rounded; docs/precision.md has figures. With int8 weights the rest is float32, whatever `dtype` says.
 
         Raises:
             ValueError: the checkpoint is neither of this family nor a warm start for it; or one of the checkpoint and
@@ -95,9 +114,13 @@ class SpikingPreTrainedModel(PreTrainedModel):
         location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
         config_class = type(config) if isinstance(config, PreTrainedConfig) else cls.config_class
         given = _fields_asked_for(config_class, config, kwargs, location)
+        asks_for_dtype = not kwargs.keys().isdisjoint(_DTYPE_ARGUMENTS)
         # What the checkpoint's own configuration says matters only beside something else.
-        saved = _fields_of_checkpoint(config_class, name, location) if given else {}
+        saved = _fields_of_checkpoint(config_class, name, location) if given or asks_for_dtype else {}
         check_int8_fits(name, saved, saved | given)
+        if asks_for_dtype and (saved | given).get("int8_weights"):
+            kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPE_ARGUMENTS}
+            kwargs["dtype"] = torch.float32
         loaded: Any = super().from_pretrained(name, *model_args, config=config, output_loading_info=True, **kwargs)
         model, info = loaded
         # Loading writes the buffers directly; looking at them here keeps the first forward free of host reads.
@@ -112,6 +135,30 @@ class SpikingPreTrainedModel(PreTrainedModel):
         keep_own_amplitudes(model, saved, bool(missing))
         watch_new_modules(model, info["missing_keys"])
         return (model, info) if output_loading_info else model
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Layers with int8 weights compute in float32, so .half() and the like leave the rest of such a model as it is.
+        if not self.config.int8_weights:
+            return super()._apply(fn, recurse)
+
+        def in_float32(values: torch.Tensor) -> torch.Tensor:
+            moved = fn(values)
+            is_cast = moved.is_floating_point() and moved.dtype != torch.float32
+            return values.to(moved.device, torch.float32) if is_cast else moved
+
+        return super()._apply(in_float32, recurse)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in `PreTrainedModel`.
+
+        Raises:
+            ValueError: the embeddings are int8.
+        """
+        if self.config.int8_embeddings:
+            raise ValueError("int8 embeddings cannot be resized: call model.dequantize_weights() before.")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in `PreTrainedModel`: weights, configuration and code.
@@ -148,8 +195,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: there is no batch, or none with anything but padding (on any process); the weights are int8
-                already; or the configuration was changed since the model was built. The amplitudes then stay what they
-                were.
+                already, or the neurons' levels offloaded; or the configuration was changed since the model was built.
+                The amplitudes then stay what they were.
             TypeError: a batch is no mapping of names to tensors. The amplitudes then stay what they were.
         """
         if self.config.int8_weights:
@@ -158,26 +205,47 @@ class SpikingPreTrainedModel(PreTrainedModel):
         groups = calibrated_groups(self)
         if not groups:
             return
-        calibration = Calibration(groups)
+        check_is_here(groups)
+        calibration, device = Calibration(groups), groups[0].amplitude.device
         before = [neurons.calibration().clone() for neurons in groups]
         was_training = self.training
         self.eval()
         try:
             for batch in as_batches(batches):
                 check_batch(batch)
-                inputs = {name: _to_device(value, self.device) for name, value in batch.items()}
-                calibration.use(self, inputs, None if include_padding else text_positions(inputs))
+                inputs = {name: _to_device(value, device) for name, value in batch.items()}
+                calibration.use(self, inputs, {} if include_padding else self.counted_positions(inputs))
         finally:
             self.train(was_training)
             for neurons, values in zip(groups, before, strict=True):
                 neurons.set_calibration(values)
-        means = calibration.means(self.device)
+        means = calibration.means(device)
         if means is None:
             raise ValueError(
                 "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."
             )
-        for neurons, values in zip(groups, means, strict=True):
-            neurons.set_calibration(values)
+        for neurons, mean in zip(groups, means, strict=True):
+            if mean is not None:
+                neurons.set_calibration(mean)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Continuous batching, which is not possible.
+
+        Raises:
+            NotImplementedError: always, before anything is allocated.
+        """
+        raise NotImplementedError(
+            "generate_batch() keeps keys and values in pages of floats, of one time step; those of a SpikeLM are codes "
+            "of all its time steps. Call generate() with a padded batch instead."
+        )
+
+    # The other way in.
+    init_continuous_batching = generate_batch
+
+    def counted_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
+        """Of every group, which positions of its sequence are no padding, `(B, L)` bool; None where a batch does not
+        say. A model that reads several sequences overrides it."""
+        return dict.fromkeys(neuron_groups(self), text_positions(batch))
 
     def reset_calibration(self) -> None:
         """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew.
@@ -188,8 +256,54 @@ class SpikingPreTrainedModel(PreTrainedModel):
         check_configuration(self)
         forget_amplitudes(self)
 
-    def quantize_weights(self, embeddings: bool = False) -> "SpikingPreTrainedModel":
-        """Makes the encoder's weights int8, in place and for good, and returns the model: for inference only.
+    def with_time_steps(
+        self, num_time_steps: int, membrane_decay: float | None = None, membrane_reset: str | None = None
+    ) -> Self:
+        """A model of several time steps that begins where this one of a single step is: a new one, with copied weights.
+
+        Every step has the amplitudes, and the levels, of the only one. The membranes then make the later steps differ,
+        so that their mean says more than the first alone. To calibrate anew would forget what levels have learned.
+
+        Args:
+            num_time_steps: of the new model, at least 1.
+            membrane_decay, membrane_reset: of the new model, since a single step does not know them; by default what
+                this one's configuration says.
+
+        Raises:
+            ValueError: this model has more than one step, is not calibrated, or its weights are int8; or a value is
+                impossible; or the configuration was changed since the model was built.
+        """
+        check_configuration(self)
+        if self.config.num_time_steps != 1 or self.config.int8_weights:
+            found = "int8 weights" if self.config.int8_weights else f"num_time_steps={self.config.num_time_steps}"
+            raise ValueError(
+                f"with_time_steps() is for a float SpikeLM of one time step, and this one has {found}. Begin with a "
+                "model of num_time_steps=1, and call dequantize_weights() if its weights are int8."
+            )
+        groups = {f"{name}.amplitude" for name, part in self.named_modules() if isinstance(part, SpikingNeurons)}
+        if not all(neurons.is_calibrated for neurons in neuron_groups(self)):
+            raise ValueError("with_time_steps() copies amplitudes, and this SpikeLM has none yet. Calibrate it first.")
+        asked_for = {"membrane_decay": membrane_decay, "membrane_reset": membrane_reset}
+        fields = {name: value for name, value in asked_for.items() if value is not None}
+        config = type(self.config).from_dict(self.config.to_dict() | fields | {"num_time_steps": num_time_steps})
+        model = type(self)._from_config(config, attn_implementation=self.config._attn_implementation)
+        model.load_state_dict(
+            {
+                name: values.repeat(num_time_steps) if name in groups else values
+                for name, values in self.state_dict().items()
+            }
+        )
+        if self.can_generate():
+            model.generation_config = copy.deepcopy(self.generation_config)
+        return model.to(device=self.device, dtype=self.dtype).train(self.training)
+
+    def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:
+        """Every linear layer that becomes int8 where it stands, as the module it is a part of and its name there, and
+        the neurons before it; none in a form whose layers are exchanged as a whole."""
+        return iter(())
+
+    def quantize_weights(self, embeddings: bool = False) -> Self:
+        """Makes the layers' weights int8, in place and for good, and returns the model: for inference only.
 
         Ternary spikes times int8 weights are exact integer sums; each output channel has its own weight scale. Levels
         that the neurons have learned become a part of the weights, before they are rounded, and of the bias. Saved and
@@ -197,25 +311,27 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         Args:
             embeddings: make the rows of the embeddings int8 too, which are real values and so are rounded once more:
-                a small model consists of them by half. Not for a model whose head shares their weight.
+                a small model consists of them by half. For an encoder in BERT's form, and not where a head shares
+                their weight.
 
         Raises:
             ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
-                wear an adapter, the embeddings are shared, the model has no layers of an encoder, or the configuration
-                was changed since the model was built.
+                wear an adapter, the embeddings are shared, or the configuration was changed since the model was built.
         """
         check_configuration(self)
-        stacks = layer_stacks(self)
-        if not stacks:
+        if self.config.int8_weights:
+            raise ValueError("The weights of this SpikeLM are int8 already.")
+        stacks, products = layer_stacks(self), list(self._products())
+        single = [(name, getattr(parent, name)) for parent, name, _ in products]
+        check_can_quantize(spiking_linears(stacks) + single, neuron_groups(self), self.config)
+        if embeddings and (products or self.get_output_embeddings() is not None):
             raise ValueError(
-                f"There are int8 weights for an encoder's layers alone, and a {type(self).__name__} has none."
+                "quantize_weights(embeddings=True) is for an encoder in BERT's form without a masked-LM head, which "
+                "shares the weight of the embeddings; leave the argument out, or quantise the encoder alone "
+                "(AutoModel)."
             )
-        check_can_quantize((layer for stack in stacks for layer in stack), self.config)
-        if embeddings and self.get_output_embeddings() is not None:
-            raise ValueError(
-                "quantize_weights(embeddings=True) is for a model without a masked-LM head, which shares the weight of "
-                "the embeddings; leave the argument out, or quantise the encoder alone (AutoModel)."
-            )
+        for parent, name, neurons in products:
+            setattr(parent, name, SpikesLinear.of(getattr(parent, name), neurons, self.config))
         for stack in stacks:
             for number, layer in enumerate(stack):
                 stack[number] = quantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are SpikeLMLayers by now
@@ -224,7 +340,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         self.config.int8_weights, self.config.int8_embeddings = True, embeddings
         return self.eval()
 
-    def dequantize_weights(self) -> "SpikingPreTrainedModel":
+    def dequantize_weights(self) -> Self:
         """Makes int8 weights float32 again, in place, and returns the model, which can then be trained on.
 
         It computes what it did before: what was rounded stays so. Levels that had become a part of the weights are the
@@ -235,6 +351,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """
         if not self.config.int8_weights:
             raise ValueError("dequantize_weights() is for a SpikeLM with int8 weights; this one's are float already.")
+        for parent, name, neurons in list(self._products()):
+            setattr(parent, name, getattr(parent, name).dequantize(neurons))
         for stack in layer_stacks(self):
             for number, layer in enumerate(stack):
                 stack[number] = dequantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are QuantizedLayers
@@ -243,6 +361,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
         return self
 
 
+# transformers' name of it, and the one before.
+_DTYPE_ARGUMENTS = ("dtype", "torch_dtype")
 # Arguments of from_pretrained that say where a checkpoint lies.
 _LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
@@ -269,6 +389,19 @@ def _fields_asked_for(
     else:
         fields = _fields_of_checkpoint(config_class, config, location) | kwargs
     return {name: fields[name] for name in (*CALIBRATION_FIELDS, *INT8_FIELDS) if name in fields}
+
+
+def _check_is_of(config: Any, model_class: type[PreTrainedModel]) -> None:
+    """
+    Raises:
+        TypeError: the configuration is of another type than these models take.
+    """
+    expected = model_class.config_class
+    if expected is not None and getattr(config, "model_type", None) != expected.model_type:
+        raise TypeError(
+            f"{model_class.__name__} takes a {expected.__name__}, not a {type(config).__name__}. From a checkpoint, "
+            f"{expected.__name__}.from_pretrained() makes it; that of a dense model is translated."
+        )
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

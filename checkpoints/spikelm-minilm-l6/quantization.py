@@ -9,14 +9,15 @@ symmetrically, scale = max|row| / 127; spikes lose nothing. Between a neuron and
 0, 1, 2 for -1, 0, +1 (quantized_neurons.py). What learned levels add to a spike, a scale and a shift for each channel,
 goes into W before it is rounded, and into b. Attention, LayerNorm, pooler and heads stay float32, and so do the
 embeddings, unless they are asked for: their rows are then rounded like those of a weight, and are real values again
-when they are looked up.
+when they are looked up. Of models that write, linear layers are exchanged one by one (`SpikesLinear`, int8_modules.py).
 
-The layers here work one time step after the other, so that a step's activations stay in the cache and no tensor of
-`(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the last one pulls them all.
-What one part of a layer made for the next one alone may be overwritten there: a hook that keeps it has to clone it.
+On a GPU whose kernels run (int8_kernels.py) a layer takes all time steps at once, and what lies between its products
+is read and written once. Elsewhere the layers work one time step after the other, so that a step's activations stay in
+the cache and no tensor of `(T * B, L, intermediate_size)` is ever built. Time-step sequences are iterators: pulling the
+last one pulls them all. What one part of a layer made for the next one alone may be overwritten there: a hook that
+keeps it has to clone it.
 """
 
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,12 +27,12 @@ from transformers.activations import ACT2FN
 
 from .configuration_spiking import NEURONS, SpikingConfig
 from .fast_paths import is_transformed
+from .int8_kernels import floats_of
+from .int8_modules import Int8Module, QuantizedLinear, check_inference
 from .layers import SpikeLMLayer, SpikeLMSelfAttention
 from .neurons import SpikingNeurons
-from .quantized_neurons import QuantizedNeurons, SpikeCodes, make_quantized_neurons
-
-# Activations that oneDNN applies to a product while it is in registers, as (name, variant).
-FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+from .quantized_neurons import QuantizedNeurons, make_quantized_neurons
+from .spiking import spikes_dtype
 
 # How many values the widest tensors of a layer hold at most, where the batch can be split: larger ones leave the cache,
 # and the C library then asks the system for fresh pages in every layer.
@@ -46,186 +47,6 @@ LINEARS = (
     "intermediate.dense",
     "output.dense",
 )
-
-
-# On other processors than x86 oneDNN falls back to a loop far slower than the float32 product.
-MACHINE_HAS_INT8_KERNEL = (
-    torch.backends.mkldnn.is_available()
-    and platform.machine().lower() in ("x86_64", "amd64")
-    and hasattr(torch.ops.onednn, "qlinear_pointwise")
-)
-
-
-def has_int8_kernel(device: torch.device) -> bool:
-    """Whether oneDNN's int8 product is there; `torch.backends.mkldnn.flags(enabled=False)` turns it off."""
-    return MACHINE_HAS_INT8_KERNEL and device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
-
-
-class Int8Module(nn.Module):
-    """Row r of a matrix stands for `weight_scale[r] * int8_weight[r]`.
-
-    Buffers: `int8_weight` `(rows, columns)` and `weight_scale` float32 `(rows,)`, above 0 once there are weights.
-    """
-
-    int8_weight: torch.Tensor
-    weight_scale: torch.Tensor
-
-    def __init__(self, rows: int, columns: int):
-        super().__init__()
-        self.register_buffer("int8_weight", torch.zeros(rows, columns, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.zeros(rows, dtype=torch.float32))
-
-    def set_rows(self, weight: torch.Tensor) -> None:
-        """Rounds float `(rows, columns)`."""
-        largest = weight.abs().amax(1)
-        self.weight_scale = torch.where(largest > 0, largest / 127, 1.0)
-        self.int8_weight = torch.round(weight / self.weight_scale[:, None]).clamp_(-127, 127).to(torch.int8)
-
-    def rows(self) -> torch.Tensor:
-        """What the weights stand for, float32 `(rows, columns)`."""
-        return self.int8_weight.float() * self.weight_scale[:, None]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Module":
-        # .to(torch.bfloat16) and the like cast every floating buffer; these stay float32.
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if buffer.dtype == torch.float32:
-                setattr(self, name, buffer.to(self.int8_weight.device))
-        return self
-
-
-class QuantizedEmbedding(Int8Module):
-    """`nn.Embedding` with int8 rows: token ids of any shape to float32 vectors."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None):
-        super().__init__(num_embeddings, embedding_dim)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, embedding: nn.Embedding) -> "QuantizedEmbedding":
-        quantized = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
-        quantized.set_rows(embedding.weight.float())
-        return quantized.eval()
-
-    def dequantize(self) -> nn.Embedding:
-        return nn.Embedding.from_pretrained(self.rows(), freeze=False, padding_idx=self.padding_idx)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.int8_weight[ids].float() * self.weight_scale[ids][..., None]
-
-
-def make_embedding(
-    config: SpikingConfig, size: int, padding_idx: int | None = None
-) -> nn.Embedding | QuantizedEmbedding:
-    """A new table of `size` vectors, of the kind that the configuration says."""
-    kind = QuantizedEmbedding if config.int8_embeddings else nn.Embedding
-    return kind(size, config.hidden_size, padding_idx=padding_idx)
-
-
-class QuantizedLinear(Int8Module):
-    """`activation(W s + b)` or `residual + W s + b` for spikes s, with int8 weights and exact integer sums.
-
-    Buffers: `int8_weight` `(out, in)`, `weight_scale` float32 `(out,)` and `bias` float32 `(out,)`.
-    """
-
-    bias: torch.Tensor
-
-    def __init__(self, in_features: int, out_features: int, activation: str | None = None):
-        super().__init__(out_features, in_features)
-        self.activation = activation
-        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
-        # The weights once more in oneDNN's layout, made when first needed.
-        self._packed_weight: torch.Tensor | None = None
-        self.register_load_state_dict_post_hook(QuantizedLinear._forget_after_load)
-
-    def extra_repr(self) -> str:
-        out_features, in_features = self.int8_weight.shape
-        return f"in_features={in_features}, out_features={out_features}, activation={self.activation!r}"
-
-    @torch.no_grad()
-    def quantize(self, *linears: nn.Linear, neurons: QuantizedNeurons | None = None) -> None:
-        """Takes over the weights of `linears`, whose outputs are laid side by side.
-
-        Args:
-            neurons: whose spikes they multiply, with the levels that they have; None for an amplitude alone.
-        """
-        weight = torch.cat([linear.weight.float() for linear in linears])
-        bias = torch.cat([linear.bias.float() for linear in linears])
-        if neurons is not None:
-            weight, bias = neurons.fold(weight, bias)
-        self.set_rows(weight)
-        self.bias = bias
-        self._forget_packed_weight()
-
-    @torch.no_grad()
-    def dequantize(self, *linears: nn.Linear, neurons: QuantizedNeurons | None = None) -> None:
-        """Gives `linears` what the weights stand for: the reverse of `quantize`."""
-        weight, bias = self.rows(), self.bias
-        if neurons is not None:
-            weight, bias = neurons.unfold(weight, bias)
-        sizes = [linear.out_features for linear in linears]
-        for linear, own_weight, own_bias in zip(linears, weight.split(sizes), bias.split(sizes), strict=True):
-            linear.weight.copy_(own_weight)
-            linear.bias.copy_(own_bias)
-
-    def forward(self, spikes: SpikeCodes, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes `(B, L, in)` to float32 `(B, L, out)`; a `residual` of that shape is added to, in place."""
-        # A tracer cannot keep weights in oneDNN's layout.
-        if has_int8_kernel(spikes.codes.device) and not is_transformed(spikes.codes):
-            # The decorator takes its time; without torch.compile there is nothing to keep out of.
-            product = self._product_outside_graphs if torch.compiler.is_compiling() else self._onednn_product
-            return product(spikes, residual)
-        # Signs times int8 sum up to integers that float32 holds exactly (in_features <= 2 ** 24 / 127).
-        with torch.autocast(spikes.codes.device.type, enabled=False):
-            sums = nn.functional.linear(spikes.codes.float() - 1, self.int8_weight.float())
-        outputs = sums.mul_(self.weight_scale * spikes.amplitude).add_(self.bias)
-        if residual is not None:
-            return residual.add_(outputs)
-        return outputs if self.activation is None else ACT2FN[self.activation](outputs)
-
-    def _onednn_product(self, spikes: SpikeCodes, residual: torch.Tensor | None) -> torch.Tensor:
-        if self._packed_weight is None:
-            self._packed_weight = torch.ops.onednn.qlinear_prepack(self.int8_weight, None)
-            self._weight_zero_points = torch.zeros_like(self.weight_scale, dtype=torch.int32)
-        # uint8 with zero point 1, because oneDNN has no fast kernel for int8 inputs on every x86. Two neighbours add up
-        # to 2 * 2 * 127 at most, so that older processors' int16 intermediate sums do not saturate either.
-        inputs = (spikes.codes.flatten(0, -2), spikes.amplitude, 1)
-        weights = (self._packed_weight, self.weight_scale, self._weight_zero_points)
-        output = (1.0, 0, torch.float32)
-        multiply = torch.ops.onednn.qlinear_pointwise
-        if residual is not None:
-            rows = residual.flatten(0, -2)
-            multiply.binary(*inputs, *weights, rows, self.bias, *output, 1.0, 0, "sum", 1.0, "none", [], "")
-            return residual
-        name, variant = FUSED_ACTIVATIONS.get(self.activation, ("none", "")) if self.activation else ("none", "")
-        outputs = multiply(*inputs, *weights, self.bias, *output, name, [], variant)
-        outputs = outputs.unflatten(0, spikes.codes.shape[:-1])
-        if self.activation is None or name != "none":
-            return outputs
-        return ACT2FN[self.activation](outputs)
-
-    _product_outside_graphs = torch.compiler.disable(_onednn_product)
-
-    @staticmethod
-    def _forget_after_load(module: "QuantizedLinear", incompatible_keys: Any) -> None:
-        module._forget_packed_weight()
-
-    def _forget_packed_weight(self) -> None:
-        self._packed_weight = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        super()._apply(fn, recurse)
-        self._forget_packed_weight()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # oneDNN's layout can be neither copied nor pickled.
-        return {**self.__dict__, "_packed_weight": None}
 
 
 class QuantizedSelfAttention(SpikeLMSelfAttention):
@@ -245,9 +66,19 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
         self.value_neurons = make_quantized_neurons(config, config.hidden_size, has_membrane=False)
 
     def forward(  # type: ignore[override]
-        self, steps: Iterable[torch.Tensor], attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """T times `(B, L, H)`, and one step's mask, to T contexts `(B, L, H)` and the mean of the probabilities."""
+        self,
+        steps: Any,
+        attention_mask: torch.Tensor | None = None,
+        at_once: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """T times `(B, L, H)`, and one step's mask, to T contexts `(B, L, H)` and the mean of the probabilities.
+
+        Args:
+            at_once: steps and contexts are tensors `(T, B, L, H)`, and the mask is for all steps.
+        """
+        if at_once:
+            return self._attend_in_all_steps(steps, attention_mask, **kwargs)
         contexts, probabilities = [], []
         for step, spikes in enumerate(self.neurons(steps)):
             query, key, value = self.query_key_value(spikes).chunk(3, dim=-1)
@@ -258,6 +89,20 @@ class QuantizedSelfAttention(SpikeLMSelfAttention):
                 probabilities.append(step_probabilities)
         return contexts, torch.stack(probabilities).mean(0) if probabilities else None
 
+    def _attend_in_all_steps(
+        self, steps: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size, dtype = steps.shape[-1], spikes_dtype(steps)
+        sums = self.query_key_value.sums_of(self.neurons.signs(steps))
+        query = floats_of(sums, dtype, size=size)
+        key = self.key_neurons.spikes_of_sums(sums, size, dtype)
+        value = self.value_neurons.spikes_of_sums(sums, 2 * size, dtype)
+        query, key, value = (operand.flatten(0, 1) for operand in (query, key, value))
+        contexts, probabilities = self.attend(query, key, value, attention_mask, **kwargs)
+        if probabilities is not None:
+            probabilities = probabilities.unflatten(0, (len(steps), -1)).mean(0)
+        return contexts.unflatten(0, (len(steps), -1)), probabilities
+
 
 class QuantizedIntermediate(nn.Module):
     """`SpikeLMIntermediate`, one time step after the other."""
@@ -267,8 +112,16 @@ class QuantizedIntermediate(nn.Module):
         self.neurons = make_quantized_neurons(config, config.hidden_size)
         self.dense = QuantizedLinear(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, steps: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """T times `(B, L, H)` to T times `(B, L, intermediate_size)`."""
+    def forward(self, steps: Any, at_once: bool = False) -> Any:
+        """T times `(B, L, H)` to T times `(B, L, intermediate_size)`.
+
+        Args:
+            at_once: steps are a tensor `(T, B, L, H)`, and what comes out is one, or what stands for one.
+        """
+        if at_once:
+            sums = self.dense.sums_of(self.neurons.signs(steps))
+            is_whole = sums.has_gelu or self.dense.activation is None
+            return sums if is_whole else ACT2FN[self.dense.activation](floats_of(sums))
         return (self.dense(spikes) for spikes in self.neurons(steps))
 
 
@@ -281,8 +134,14 @@ class QuantizedResidual(nn.Module):
         self.dense = QuantizedLinear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, steps: Iterable[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
-        """T times `(B, L, input_size)`, which may be overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`."""
+    def forward(self, steps: Any, residual: torch.Tensor, at_once: bool = False) -> torch.Tensor:
+        """T times `(B, L, input_size)`, which may be overwritten, and a residual `(T, B, L, H)` to `(T, B, L, H)`.
+
+        Args:
+            at_once: steps are a tensor `(T, B, L, input_size)`, or what stands for one.
+        """
+        if at_once:
+            return self.LayerNorm(floats_of(self.dense.sums_of(self.neurons.signs(steps)), residual=residual))
         sums = residual.clone(memory_format=torch.contiguous_format)
         for step, spikes in enumerate(self.neurons(steps, may_overwrite=True)):
             self.dense(spikes, residual=sums[step])
@@ -354,25 +213,22 @@ class QuantizedLayer(nn.Module):
         """
         Raises:
             RuntimeError: in training mode.
-            TypeError: the model was cast to another dtype than float32.
+            TypeError: what it gets is not float32.
         """
-        if self.training:
-            raise RuntimeError(
-                "A SpikeLM with int8 weights is for inference: call model.eval(), and train the float model instead."
-            )
-        if hidden_states.dtype != torch.float32:
-            raise TypeError(
-                f"A SpikeLM with int8 weights computes in float32, but its hidden states are {hidden_states.dtype}: "
-                "load it without dtype, or call model.float()."
-            )
+        check_inference(self, hidden_states.dtype)
         steps = hidden_states.unflatten(0, (self.num_time_steps, -1))
+        if self.output.dense.takes_all_steps(steps):
+            contexts, _ = self.attention.self(steps, attention_mask, at_once=True, **kwargs)
+            attended = self.attention.output(contexts, steps, at_once=True)
+            return self.output(self.intermediate(attended, at_once=True), attended, at_once=True).flatten(0, 1)
         # The mask says the same in every step.
         mask = None if attention_mask is None else attention_mask[: steps.shape[1]]
         contexts, _ = self.attention.self(steps, mask, **kwargs)
         attended = self.attention.output(contexts, steps)
         del contexts
-        # A tracer would keep the number of parts, whatever the batch.
-        parts = (attended,) if is_transformed(attended) else attended.split(self._part_size(attended), dim=1)
+        # It is for a CPU's cache; and a tracer or an exporter would keep the number of parts, whatever the batch.
+        is_whole = not attended.is_cpu or is_transformed(attended) or torch.compiler.is_exporting()
+        parts = (attended,) if is_whole else attended.split(self._part_size(attended), dim=1)
         outputs = [self.output(self.intermediate(part), part) for part in parts]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
 
@@ -413,11 +269,22 @@ def dequantize_layer(layer: QuantizedLayer, config: SpikingConfig) -> SpikeLMLay
     return float_layer.train(layer.training)
 
 
-def check_can_quantize(layers: Iterable[nn.Module], config: SpikingConfig) -> None:
+def spiking_linears(stacks: Iterable[nn.ModuleList]) -> list[tuple[str, nn.Module]]:
+    """The linear layers of stacks of float layers, and their names within a layer."""
+    return [(name, layer.get_submodule(name)) for stack in stacks for layer in stack for name in LINEARS]
+
+
+def check_can_quantize(
+    linears: Iterable[tuple[str, nn.Module]], groups: Iterable[SpikingNeurons], config: SpikingConfig
+) -> None:
     """
+    Args:
+        linears: what shall be quantised, and its names.
+        groups: the neurons of the model.
+
     Raises:
-        ValueError: a layer is quantised already, not float32, not calibrated or wears an adapter, or its neurons are
-            not ternary; the message says so.
+        ValueError: a linear layer is not float32 or wears an adapter, or the neurons are not calibrated or not ternary;
+            the message says so.
     """
     if "int8_weights" not in NEURONS[config.neuron]:
         *able, last = [repr(neuron) for neuron, fields in NEURONS.items() if "int8_weights" in fields]
@@ -425,29 +292,24 @@ def check_can_quantize(layers: Iterable[nn.Module], config: SpikingConfig) -> No
             f"quantize_weights() takes ternary spikes, but this SpikeLM has neuron={config.neuron!r}; it works with "
             f"{', '.join(able)} and {last}."
         )
-    for layer in layers:
-        if isinstance(layer, QuantizedLayer):
-            raise ValueError("The weights of this SpikeLM are int8 already.")
-        for module in layer.modules():
-            if isinstance(module, SpikingNeurons):
-                module.read_calibration()
-                if not module.is_calibrated:
-                    raise ValueError(
-                        "quantize_weights() needs calibrated neurons, because each product takes its scale from their "
-                        "amplitudes. Call model.calibrate(batches) first, or train the model."
-                    )
-        for name in LINEARS:
-            linear = layer.get_submodule(name)
-            if not isinstance(linear, nn.Linear):
-                raise ValueError(
-                    f"quantize_weights() takes plain linear layers, but {name} is a {torch.typename(linear)}; merge an "
-                    "adapter into the model first (PEFT: merge_and_unload())."
-                )
-            if linear.weight.dtype != torch.float32:
-                raise ValueError(
-                    f"quantize_weights() takes a float32 model, but its weights are {linear.weight.dtype}; call "
-                    "model.float() first."
-                )
+    for neurons in groups:
+        neurons.read_calibration()
+        if not neurons.is_calibrated:
+            raise ValueError(
+                "quantize_weights() needs calibrated neurons, because each product takes its scale from their "
+                "amplitudes. Call model.calibrate(batches) first, or train the model."
+            )
+    for name, linear in linears:
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"quantize_weights() takes plain linear layers, but {name} is a {torch.typename(linear)}; merge an "
+                "adapter into the model first (PEFT: merge_and_unload())."
+            )
+        if linear.weight.dtype != torch.float32:
+            raise ValueError(
+                f"quantize_weights() takes a float32 model, but its weights are {linear.weight.dtype}; call "
+                "model.float() first."
+            )
 
 
 def check_is_quantized(model: nn.Module, name: Any) -> None:

@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from .configuration_spiking import SpikingConfig
 from .fast_paths import is_transformed
+from .int8_kernels import GroupOfNeurons, SpikeSigns, Sums, emit_from
 from .learned import Levels, next_above, spike_threshold
 from .neurons import LearnedNeurons, SpikingNeurons
 from .spiking import BELOW_ONE
@@ -118,6 +119,19 @@ class QuantizedNeurons(SpikingNeurons):
             codes = ternary_codes(self._fire(membrane, amplitude, may_overwrite=is_free and is_last))
             kept = self.decay * amplitude if self.reset == "reference" else self.decay
             yield SpikeCodes(codes, amplitude)
+
+    def signs(self, inputs: torch.Tensor | Sums) -> SpikeSigns:
+        """Spikes of all steps' inputs `(T, B, L, F)` at once, where kernels run (`runs_in_triton`)."""
+        return SpikeSigns(emit_from(inputs, self._group(), torch.int8), self.amplitude)
+
+    def spikes_of_sums(self, sums: Sums, first: int, dtype: torch.dtype) -> torch.Tensor:
+        """Float spikes `(T, B, L, F)` of the F channels from `first` on of all steps' sums: keys and values there."""
+        return emit_from(sums, self._group(), dtype, first, self.num_neurons)
+
+    def _group(self) -> GroupOfNeurons:
+        self.calibrated_amplitudes()
+        scale, shift, cost = (getattr(self, name, None) for name in ("scale", "shift", "cost"))
+        return GroupOfNeurons((self.amplitude, scale, shift, cost), self.decay, self.reset, self.has_membrane)
 
     def emit_in_place(self, step: int, inputs: torch.Tensor) -> torch.Tensor:
         """Float spikes of one step's inputs `(B, L, F)` alone, which may be overwritten: keys and values."""

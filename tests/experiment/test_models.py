@@ -3,6 +3,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -10,7 +11,7 @@ from transformers import (
 
 from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
 from experiment.arguments import ModelArguments
-from experiment.models import load_config, load_model
+from experiment.models import load_config, load_model, load_tokenizer
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMLlamaForCausalLM, SpikeLMModel, SpikingNeurons
 from modeling_spikelm.calibration import neuron_groups
 
@@ -116,6 +117,38 @@ def test_an_int8_checkpoint_begins_anew_with_other_neurons(neuron, tmp_path):
     for name, value in model.named_parameters():
         if "neurons" not in name:
             assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize("num_time_steps", [1, 2])
+def test_int8_embeddings_become_float_before_a_head_shares_them(num_time_steps, tmp_path):
+    torch.manual_seed(0)
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=1, neuron="thrifty")).eval()
+    model.calibrate({"input_ids": torch.randint(5, 50, (2, 8))})
+    model.quantize_weights(embeddings=True).save_pretrained(tmp_path)
+    steps = f"num_time_steps={num_time_steps},membrane_reset=symmetric" if num_time_steps > 1 else None
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides=steps)
+    found = load_model(AutoModelForMaskedLM, arguments, load_config(arguments, trains=True)).eval()
+    assert (found.config.int8_weights, found.config.int8_embeddings) == (False, False)
+    assert found.cls.predictions.decoder.weight is found.bert.embeddings.word_embeddings.weight
+    ids = torch.randint(5, 50, (2, 8))
+    wanted = model.dequantize_weights()
+    if num_time_steps > 1:
+        wanted = wanted.with_time_steps(num_time_steps, membrane_reset="symmetric")
+    assert torch.equal(found.base_model(ids).last_hidden_state, wanted(ids).last_hidden_state)
+
+
+def test_a_folder_without_a_model_says_so(tmp_path):
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), model_type="spikelm")
+    with pytest.raises(ValueError, match="holds no model: there is no config.json in it. Was its run cut off"):
+        load_config(arguments)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        load_config(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def test_a_path_that_is_not_there_is_not_said_to_lack_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist; name a folder with a model, or a model of the Hub"):
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path / "nowhere")))
 
 
 def test_a_decoder_that_begins_anew_keeps_how_it_writes(tmp_path):
