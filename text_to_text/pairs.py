@@ -1,7 +1,7 @@
 """Texts and what is to be written of them, from a user's files or the Hub, as splits of two columns."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,14 +139,9 @@ def _columns(name: str, columns: Sequence[str], arguments: PairArguments, needs_
     """
     source, target = arguments.text_column_name, arguments.summary_column_name
     if not source and arguments.source_lang and arguments.target_lang:
-        # As the tokenizer calls a language (en_XX), or as everybody does.
-        languages = [
-            lang if lang in columns else lang.partition("_")[0]
-            for lang in (arguments.source_lang, arguments.target_lang)
-        ]
-        if languages[0] not in columns and TRANSLATION in columns:
-            return Columns(*languages, are_languages=True)
-        source, target = languages
+        source, target = (_called(lang, columns) for lang in (arguments.source_lang, arguments.target_lang))
+        if source not in columns and TRANSLATION in columns:
+            return Columns(arguments.source_lang, arguments.target_lang, are_languages=True)
     if not source:
         source = _found(name, columns, TEXT_COLUMNS, "the text")
         target = _found(name, columns, SUMMARY_COLUMNS, "what is to be written", needs_target)
@@ -170,11 +165,18 @@ def _found(
     )
 
 
+def _called(lang: str, names: Container[str]) -> str:
+    """What a language is called here: as the tokenizer does (eng_Latn, en_XX), or else as everybody does."""
+    return lang if lang in names else lang.partition("_")[0]
+
+
 def _in_language(place: str, texts: Any, lang: str) -> Any:
-    if not isinstance(texts, Mapping) or lang not in texts:
-        languages = ", ".join(texts) if isinstance(texts, Mapping) else "none"
-        raise ValueError(f"{place}: the column {TRANSLATION!r} has no text in {lang!r}; its languages are {languages}.")
-    return texts[lang]
+    languages = texts if isinstance(texts, Mapping) else {}
+    name = _called(lang, languages)
+    if name not in languages:
+        known = ", ".join(languages) or "none"
+        raise ValueError(f"{place}: the column {TRANSLATION!r} has no text in {lang!r}; its languages are {known}.")
+    return languages[name]
 
 
 def _check_text(place: str, column: str, cell: Any) -> None:

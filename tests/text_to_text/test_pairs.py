@@ -56,11 +56,19 @@ def test_every_row_of_a_test_file_is_kept_and_needs_no_summary(tmp_path):
         assert pairs["test"][:] == {"source": sources}
 
 
-@pytest.mark.parametrize("source, target", [("en", "ro"), ("en_XX", "ro_RO")])
-def test_languages_are_columns_or_names_in_one_column(tmp_path, source, target):
-    in_one = write(tmp_path / "one.json", [{"translation": {"en": "yes", "ro": "da"}}])
-    in_two = write(tmp_path / "two.json", [{"en": "yes", "ro": "da"}])
-    Dataset.from_list([{"translation": {"en": "yes", "ro": "da"}}]).to_parquet(tmp_path / "one.parquet")
+@pytest.mark.parametrize(
+    "source, target, texts",
+    [
+        ("en", "ro", {"en": "yes", "ro": "da"}),
+        ("en_XX", "ro_RO", {"en": "yes", "ro": "da"}),
+        ("eng_Latn", "ron_Latn", {"eng_Latn": "yes", "ron_Latn": "da"}),
+        ("en_XX", "pt_BR", {"en": "yes", "pt": "sim", "pt_BR": "da"}),
+    ],
+)
+def test_languages_are_columns_or_names_in_one_column(tmp_path, source, target, texts):
+    in_one = write(tmp_path / "one.json", [{"translation": texts}])
+    in_two = write(tmp_path / "two.json", [texts])
+    Dataset.from_list([{"translation": texts}]).to_parquet(tmp_path / "one.parquet")
     for file in (in_one, in_two, str(tmp_path / "one.parquet")):
         arguments = PairArguments(validation_file=file, source_lang=source, target_lang=target)
         assert load_pairs(arguments, {"validation": True})["validation"][:] == {"source": ["yes"], "target": ["da"]}
