@@ -51,7 +51,7 @@ from pretraining_data.packing import content_fingerprint
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
 from text_to_text.arguments import PairArguments, WritingTrainingArguments
-from text_to_text.encoding import PairCollator, check_fit, encode, set_languages, targets_of
+from text_to_text.encoding import PairCollator, check_fit, digest_of_targets, encode, set_languages, targets_of
 from text_to_text.pairs import load_pairs
 from text_to_text.results import hub_metrics, write_predictions, write_results
 from text_to_text.scoring import by_row, directions, make_compute_metrics, without_prefix, written_texts
@@ -87,12 +87,13 @@ def main(argv: list[str] | None = None) -> None:
         teacher = teaching.load(config, model_arguments)
         with training.main_process_first(desc="reading and tokenising the texts"):
             splits = encode(pairs, tokenizer, arguments)
+        scored = [digest_of_targets(rows) for split, rows in pairs.items() if split != "train"]
         record = RunRecord(
             training.output_dir,
             recorded_arguments(start, arguments, teaching, spikes, training)
             | {"checkpoint_digest": weights_digest(start.model_name_or_path)}
             | {"teacher_digest": weights_digest(teaching.teacher_name_or_path)},
-            "+".join(content_fingerprint(split) for split in splits.values()),
+            "+".join([*(content_fingerprint(split) for split in splits.values()), *scored]),
             inputs=local_inputs(argv, start, arguments, teaching, training),
         )
         run = TrainingRun(record, training, model_arguments.overwrite_output_dir)

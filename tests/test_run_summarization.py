@@ -115,6 +115,28 @@ def test_the_same_command_resumes_to_the_same_weights_and_scores(spiking, files,
     assert results(tmp_path / "out") == results(spiking)
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_scores_against_other_summaries_are_another_runs_though_only_their_cut_off_ends_differ(
+    dense, files, tmp_path, split
+):
+    data = shutil.copytree(files, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / f"{split}.json").read_text().splitlines()]
+    end = " and so on" * 20
+
+    def evaluate(summary_end: str) -> None:
+        texts = [row | {"summary": row["summary"] + summary_end} for row in rows]
+        (data / f"{split}.json").write_text("\n".join(map(json.dumps, texts)))
+        more = ["--model_name_or_path", str(dense), "--do_eval", "--do_predict"]
+        run_summarization.main(command(data, tmp_path / "out", *more))
+
+    evaluate(end)
+    before = results(tmp_path / "out")
+    evaluate(end)
+    with pytest.raises(SystemExit, match="the data has changed"):
+        evaluate(f"{end} elsewhere")
+    assert results(tmp_path / "out") == before
+
+
 def test_a_student_starts_as_its_teacher_and_stands_beside_it_in_the_table(dense, files, tmp_path):
     more = ["--teacher_name_or_path", str(dense), "--config_overrides", "num_time_steps=1", "--learning_rate", "0"]
     run_summarization.main(command(files, tmp_path / "out", *more))
