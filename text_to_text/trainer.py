@@ -47,12 +47,8 @@ class WritingTrainer(WholeStepsTrainer, Seq2SeqTrainer):
             loss, outputs, _ = Trainer.prediction_step(self, model, inputs, False, ignore_keys)
             logits = outputs[0] if isinstance(outputs, tuple) else outputs
             is_token = labels != -100
-            losses = cross_entropy(
-                logits.float().flatten(0, 1),
-                labels.flatten(),
-                reduction="none",
-                label_smoothing=self.args.label_smoothing_factor,
-            )
+            # Without label smoothing, of which no perplexity can be made; it is for the training alone.
+            losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
             found += [(losses.view_as(labels) * is_token).sum(1), is_token.sum(1)]
         return loss, tuple(found), rows
 

@@ -60,6 +60,12 @@ def test_the_loss_is_the_mean_over_all_tokens_of_the_data(make_trainer, bart, sp
     assert "eval_rouge1" not in evaluated
 
 
+def test_an_evaluation_smooths_no_labels(make_trainer):
+    plain, smoothing = (make_trainer(writes=False, label_smoothing=share).evaluate() for share in (0.0, 0.2))
+    for name in ("eval_loss", "eval_perplexity"):
+        assert smoothing[name] == pytest.approx(plain[name], rel=1e-6)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_a_step_of_several_batches_is_that_of_one(make_trainer, label_smoothing):
     """Each batch has another number of tokens to write, so a mean of means would be another step."""
