@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +33,7 @@ PAIR_FEATURES = Features(
 )
 LIST_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "labels")
 NOTHING_TO_PREDICT = "there is nothing to predict: no label, or only padding and special tokens"
+NOTHING_BEHIND_THE_FIRST = "there is nothing to predict: no label behind the first token, or only special tokens"
 # Documents packed together. Every batch ends with one short row, so it must not be small.
 DOCUMENTS_PER_BATCH = 1000
 # Characters given to the tokenizer at once: its result takes about 100 bytes a token before only the ids remain.
@@ -382,6 +383,7 @@ def check_token_ids(
     type_vocab_size: int = 2,
     special_ids: Sequence[int] = (),
     name: str = "the data",
+    is_causal: bool = False,
 ) -> AnyDataset:
     """Check that a model can take the rows and learn from them.
 
@@ -392,6 +394,7 @@ def check_token_ids(
         type_vocab_size: token_type_ids have to lie in [0, type_vocab_size).
         special_ids: ids that are never predicted, padding among them.
         name: of the data, for the log.
+        is_causal: every token is predicted from those before it, so nothing predicts the first of a row.
 
     Returns:
         The dataset without the rows that hold nothing to predict, which are counted in the log. A streamed one is
@@ -409,9 +412,11 @@ def check_token_ids(
         "next_sentence_label": (0, 2),
     }
     checks: dict[str, Any] = {"limits": limits, "max_seq_length": max_seq_length}
+    has_something = partial(_has_something_to_predict, special_ids=special_ids, is_causal=is_causal)
+    why = NOTHING_BEHIND_THE_FIRST if is_causal else NOTHING_TO_PREDICT
     if isinstance(dataset, IterableDataset):
         checked = dataset.with_format("arrow").map(
-            _StreamCheck(checks, special_ids, StreamedRows(name, NOTHING_TO_PREDICT)),
+            _StreamCheck(checks, has_something, StreamedRows(name, why)),
             batched=True,
             with_indices=True,
             features=dataset.features,
@@ -421,26 +426,28 @@ def check_token_ids(
     is_kept = []
     for table in _tables(dataset):
         _check_table(table, range(first_row, first_row + len(table)), **checks)
-        is_kept.append(_has_something_to_predict(table, special_ids))
+        is_kept.append(has_something(table))
         first_row += len(table)
     kept = np.flatnonzero(np.concatenate(is_kept)) if is_kept else []
-    report_rows(name, len(dataset), len(dataset) - len(kept), NOTHING_TO_PREDICT)
+    report_rows(name, len(dataset), len(dataset) - len(kept), why)
     if not len(kept):
-        raise ValueError(f"In {name} {NOTHING_TO_PREDICT} in any of {len(dataset)} rows.")
+        raise ValueError(f"In {name} {why} in any of {len(dataset)} rows.")
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 class _StreamCheck:
     """What `check_token_ids` does to a table of a stream."""
 
-    def __init__(self, checks: dict[str, Any], special_ids: Sequence[int], rows: StreamedRows) -> None:
+    def __init__(
+        self, checks: dict[str, Any], has_something: Callable[[pa.Table], np.ndarray], rows: StreamedRows
+    ) -> None:
         self.checks = checks
-        self.special_ids = special_ids
+        self.has_something = has_something
         self.rows = rows
 
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         _check_table(table, indices, **self.checks)
-        is_kept = _has_something_to_predict(table, self.special_ids)
+        is_kept = self.has_something(table)
         self.rows.add(is_kept.tolist())
         return table.filter(pa.array(is_kept))
 
@@ -492,18 +499,27 @@ def _check_type(name: str, column_type: pa.DataType) -> None:
         raise ValueError(f"Column {name!r} of the tokenised data holds {column_type}; every row needs {wanted} there.")
 
 
-def _has_something_to_predict(table: pa.Table, special_ids: Sequence[int]) -> np.ndarray:
-    """Whether any token of a row has a label or, where rows are masked later, may get one; bool `[rows]`."""
+def _has_something_to_predict(table: pa.Table, special_ids: Sequence[int], is_causal: bool) -> np.ndarray:
+    """Whether any token of a row has a label or, where labels are made later, may get one; bool `[rows]`."""
+    if not len(table):
+        return np.array([], dtype=bool)
     if "labels" in table.column_names:
-        is_predicted = _flat(table["labels"]) != -100
+        is_label = is_predicted = _flat(table["labels"]) != -100
     else:
-        is_predicted = np.isin(_flat(table["input_ids"]), special_ids, invert=True)
+        tokens = _flat(table["input_ids"])
+        has_mask = "attention_mask" in table.column_names
+        is_label = _flat(table["attention_mask"]) != 0 if has_mask else np.ones(len(tokens), dtype=bool)
+        is_predicted = is_label & np.isin(tokens, special_ids, invert=True)
         if "special_tokens_mask" in table.column_names:
             is_predicted &= _flat(table["special_tokens_mask"]) == 0
-        if "attention_mask" in table.column_names:
-            is_predicted &= _flat(table["attention_mask"]) != 0
     starts = np.cumsum([0, *_lengths(table["input_ids"])[:-1]])
-    return np.logical_or.reduceat(is_predicted, starts) if len(table) else np.array([], dtype=bool)
+    found = np.logical_or.reduceat(is_predicted, starts)
+    if is_causal:
+        # The end of a text is a label like others here, so a row of one word and an end stays.
+        is_first = np.zeros(len(is_label), dtype=bool)
+        is_first[starts] = True
+        found &= np.logical_or.reduceat(is_label & ~is_first, starts)
+    return found
 
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:

@@ -89,6 +89,7 @@ def check_rows(splits, config, tokenizer: PreTrainedTokenizerBase, arguments: Te
         max_seq_length=arguments.max_seq_length,
         type_vocab_size=getattr(config, "type_vocab_size", 2),
         special_ids=tokenizer.all_special_ids,
+        is_causal=arguments.objective == "clm",
     )
     return type(splits)({name: check(split, name=f"{name} rows") for name, split in splits.items()})
 

@@ -1,9 +1,12 @@
 """Batches of a causal model: whole rows have no padding, others are padded where nobody looks."""
 
 import pytest
-from transformers import BertTokenizer
+from datasets import Dataset, DatasetDict
+from transformers import BertTokenizer, LlamaConfig
 
+from pretraining_data.arguments import DataArguments, TextArguments
 from pretraining_data.causal import CausalCollator
+from pretraining_data.preparation import check_rows
 
 
 @pytest.fixture
@@ -32,3 +35,11 @@ def test_what_rows_say_themselves_is_kept(tokenizer):
     assert batch["labels"].tolist() == [[-100, 8, 9]]
     batch = CausalCollator(tokenizer)(rows[1:])
     assert batch["labels"].tolist() == [[-100, 6, 7]] and batch["attention_mask"].tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize("kind, used", [(TextArguments, [[7, 8]]), (DataArguments, [[7], [7, 8]])])
+def test_a_row_of_one_token_is_for_encoders_alone(tokenizer, kind, used):
+    """A batch of such rows has no loss: it would be 0 / 0."""
+    splits = DatasetDict(train=Dataset.from_dict({"input_ids": [[7], [7, 8]]}))
+    arguments = kind(train_file=["corpus.txt"])
+    assert check_rows(splits, LlamaConfig(vocab_size=60), tokenizer, arguments)["train"]["input_ids"][:] == used

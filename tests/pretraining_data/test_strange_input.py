@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -300,6 +301,27 @@ def test_rows_with_nothing_to_predict_are_dropped_and_counted(bad, tokenizer, st
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("train rows: 3 rows read")
     assert ", 2 used, 1 dropped (there is nothing to predict" in caplog.messages[0]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "rows, kept",
+    [
+        ({"input_ids": [[7], [7, 8], [7, 3]]}, [1, 2]),
+        ({"input_ids": [[7, 0], [7, 8]], "attention_mask": [[1, 0], [1, 1]]}, [1]),
+        ({"input_ids": [[7, 8], [7, 8]], "labels": [[7, -100], [-100, 8]]}, [1]),
+    ],
+    ids=["one token", "one token and padding", "a label on the first token"],
+)
+def test_rows_of_which_a_causal_model_predicts_nothing_are_dropped_and_counted(
+    rows, kept, tokenizer, streaming, caplog
+):
+    rows = Dataset.from_dict(rows)
+    check = partial(check_token_ids, vocab_size=60, max_seq_length=8, special_ids=tokenizer.all_special_ids)
+    read = rows.to_iterable_dataset() if streaming else rows
+    assert list(check(read, is_causal=True)) == [rows[number] for number in kept]
+    assert "1 dropped (there is nothing to predict: no label behind the first token" in caplog.text
+    assert list(check(read)) == list(rows)
 
 
 def test_rows_without_a_label_are_dropped_and_if_there_is_no_other_refused(tokenizer):
