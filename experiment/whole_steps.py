@@ -7,6 +7,8 @@ run that is resumed on another number of devices would be another one from there
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
@@ -34,10 +36,10 @@ def rows_of_an_epoch(rows: int, training: TrainingArguments) -> int:
 
 
 class WholeStepsTrainer(Trainer):
-    """The stock Trainer, but that an epoch is a whole number of steps.
+    """The stock Trainer, but that an epoch is a whole number of steps, and that an evaluation is of all rows.
 
-    Its rest is filled up with other rows of the data, or left out with `--dataloader_drop_last`. Streams, which have no
-    end, are left as they are.
+    An epoch's rest is filled up with other rows of the data, or left out with `--dataloader_drop_last`. Streams, which
+    have no end, are left as they are.
 
     Raises:
         ValueError: when the training begins, if leaving out the rest leaves nothing, or if rows of a stream are to be
@@ -58,6 +60,14 @@ class WholeStepsTrainer(Trainer):
             loader.set_sampler(self._by_length)
         return loader
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with _all_rows(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with _all_rows(self.args):
+            return super().get_test_dataloader(*args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if sampler is None:
@@ -71,6 +81,17 @@ class WholeStepsTrainer(Trainer):
             # What it yields after all rows are the first of another order of them.
             return RandomSampler(sampler.data_source, num_samples=rows)
         return _FromTheBeginning(sampler, rows)
+
+
+@contextmanager
+def _all_rows(training: TrainingArguments) -> Iterator[None]:
+    """What is made in here drops no rows. The Trainer has one flag for loaders of every kind, and with fewer rows than
+    a batch there would be no score."""
+    drops, training.dataloader_drop_last = training.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        training.dataloader_drop_last = drops
 
 
 class _ByLength(Sampler[int]):

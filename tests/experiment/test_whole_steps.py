@@ -93,3 +93,16 @@ def test_fewer_rows_than_a_step_has_are_taken_several_times(epochs):
 def test_an_epoch_of_which_nothing_is_left_is_refused(epochs):
     with pytest.raises(ValueError, match="a step has 4 sequences .*, and there are 3 rows"):
         epochs(2, 2, rows=3, dataloader_drop_last=True)
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_an_evaluation_is_of_all_rows_though_training_drops_some(rows, tmp_path):
+    training = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", dataloader_drop_last=True, per_device_eval_batch_size=4
+    )
+    trainer = WholeStepsTrainer(
+        model=torch.nn.Linear(1, 1), args=training, eval_dataset=list(range(rows)), data_collator=list
+    )
+    for loader in (trainer.get_eval_dataloader(), trainer.get_test_dataloader(list(range(rows)))):
+        assert [row for batch in loader for row in batch] == list(range(rows))
+    assert training.dataloader_drop_last
