@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             config_overrides=arguments.config_overrides,
         )
         config = load_config(student, trains=True)
-        teacher = load_teacher(arguments.teacher_name_or_path, config, is_classifier=False)
+        tokenizer = load_tokenizer(student)
+        teacher = load_teacher(arguments.teacher_name_or_path, config, is_classifier=False, tokenizer=tokenizer)
         text = PackedText(
             arguments.packed_text,
             arguments.tokens_per_batch,
@@ -144,7 +145,6 @@ def main(argv: list[str] | None = None) -> None:
         model = load_model(AutoModel, student, config)
         # A student that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
         take_real_valued_parts(model, teacher)
-        tokenizer = load_tokenizer(student)
         text.check_vocabulary(tokenizer)
     trainer = TimedTrainer(
         model=model,

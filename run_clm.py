@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(model_arguments, training.do_train, new=SpikeLMLlamaConfig, **fields)
         check_fit(config, tokenizer, data_arguments)
         check_evaluation(training, config)
-        teacher = teaching.load(config, model_arguments)
+        teacher = teaching.load(config, tokenizer, model_arguments)
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)

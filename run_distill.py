@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(student_arguments))
         config = load_config(student_arguments, training.do_train)
-        teacher = teaching.load(config, model_arguments)
+        teacher = teaching.load(config, tokenizer, model_arguments)
         teaching.check_head(teacher, given)
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)

@@ -350,7 +350,7 @@ def try_first_steps(
         with nullcontext() if is_first else errors_only():
             model = load_task_model(data)
         is_first = False
-        teacher = load_task_teacher(data, teaching)
+        teacher = load_task_teacher(data, tokenizer, teaching)
         if teacher is not None:
             take_real_valued_parts(model, teacher)
         trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
@@ -414,7 +414,7 @@ def run_task(
     set_seed(run.seed)
     with errors_only():  # what there is to say about the checkpoint was said when it was loaded for the check
         model = load_task_model(replace(data, model=saved_by_run(data.model, trained)))
-        teacher = load_task_teacher(data, teaching)
+        teacher = load_task_teacher(data, tokenizer, teaching)
     if teacher is not None and run.do_train and not trained:
         take_real_valued_parts(model, teacher)
     card = make_card(data, run, model)
@@ -466,14 +466,16 @@ def load_task_model(data: TaskData) -> PreTrainedModel:
     return load_model(AutoModelForSequenceClassification, data.model, data.config, data.ignore_mismatched_sizes)
 
 
-def load_task_teacher(data: TaskData, teaching: DistillationArguments) -> Teacher | None:
+def load_task_teacher(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, teaching: DistillationArguments
+) -> Teacher | None:
     """
     Raises:
-        ValueError: it cannot be loaded, or is a classifier of other labels or in another order.
+        ValueError: it cannot be loaded, has another vocabulary, or is a classifier of other labels or in another order.
     """
     if data.teacher is None:
         return None
-    teacher = teaching.load(data.config, data.model, data.teacher, is_classifier=True)
+    teacher = teaching.load(data.config, tokenizer, data.model, data.teacher, is_classifier=True)
     classifier = classifier_of(teacher.model.config)
     conflict = classifier.conflict(data.task) if classifier else None
     if conflict:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=arguments.max_source_length)
         writing |= set_languages(tokenizer, arguments)
-        teacher = teaching.load(config, model_arguments)
+        teacher = teaching.load(config, tokenizer, model_arguments)
         with training.main_process_first(desc="reading and tokenising the texts"):
             splits = encode(pairs, tokenizer, arguments)
         scored = [digest_of_targets(rows) for split, rows in pairs.items() if split != "train"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from experiment.arguments import ModelArguments
@@ -100,11 +100,17 @@ class DistillationArguments:
         return LossWeights(**{entry.name: getattr(self, f"{entry.name}_weight") for entry in fields(LossWeights)})
 
     def load(
-        self, student: PreTrainedConfig, options: ModelArguments, name: str | None = None, is_classifier: bool = False
+        self,
+        student: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        options: ModelArguments,
+        name: str | None = None,
+        is_classifier: bool = False,
     ) -> Teacher | None:
         """The teacher of a student of that configuration, if there is to be one.
 
         Args:
+            tokenizer: the student's.
             options: how models are loaded.
             name: of the teacher, where there is one for each task; by default the one named.
             is_classifier: see `load_teacher`.
@@ -119,6 +125,7 @@ class DistillationArguments:
             name,
             student,
             is_classifier=is_classifier,
+            tokenizer=tokenizer,
             revision=self.teacher_revision,
             cache_dir=options.cache_dir,
             attn_implementation=options.attn_implementation,

@@ -1,6 +1,8 @@
 """The dense model that a student learns from: loaded, checked against the student, and run."""
 
+import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +15,23 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import ModelOutput
 
 from configuration_spikelm import SpikeLMConfig
 from experiment.precision import WEIGHTS, refuse_quantised
 
+logger = logging.getLogger(__name__)
+
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 # What a teacher can be given of a batch.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+# By which a folder says that it holds a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # What a parameter of a layer has in its name.
 _LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 # Of models whose head belongs to them: what its logits say something of.
@@ -76,6 +84,7 @@ def load_teacher(
     student: PreTrainedConfig,
     *,
     is_classifier: bool,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str = "main",
     cache_dir: str | None = None,
     attn_implementation: str | None = None,
@@ -87,6 +96,7 @@ def load_teacher(
             causal student a Llama, of one that writes a BART.
         is_classifier: take it with its classifier, which has to be trained; else with its masked-LM head, if it has
             one, or the head of a model that writes, which it has to have.
+        tokenizer: the student's.
 
     Raises:
         ValueError: there is no such checkpoint, or it is quantised, or of another kind, or its vocabulary, width,
@@ -99,6 +109,8 @@ def load_teacher(
         config = AutoConfig.from_pretrained(name, **location)
         refuse_quantised(name, config)
         _check_fit(name, config, student, is_classifier)
+        if tokenizer is not None:
+            _check_vocabulary(name, tokenizer)
         auto_class = AutoModelForSequenceClassification if is_classifier else own_head or AutoModelForMaskedLM
         options = location | {"dtype": WEIGHTS, "use_safetensors": True, "output_loading_info": True}
         if attn_implementation:
@@ -166,3 +178,24 @@ def _check_fit(name: str, teacher: PreTrainedConfig, student: PreTrainedConfig, 
                 f"--teacher_name_or_path {name} has {field}={other}, but the student has {field}={own}; they have "
                 "to agree, so take a student that was warm-started from this teacher, or another teacher."
             )
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a teacher to which the student's ids are other words; where no tokenizer lies, nobody knows."""
+    if not any(Path(name, file).is_file() for file in TOKENIZER_FILES):
+        return
+    try:
+        other = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, KeyError, ValueError, ImportError) as error:
+        logger.warning("Whether the student's ids mean the same to %s is not known: %s", name, error)
+        return
+    # Tokens that only one of them has behind all others are no reason.
+    own, others = ({number: token for token, number in each.get_vocab().items()} for each in (tokenizer, other))
+    differing = sorted(number for number in own.keys() & others.keys() if own[number] != others[number])
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"--teacher_name_or_path {name} has a tokenizer of another vocabulary: {first} is {others[first]!r} there "
+            f"and {own[first]!r} in the student's. Take a student that was warm-started from this teacher, or another "
+            "teacher."
+        )

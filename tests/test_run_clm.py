@@ -24,6 +24,7 @@ import run_clm
 from experiment.publishing import Publisher
 from modeling_spikelm import SpikeLMLlamaForCausalLM
 from tests.corpus import write_corpus
+from tests.other_vocabulary import with_other_vocabulary
 from tests.test_run_mlm import assert_same_weights, interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -274,4 +275,12 @@ def test_a_teacher_of_another_kind_or_without_a_head_is_refused(teacher, corpus,
         start = ["--model_name_or_path", str(teacher)]
         with pytest.raises(SystemExit, match=message):
             run_clm.main(student(tmp_path / name, corpus, tmp_path / "out", *start))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(teacher, corpus, tmp_path):
+    other = with_other_vocabulary(teacher, tmp_path / "other")
+    with pytest.raises(SystemExit, match="has a tokenizer of another vocabulary: 398 is") as stopped:
+        run_clm.main(student(other, corpus, tmp_path / "out", "--model_name_or_path", str(teacher)))
+    assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()

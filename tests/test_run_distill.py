@@ -23,6 +23,7 @@ from experiment.publishing import Publisher
 from pretraining_data.tokenizers import train_wordpiece
 from tests.corpus import write_corpus
 from tests.forked_processes import launch_forked
+from tests.other_vocabulary import with_other_vocabulary
 from tests.test_run_mlm import assert_same_weights, interrupted
 
 SHORT = """--per_device_train_batch_size 8 --learning_rate 2e-3 --max_steps 12 --max_seq_length 32 --max_eval_samples 16
@@ -100,6 +101,14 @@ def test_the_card_names_the_teacher_and_the_error(distilled):
     assert "hidden states of bare from the text of `topics.txt`" in card
     assert "feature-extraction" in card and "hidden_error" in card
     assert "hidden states and logits of with_head" in (distilled["with_head"] / "README.md").read_text()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(teachers, corpus, tmp_path):
+    other = with_other_vocabulary(teachers["bare"], tmp_path / "other")
+    more = ("--model_name_or_path", str(teachers["bare"]))
+    with pytest.raises(SystemExit, match="has a tokenizer of another vocabulary"):
+        run_distill.main(command(other, corpus, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_command_resumes_to_the_same_weights(distilled, teachers, corpus, tmp_path):

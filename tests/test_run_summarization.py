@@ -16,6 +16,7 @@ from experiment.arguments import parse_arguments
 from experiment.publishing import Publisher
 from modeling_spikelm.calibration import calibrated_groups
 from tests.hub_server import check_card
+from tests.other_vocabulary import with_other_vocabulary
 from tests.test_run_mlm import assert_same_weights, interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +167,14 @@ def test_a_student_that_began_elsewhere_takes_what_is_not_in_a_layer_from_its_te
         assert torch.equal(weights[name], start[name] if ".layers." in name else wished[name]), name
     # The evaluation of the teacher is in the table, and in nobody's tracker.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "start"]
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(dense, files, tmp_path):
+    other = with_other_vocabulary(dense, tmp_path / "other")
+    more = ["--model_name_or_path", str(dense), "--teacher_name_or_path", str(other)]
+    with pytest.raises(SystemExit, match="has a tokenizer of another vocabulary"):
+        run_summarization.main(command(files, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_student_that_was_fitted_begins_nearer(dense, files, tmp_path):

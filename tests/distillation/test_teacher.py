@@ -1,14 +1,18 @@
 """Which teachers are taken, with which head, and that they stay what they are."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertTokenizer
 
 from configuration_spikelm import SpikeLMConfig
 from distillation.arguments import DistillationArguments
 from distillation.teacher import load_teacher
 from tests.distillation.conftest import SIZES
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,35 @@ def test_another_shape_is_refused_in_one_line(save_teacher, field, other):
     with pytest.raises(ValueError, match=f"has {field}={other}, but the student has {field}={SIZES[field]}") as error:
         load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False)
     assert "\n" not in str(error.value)
+
+
+def words(*tokens: str) -> BertTokenizer:
+    return BertTokenizer(vocab={token: number for number, token in enumerate([*SPECIAL, *tokens])})
+
+
+def test_ids_have_to_be_the_same_words_to_teacher_and_student(save_teacher, caplog):
+    folder = save_teacher("tokens")
+
+    def load(*tokens: str) -> None:
+        load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False, tokenizer=words(*tokens))
+
+    load("yes", "no")  # of a teacher without a tokenizer nothing is known
+    words("yes", "no").save_pretrained(folder)
+    for same in (("yes", "no"), ("yes", "no", "more"), ("yes",)):
+        load(*same)
+    assert "not known" not in caplog.text
+    with pytest.raises(ValueError, match="another vocabulary: 5 is 'yes' there and 'no' in the student's") as error:
+        load("no", "yes")
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_whose_tokenizer_cannot_be_loaded_is_taken_and_that_is_said(save_teacher, caplog):
+    folder = save_teacher("")
+    # Its class is code of its own, which nobody has said to trust.
+    content = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(content))
+    load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False, tokenizer=words("yes"))
+    assert "Whether the student's ids mean the same" in caplog.text
 
 
 def test_a_teacher_of_the_task_has_a_trained_classifier_with_the_students_labels(save_teacher):

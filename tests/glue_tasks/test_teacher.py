@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from run_glue import main
 from tests.glue_tasks.conftest import write_tasks
 from tests.glue_tasks.test_run_glue import command, log_history, results, snapshot
+from tests.other_vocabulary import with_other_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,17 @@ def test_a_teacher_that_does_not_fit_is_refused_and_nothing_is_written(
     with pytest.raises(SystemExit, match=message):
         main(command(tiny_spikelm, write_glue(), tmp_path / "out", *teacher, *more))
     assert {name for name in snapshot(tmp_path) if name.startswith("out")} == {n for n in before if n.startswith("out")}
+
+
+def test_the_teacher_of_a_task_is_refused_with_another_vocabulary(taught_run, write_glue, tiny_spikelm, tmp_path):
+    for task in ("cola", "stsb"):
+        shutil.copytree(taught_run / "teachers" / task, tmp_path / "teachers" / task)
+    shutil.rmtree(tmp_path / "teachers" / "stsb")
+    with_other_vocabulary(taught_run / "teachers" / "stsb", tmp_path / "teachers" / "stsb")
+    teachers = ("--task_name", "cola", "stsb", "--teacher_name_or_path", str(tmp_path / "teachers"))
+    with pytest.raises(SystemExit, match="teachers/stsb has a tokenizer of another vocabulary"):
+        main(command(tiny_spikelm, write_glue("CoLA", "STS-B"), tmp_path / "out", *teachers))
+    assert not (tmp_path / "out").exists()
 
 
 def test_of_teachers_with_several_seeds_one_has_to_be_named(taught_run, write_glue, tiny_spikelm, tmp_path):
