@@ -278,6 +278,12 @@ def load_model(
             f"The weights of {name} are not those of a model of type {config.model_type!r}, as its config.json says: "
             f"{layers[0]} and {len(layers) - 1} more are missing."
         )
+    embeddings = _input_embeddings(model)
+    if embeddings in loaded["missing_keys"]:
+        raise ValueError(
+            f"{name} has no {embeddings}, so a {type(model).__name__} would begin with new embeddings: it was saved by "
+            "a model of another kind. Train it with the script for its kind, or name another checkpoint."
+        )
     without = [key for key in loaded["missing_keys"] if key.endswith(".amplitude")]
     if without and is_spiking(config) and _has_amplitudes_for(arguments, config):
         raise ValueError(
@@ -301,6 +307,15 @@ def _with_new_head(encoder: PreTrainedModel, config: PreTrainedConfig, options: 
     left_out = model.base_model.load_state_dict(encoder.state_dict(), strict=False).unexpected_keys
     logger.info("The masked-LM head is new%s.", f", and {len(left_out)} weights are left out" if left_out else "")
     return model
+
+
+def _input_embeddings(model: PreTrainedModel) -> str | None:
+    """The name of the table that turns tokens into vectors; None of a model that does not say which it is."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return next((f"{name}.weight" for name, part in model.named_modules() if part is table), None)
 
 
 def _stored_fields(arguments: ModelArguments) -> dict[str, Any]:

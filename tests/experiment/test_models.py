@@ -4,7 +4,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -16,6 +19,7 @@ from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMLlamaForCausalLM, SpikeL
 from modeling_spikelm.calibration import neuron_groups
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
+BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,21 @@ def test_layers_that_a_checkpoint_lacks_are_missed_in_a_decoder_too(tmp_path):
     arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides="num_hidden_layers=2")
     with pytest.raises(ValueError, match=r"not those of a model of type 'llama'.*model\.layers\.1\."):
         load_model(AutoModelForCausalLM, arguments, load_config(arguments))
+
+
+def test_embeddings_that_a_checkpoint_lacks_are_missed(tmp_path):
+    """A BART's decoder alone looks for its embeddings in another place."""
+    sizes = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in BART_SIZES.items()}
+    bart = BartForConditionalGeneration(BartConfig(**sizes, vocab_size=50, d_model=16))
+    bart.save_pretrained(tmp_path / "whole")
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"whole has no model\.decoder\.embed_tokens\.weight, so a BartForCausalLM"):
+        load_model(AutoModelForCausalLM, arguments, load_config(arguments))
+    assert load_model(AutoModelForSeq2SeqLM, arguments, load_config(arguments)).config.d_model == 16
+    # What was saved without its head has embeddings, and may get a new head.
+    bart.model.save_pretrained(tmp_path / "headless")
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "headless"))
+    assert load_model(AutoModelForSeq2SeqLM, arguments, load_config(arguments)).config.d_model == 16
 
 
 def test_what_follows_from_sizes_follows_from_the_overridden_ones(tmp_path):
