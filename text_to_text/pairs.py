@@ -83,7 +83,8 @@ def _of_table(table: Table, split: str, arguments: PairArguments) -> Dataset:
             continue
         cells = table.columns[TRANSLATION if columns.are_languages else column]
         if columns.are_languages:
-            cells = [_in_language(place, cell, column) for place, cell in zip(table.places, cells, strict=True)]
+            is_needed = kind == SOURCE or split != "test"
+            cells = [_in_language(*row, column, is_needed) for row in zip(table.places, cells, strict=True)]
         for place, cell in zip(table.places, cells, strict=True):
             _check_text(place, column, cell)
         texts[kind] = cells[: arguments.sample_limit(split)]
@@ -112,16 +113,20 @@ def _from_hub(
         rows = load_dataset(**where, name=dataset.config, split=split, cache_dir=cache_dir)
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         columns = _columns(name, rows.column_names, arguments, needs_target=split != "test")
-        loaded[split] = _usable_rows(name, _of_columns(name, rows, columns), split)
+        loaded[split] = _usable_rows(name, _of_columns(name, rows, columns, split != "test"), split)
     return DatasetDict(loaded)
 
 
-def _of_columns(name: str, rows: Dataset, columns: Columns) -> Dataset:
+def _of_columns(name: str, rows: Dataset, columns: Columns, needs_target: bool) -> Dataset:
     names = {SOURCE: columns.source} | ({TARGET: columns.target} if columns.target else {})
     if columns.are_languages:
         return rows.map(
-            lambda row: {kind: _in_language(name, row[TRANSLATION], lang) for kind, lang in names.items()},
+            lambda row: {
+                kind: _in_language(name, row[TRANSLATION], lang, kind == SOURCE or needs_target)
+                for kind, lang in names.items()
+            },
             remove_columns=rows.column_names,
+            features=Features(dict.fromkeys(names, Value("string"))),
         )
     for column in names.values():
         dtype = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)
@@ -170,13 +175,16 @@ def _called(lang: str, names: Container[str]) -> str:
     return lang if lang in names else lang.partition("_")[0]
 
 
-def _in_language(place: str, texts: Any, lang: str) -> Any:
+def _in_language(place: str, texts: Any, lang: str, is_needed: bool) -> Any:
+    """The text of a cell of `TRANSLATION` in one language; of an empty cell nothing, as of one in a column of texts."""
+    if texts is None:
+        return None
     languages = texts if isinstance(texts, Mapping) else {}
     name = _called(lang, languages)
-    if name not in languages:
+    if name not in languages and (is_needed or not languages):
         known = ", ".join(languages) or "none"
         raise ValueError(f"{place}: the column {TRANSLATION!r} has no text in {lang!r}; its languages are {known}.")
-    return languages[name]
+    return languages.get(name)
 
 
 def _check_text(place: str, column: str, cell: Any) -> None:

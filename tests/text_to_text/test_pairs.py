@@ -74,6 +74,23 @@ def test_languages_are_columns_or_names_in_one_column(tmp_path, source, target, 
         assert load_pairs(arguments, {"validation": True})["validation"][:] == {"source": ["yes"], "target": ["da"]}
 
 
+def test_a_column_of_translations_may_have_empty_cells_and_a_test_file_one_language(tmp_path, caplog):
+    languages = {"source_lang": "en", "target_lang": "ro"}
+    rows = [{"en": "yes", "ro": "da"}, None, {"en": "no", "ro": None}]
+    train = write(tmp_path / "train.json", [{"translation": texts} for texts in rows])
+    with caplog.at_level(logging.WARNING):
+        pairs = load_pairs(PairArguments(train_file=train, **languages), {"train": True})
+    assert pairs["train"][:] == {"source": ["yes"], "target": ["da"]}
+    assert "3 rows read, 1 used, 2 dropped" in caplog.text and "train.json:2" in caplog.text
+    texts = write(tmp_path / "texts.json", [{"translation": {"en": "yes"}}, {"translation": None}])
+    assert load_pairs(PairArguments(test_file=texts, **languages), {"test": True})["test"][:] == {
+        "source": ["yes", None]
+    }
+    other = write(tmp_path / "other.json", [{"translation": {"ro": "da"}}])
+    with pytest.raises(ValueError, match="other.json:1: the column 'translation' has no text in 'en'"):
+        load_pairs(PairArguments(test_file=other, **languages), {"test": True})
+
+
 @pytest.mark.parametrize(
     "row, flags, message",
     [
