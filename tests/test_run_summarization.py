@@ -27,6 +27,7 @@ SIZES = (
 SHORT = """--max_source_length 32 --max_target_length 12 --per_device_train_batch_size 8 --learning_rate 5e-3
 --max_steps 4 --save_steps 2 --logging_steps 1 --report_to none --use_cpu --seed 1 --disable_tqdm True
 --generation_num_beams 2 --generation_min_length 4""".split()
+NOT_WRITING = ("--predict_with_generate", "False")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,10 @@ def files(tmp_path_factory) -> Path:
 
 
 def command(files: Path, output: Path, *more: str) -> list[str]:
-    data = [f"--train_file {files}/train.json --validation_file {files}/valid.json --test_file {files}/test.json"]
-    return [*data[0].split(), *SHORT, "--output_dir", str(output), *more]
+    data = f"--train_file {files}/train.json --validation_file {files}/valid.json".split()
+    if NOT_WRITING[0] not in more:
+        data += ["--test_file", f"{files}/test.json"]
+    return [*data, *SHORT, "--output_dir", str(output), *more]
 
 
 def from_scratch(files: Path, output: Path, *more: str) -> list[str]:
@@ -159,7 +162,7 @@ def test_a_student_that_began_elsewhere_takes_what_is_not_in_a_layer_from_its_te
     start = {name: value + 1 for name, value in load_file(dense / "model.safetensors").items()}
     save_file(start, tmp_path / "start" / "model.safetensors", {"format": "pt"})
     still = ["--model_name_or_path", str(tmp_path / "start"), "--max_steps", "1", "--learning_rate", "0"]
-    teaching = ["--teacher_name_or_path", str(dense), "--predict_with_generate", "False", "--report_to", "tensorboard"]
+    teaching = ["--teacher_name_or_path", str(dense), *NOT_WRITING, "--report_to", "tensorboard"]
     monkeypatch.chdir(tmp_path)
     run_summarization.main(command(files, tmp_path / "out", *still, *teaching))
     weights, wished = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", dense))
@@ -180,7 +183,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(dense, files, tmp_path):
 def test_a_student_that_was_fitted_begins_nearer(dense, files, tmp_path):
     losses = []
     for tokens in ("0", "600"):
-        still = ["--max_steps", "1", "--learning_rate", "0", "--predict_with_generate", "False"]
+        still = ["--max_steps", "1", "--learning_rate", "0", *NOT_WRITING]
         states = ["--logits_weight", "0", "--label_weight", "0", "--fit_tokens", tokens]
         more = ["--teacher_name_or_path", str(dense), "--config_overrides", "num_time_steps=1", *still, *states]
         run_summarization.main(command(files, tmp_path / tokens, *more))
@@ -222,7 +225,8 @@ def test_the_best_checkpoint_can_be_chosen_by_rouge(dense, files, tmp_path):
     [
         (("--sortish_sampler",), "--sortish_sampler is not taken here"),
         (("--metric_for_best_model", "bleu"), "--metric_for_best_model bleu is no metric"),
-        (("--predict_with_generate", "False", "--do_predict"), "--predict_with_generate False writes nothing"),
+        ((*NOT_WRITING, "--do_predict"), "--predict_with_generate False writes nothing, so leave out --do_predict"),
+        ((*NOT_WRITING, "--test_file", "texts.json"), "writes nothing, so leave out --test_file"),
         (("--generation_min_length", "40", "--generation_max_length", "20"), "40 is more than --generation_max_length"),
         (("--generation_min_length", "40"), "--generation_min_length 40 is more than --max_target_length 12"),
         (("--generation_length_penalty", "2", "--generation_num_beams", "1"), "only used in beam-based generation"),

@@ -123,10 +123,12 @@ class PairArguments:
         """The splits that the phases of a command use, and whether each has to be there.
 
         Raises:
-            ValueError: a file for one that has to be there is missing.
+            ValueError: a file for one that has to be there is missing, or there is one to write of, and nothing is
+                written.
         """
-        if given.get("do_predict") and not training.predict_with_generate:
-            raise ValueError("--predict_with_generate False writes nothing, so leave out --do_predict.")
+        idle = "do_predict" if given.get("do_predict") else "test_file" if self.test_file else None
+        if idle and not training.predict_with_generate:
+            raise ValueError(f"--predict_with_generate False writes nothing, so leave out --{idle}.")
         is_wanted = {
             "train": training.do_train,
             "validation": training.do_eval or training.do_train and training.eval_strategy != "no",
