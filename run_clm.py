@@ -252,7 +252,8 @@ def make_card(
     data_arguments: TextArguments,
     teaching: DistillationArguments,
 ) -> RunCard:
-    learned = f"Learned the hidden states and logits of {teaching.teacher}" if teaching.teacher else "Trained"
+    is_taught = teaching.teacher and teaching.lessons()
+    learned = f"Learned the {teaching.lessons()} of {teaching.teacher}" if is_taught else "Trained"
     return RunCard(
         model=model,
         training=training,

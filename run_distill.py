@@ -166,15 +166,15 @@ def make_card(
     student_arguments: ModelArguments,
     teaching: DistillationArguments,
 ) -> RunCard:
+    lessons = teaching.lessons(has_logits=auto_class is AutoModelForMaskedLM)
+    learned = f"Learned the {lessons} of {teaching.teacher} from" if lessons else "Trained on"
     return RunCard(
         model=model,
         training=training,
         pipeline_tag="fill-mask" if auto_class is AutoModelForMaskedLM else "feature-extraction",
         auto_class=auto_class.__name__,
         training_data=(
-            f"Learned the hidden states{' and logits' if auto_class is AutoModelForMaskedLM else ''} of "
-            f"{teaching.teacher} from the text of {data_arguments.sources}, in rows of "
-            f"{data_arguments.max_seq_length} tokens."
+            f"{learned} the text of {data_arguments.sources}, in rows of {data_arguments.max_seq_length} tokens."
         ),
         datasets=data_arguments.hub_datasets,
         metrics=METRICS,

@@ -251,8 +251,8 @@ def describe(arguments: PairArguments, teaching: DistillationArguments) -> str:
         f"translate from {arguments.source_lang} into {arguments.target_lang}" if arguments.translates else "summarise"
     )
     taught = ""
-    if teaching.teacher_name_or_path:
-        taught = f" It learned the hidden states and logits of {teaching.teacher} as well."
+    if teaching.teacher and teaching.lessons():
+        taught = f" It learned the {teaching.lessons()} of {teaching.teacher} as well."
     return (
         f"Learned to {task} from {arguments.source}: texts of up to {arguments.max_source_length} tokens, and up to "
         f"{arguments.max_target_length} to write.{taught}"

@@ -18,6 +18,16 @@ from .weighted_terms import LossWeights
 # Terms that are about a sentence, or an encoder's last layer.
 _OF_ENCODERS = ("sentence_weight", "first_token_weight", "attention_weight", "value_relation_weight")
 
+# What a student has learned by a term, for people.
+_LESSONS = {
+    "hidden": "hidden states",
+    "sentence": "sentence vectors",
+    "first_token": "first token's states",
+    "logits": "logits",
+    "attention": "attention",
+    "value_relation": "value relations",
+}
+
 
 @dataclass
 class DistillationArguments:
@@ -98,6 +108,12 @@ class DistillationArguments:
     @property
     def weights(self) -> LossWeights:
         return LossWeights(**{entry.name: getattr(self, f"{entry.name}_weight") for entry in fields(LossWeights)})
+
+    def lessons(self, has_logits: bool = True) -> str:
+        """What a student learns of its teacher, for people: "hidden states and logits"; "" if all of it weighs 0."""
+        terms = [term for term in _LESSONS if getattr(self.weights, term) and (has_logits or term != "logits")]
+        *others, last = [_LESSONS[term] for term in terms] or [""]
+        return f"{', '.join(others)} and {last}" if others else last
 
     def load(
         self,

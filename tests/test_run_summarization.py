@@ -187,6 +187,7 @@ def test_a_student_that_was_fitted_begins_nearer(dense, files, tmp_path):
         states = ["--logits_weight", "0", "--label_weight", "0", "--fit_tokens", tokens]
         more = ["--teacher_name_or_path", str(dense), "--config_overrides", "num_time_steps=1", *still, *states]
         run_summarization.main(command(files, tmp_path / tokens, *more))
+        assert "It learned the hidden states of dense as well" in (tmp_path / tokens / "README.md").read_text()
         history = json.loads((tmp_path / tokens / "trainer_state.json").read_text())["log_history"]
         losses += [entry["loss"] for entry in history if "loss" in entry]
     assert losses[1] < 0.8 * losses[0]

@@ -122,6 +122,20 @@ def test_a_folder_of_teachers_has_one_for_each_task(tmp_path):
     assert DistillationArguments().teacher_of("mrpc") is None
 
 
+@pytest.mark.parametrize(
+    "weights, has_logits, lessons",
+    [
+        ({}, True, "hidden states and logits"),
+        ({}, False, "hidden states"),
+        ({"hidden_weight": 0.0}, True, "logits"),
+        ({"sentence_weight": 1.0}, True, "hidden states, sentence vectors and logits"),
+        ({"hidden_weight": 0.0, "logits_weight": 0.0}, True, ""),
+    ],
+)
+def test_only_terms_that_weigh_something_are_lessons(weights, has_logits, lessons):
+    assert DistillationArguments(**weights).lessons(has_logits) == lessons
+
+
 @pytest.mark.parametrize("flag, value", [("hidden_weight", -1.0), ("temperature", 0.0), ("label_weight", float("nan"))])
 def test_weights_that_make_no_sense_are_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} is"):
