@@ -92,6 +92,8 @@ class PairArguments:
             raise ValueError(f"--{given[0]} is about a dataset on the Hub; leave it out, or name one.")
         if bool(self.source_lang) != bool(self.target_lang):
             raise ValueError("A translation needs both --source_lang and --target_lang; for summaries leave both out.")
+        if self.source_lang and self.source_lang == self.target_lang:
+            raise ValueError(f"--source_lang and --target_lang are both {self.source_lang}; name two languages.")
         if bool(self.text_column_name) != bool(self.summary_column_name):
             raise ValueError("Give both --text_column_name and --summary_column_name, or neither.")
         samples = ("max_train_samples", "max_eval_samples", "max_predict_samples")

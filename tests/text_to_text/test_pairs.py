@@ -125,6 +125,10 @@ def test_what_cannot_be_read_is_one_line_that_names_the_place(tmp_path, row, fla
         ({"train_file": "a.csv", "dataset_revision": "x"}, "--dataset_revision is about a dataset on the Hub"),
         ({"dataset_name": str(Path(__file__).parent)}, "lies on this disk"),
         ({"dataset_name": "xsum", "source_lang": "en"}, "needs both --source_lang and --target_lang"),
+        (
+            {"dataset_name": "x", "source_lang": "en", "target_lang": "en"},
+            "--source_lang and --target_lang are both en",
+        ),
         ({"dataset_name": "xsum", "text_column_name": "a"}, "Give both --text_column_name"),
         ({"dataset_name": "xsum", "max_target_length": 2}, "--max_target_length is 2"),
         ({"dataset_name": "xsum", "max_eval_samples": 0}, "--max_eval_samples is 0"),
