@@ -115,6 +115,10 @@ def main(argv: list[str] | None = None) -> None:
         results = trainer.evaluate() | evaluate_spikes(trainer, splits["validation"], spikes)
     if "test" in splits:
         tested = predict(trainer, splits["test"], targets_of(pairs["test"]), tokenizer, arguments)
+        if not training.do_eval and "labels" in splits["test"].column_names:
+            # Otherwise counted on the validation split; and without summaries a decoder would be given the texts.
+            tested |= evaluate_spikes(trainer, splits["test"], spikes, prefix="test_")
+        save_metrics(trainer, "test", tested)
     rows = {"validation": without_prefix(results, "eval"), "test": without_prefix(tested, "test")}
     if training.do_eval and teacher is not None:
         # With the same batches, settings and metrics; the student's are on record by now, and trackers keep the last.
@@ -138,7 +142,6 @@ def predict(
     """Writes of every text of the test split, keeps what was written, and returns its scores if there are targets."""
     trainer.compute_metrics = make_compute_metrics(tokenizer, targets, arguments.translates, writes=True)
     output = trainer.predict(rows)
-    save_metrics(trainer, "test", output.metrics)
     written, *_ = by_row(output)
     write_predictions(trainer, written_texts(written, tokenizer))
     return output.metrics

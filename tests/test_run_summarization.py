@@ -98,6 +98,18 @@ def test_a_run_leaves_a_model_that_writes_its_scores_and_what_it_wrote(spiking, 
     assert model.generation_config.num_beams == 2 and model.generation_config.min_length == 4
 
 
+@pytest.mark.parametrize("name, is_counted", [("test", True), ("only_texts", False)])
+def test_firing_rate_and_energy_are_counted_on_the_test_split_if_that_is_all_there_is(
+    spiking, files, tmp_path, name, is_counted
+):
+    data = ["--test_file", str(files / f"{name}.json"), "--model_name_or_path", str(spiking), "--do_predict"]
+    run_summarization.main([*data, *SHORT, "--output_dir", str(tmp_path / "out")])
+    (row,) = results(tmp_path / "out").values()
+    assert ({"firing_rate", "encoder_energy_mj", "token_energy_mj"} <= row.keys()) == is_counted
+    tested = json.loads((tmp_path / "out" / "test_results.json").read_text())
+    assert tested.get("test_firing_rate") == row.get("firing_rate")
+
+
 def test_the_card_shows_scores_of_both_splits_and_how_to_write(spiking):
     assert check_card((spiking / "README.md").read_text()) == ([], [])
     card = ModelCard.load(spiking / "README.md")
