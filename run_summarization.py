@@ -54,7 +54,7 @@ from text_to_text.arguments import PairArguments, WritingTrainingArguments
 from text_to_text.encoding import PairCollator, check_fit, digest_of_targets, encode, set_languages, targets_of
 from text_to_text.pairs import load_pairs
 from text_to_text.results import hub_metrics, write_predictions, write_results
-from text_to_text.scoring import by_row, directions, make_compute_metrics, without_prefix, written_texts
+from text_to_text.scoring import by_row, directions, load_score, make_compute_metrics, without_prefix, written_texts
 from text_to_text.tokenizers import train_tokenizer
 from text_to_text.trainer import TaughtWritingTrainer, WritingTrainer, mean_token_loss
 
@@ -87,13 +87,15 @@ def main(argv: list[str] | None = None) -> None:
         teacher = teaching.load(config, tokenizer, model_arguments)
         with training.main_process_first(desc="reading and tokenising the texts"):
             splits = encode(pairs, tokenizer, arguments)
-        scored = [digest_of_targets(rows) for split, rows in pairs.items() if split != "train"]
+        scored = [rows for split, rows in pairs.items() if split != "train" and targets_of(rows)]
+        if scored and training.predict_with_generate:
+            load_score(arguments.target_lang)  # Some languages take a package.
         record = RunRecord(
             training.output_dir,
             recorded_arguments(start, arguments, teaching, spikes, training)
             | {"checkpoint_digest": weights_digest(start.model_name_or_path)}
             | {"teacher_digest": weights_digest(teaching.teacher_name_or_path)},
-            "+".join([*(content_fingerprint(split) for split in splits.values()), *scored]),
+            "+".join([*(content_fingerprint(split) for split in splits.values()), *map(digest_of_targets, scored)]),
             inputs=local_inputs(argv, start, arguments, teaching, training),
         )
         run = TrainingRun(record, training, model_arguments.overwrite_output_dir)
@@ -140,7 +142,7 @@ def predict(
     arguments: PairArguments,
 ) -> dict[str, float]:
     """Writes of every text of the test split, keeps what was written, and returns its scores if there are targets."""
-    trainer.compute_metrics = make_compute_metrics(tokenizer, targets, arguments.translates, writes=True)
+    trainer.compute_metrics = make_compute_metrics(tokenizer, targets, arguments.target_lang, writes=True)
     output = trainer.predict(rows)
     written, *_ = by_row(output)
     write_predictions(trainer, written_texts(written, tokenizer))
@@ -210,7 +212,7 @@ def make_trainer(
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        compute_metrics=make_compute_metrics(tokenizer, targets, arguments.translates, training.predict_with_generate),
+        compute_metrics=make_compute_metrics(tokenizer, targets, arguments.target_lang, training.predict_with_generate),
         callbacks=list(callbacks),
     )
     if start.model_name_or_path:

@@ -163,7 +163,7 @@ def build_table(
     recipe = yaml.safe_load(Path(arguments.pretrain_recipe).read_text(encoding="utf-8"))
     scored = read(pairs.validation)[: recipe.get("max_eval_samples")]
     copied = [" ".join(row["text"].split()[:COPIED_WORDS]) for row in scored]
-    copying = load_score(translates=False).compute(predictions=copied, references=[row["summary"] for row in scored])
+    copying = load_score(None).compute(predictions=copied, references=[row["summary"] for row in scored])
     rows = [_row(f"the first {COPIED_WORDS} words of the rest", "", [copying])]
     for model_type, fields in variants:
         found = [

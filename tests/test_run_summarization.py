@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -222,6 +223,25 @@ def test_a_translation_is_scored_by_bleu(dense, files, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.pipeline_tag == "translation" and "translate from en into ne" in card.text
     assert "sacrebleu" in card.data.metrics
+
+
+def test_a_language_that_takes_a_package_is_refused_without_it_unless_nothing_is_scored(dense, tmp_path, monkeypatch):
+    # Of a module that is None Python says that it is not there.
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    flags = ["--source_lang", "en", "--target_lang", "ja", "--model_name_or_path", str(dense), "--do_predict", *SHORT]
+    for name, texts in (("scored", {"en": "yes", "ja": "はい"}), ("texts", {"en": "yes"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"translation": texts}))
+
+    def run(name: str) -> None:
+        data = ["--test_file", str(tmp_path / f"{name}.json"), "--output_dir", str(tmp_path / name)]
+        run_summarization.main([*flags, *data])
+
+    with pytest.raises(SystemExit, match=r"error: BLEU of texts in 'ja' takes a package .* install \"sacrebleu\[ja\]"):
+        run("scored")
+    assert not (tmp_path / "scored").exists()
+    run("texts")
+    assert (tmp_path / "texts" / "predictions.jsonl").exists()
 
 
 def test_the_best_checkpoint_can_be_chosen_by_rouge(dense, files, tmp_path):

@@ -21,10 +21,14 @@ def scores_of(translates: bool) -> tuple[str, ...]:
     return BLEU if translates else ROUGE
 
 
-def load_score(translates: bool) -> evaluate.Metric:
-    """What computes them, without a network."""
-    name = "bleu" if translates else "rouge"
-    return evaluate.load(str(FOLDER / name / f"{name}.py"), keep_in_memory=True)
+def load_score(target_lang: str | None) -> evaluate.Metric:
+    """What computes them, without a network: BLEU of translations into a language, or else ROUGE.
+
+    Raises:
+        ValueError: the language takes a package that is not installed.
+    """
+    name = "bleu" if target_lang else "rouge"
+    return evaluate.load(str(FOLDER / name / f"{name}.py"), target_lang, keep_in_memory=True)
 
 
 def directions(translates: bool, writes: bool) -> dict[str, bool]:
@@ -46,7 +50,7 @@ def written_texts(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def make_compute_metrics(
-    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], translates: bool, writes: bool
+    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], target_lang: str | None, writes: bool
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """The Trainer's `compute_metrics` of one split.
 
@@ -55,17 +59,18 @@ def make_compute_metrics(
 
     Args:
         targets: the whole texts to compare with, by the rows' numbers; none where there are none.
+        target_lang: the language of translations; None of summaries.
         writes: whether an evaluation writes, or only looks at the loss.
     """
-    metric = load_score(translates) if writes else None
+    metric = load_score(target_lang) if writes and targets else None
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         found, figures = list(by_row(prediction)), {}
         rows = np.unique(prediction.label_ids)
-        if metric is not None:
+        if writes:
             tokens = found.pop(0)
             figures[LENGTH] = mean_length(tokens, tokenizer)
-            if targets:
+            if metric is not None:
                 references = [targets[row] for row in rows]
                 figures |= metric.compute(predictions=written_texts(tokens, tokenizer), references=references)
         if found:

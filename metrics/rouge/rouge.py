@@ -5,10 +5,15 @@ import re
 import datasets
 import evaluate
 from rouge_score import rouge_scorer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 KINDS = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 # The end of a sentence, as far as one can tell without a model of it.
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+# What words are made of to `rouge_score`, after it has made a text lower case.
+_OF_WORDS = re.compile("[a-z0-9]")
 
 
 class Rouge(evaluate.Metric):
@@ -32,6 +37,11 @@ class Rouge(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        if any(has_only_unseen_words(reference) for reference in references):
+            logger.warning_once(
+                "ROUGE sees words of the letters a to z and of digits only, and there are references without one: a "
+                "text of another script scores 0, whatever was written."
+            )
         scorer = rouge_scorer.RougeScorer(KINDS, use_stemmer=True)
         sums = dict.fromkeys(KINDS, 0.0)
         for prediction, reference in zip(predictions, references, strict=True):
@@ -39,6 +49,10 @@ class Rouge(evaluate.Metric):
             for kind in KINDS:
                 sums[kind] += scores[kind].fmeasure
         return {kind: 100 * total / len(predictions) for kind, total in sums.items()}
+
+
+def has_only_unseen_words(text: str) -> bool:
+    return not _OF_WORDS.search(text.lower()) and any(map(str.isalnum, text))
 
 
 def on_lines(text: str) -> str:

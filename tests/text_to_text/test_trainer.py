@@ -34,7 +34,7 @@ def make_trainer(bart, pairs, splits, tokenizer, tmp_path):
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
             processing_class=tokenizer,
-            compute_metrics=make_compute_metrics(tokenizer, list(pairs["validation"]["target"]), False, writes),
+            compute_metrics=make_compute_metrics(tokenizer, list(pairs["validation"]["target"]), None, writes),
             compute_loss_func=partial(mean_token_loss, label_smoothing=label_smoothing),
         )
 
@@ -96,9 +96,21 @@ def test_a_row_that_two_processes_were_given_counts_once():
 def test_scores_are_against_the_whole_text_although_labels_are_cut_off(tokenizer):
     long = "one two three four five six seven eight nine ten"
     ids = np.array([tokenizer(long)["input_ids"]])
-    metrics = make_compute_metrics(tokenizer, [long], False, True)
+    metrics = make_compute_metrics(tokenizer, [long], None, True)
     assert metrics(EvalPrediction(predictions=(ids,), label_ids=np.array([0])))["rouge1"] == pytest.approx(100)
-    metrics = make_compute_metrics(tokenizer, [f"{long} eleven twelve"], False, True)
+    metrics = make_compute_metrics(tokenizer, [f"{long} eleven twelve"], None, True)
     assert metrics(EvalPrediction(predictions=(ids,), label_ids=np.array([0])))["rouge1"] == pytest.approx(
         100 * 20 / 22
     )
+
+
+def test_a_translation_is_scored_as_its_language_is(tokenizer):
+    """Between spaces there is one word, which is another one; sign by sign most are the same."""
+    ids = np.array([tokenizer("我今天去学校学课。")["input_ids"]])
+    scores = [
+        make_compute_metrics(tokenizer, ["我今天去学校上课。"], language, True)(
+            EvalPrediction(predictions=(ids,), label_ids=np.array([0]))
+        )
+        for language in ("en", "zh_CN")
+    ]
+    assert scores[0]["bleu"] < 10 < 60 < scores[1]["bleu"]

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
+from transformers.utils import logging
 
 SCRIPT = Path(__file__).parents[3] / "metrics" / "rouge" / "rouge.py"
 
@@ -39,3 +40,14 @@ def test_a_score_is_the_mean_over_the_texts():
     metric = evaluate.load(str(SCRIPT), keep_in_memory=True)
     scores = metric.compute(predictions=["one", "", "two three"], references=["one", "one", "four five"])
     assert scores["rouge1"] == pytest.approx(100 / 3)
+
+
+def test_it_is_said_once_that_words_of_another_script_count_for_nothing(rouge, caplog):
+    logging.warning_once.cache_clear()
+    assert rouge("a cat", "a cat")["rouge1"] == pytest.approx(100)
+    rouge("a cat", " ... ")
+    rouge("第 1 章", "第 1 章")  # Sees the digit.
+    assert not caplog.messages
+    for text in ("Президент подписал закон", "我今天去学校"):
+        assert rouge(text, text)["rouge1"] == 0
+    assert len(caplog.messages) == 1 and "a text of another script scores 0" in caplog.text
