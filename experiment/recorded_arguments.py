@@ -1,9 +1,10 @@
 """Which arguments are part of a run's result: run.json records these, and a run is resumed only where they are equal.
 
 What decides the sequence of batches, learning rates and optimizer states, or the figures at the end, is recorded as
-what it is: the sequences of a step, not how they are split into devices, accumulation and processes. Where a run lies,
-how it is watched and how it is spread over machines is not recorded. The tables below say of every field which it is;
-a test holds that no field of the installed transformers and accelerate is missing. A field in no table is recorded.
+what it is: the sequences of a step, not how they are split into devices, accumulation and processes (although a
+student's loss is a mean over the batch of a device). Where a run lies, how it is watched and how it is spread over
+machines is not recorded. The tables below say of every field which it is; a test holds that no field of the installed
+transformers and accelerate is missing. A field in no table is recorded.
 """
 
 import json
@@ -169,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "auto_find_batch_size": (
         bool,
         "changes the sequences of a step and begins anew with weights that are trained already. Where memory is short, "
-        "halve --per_device_train_batch_size and double --gradient_accumulation_steps: the steps stay the same.",
+        "halve --per_device_train_batch_size and double --gradient_accumulation_steps: every step keeps its rows.",
     ),
     "dataloader_in_order": (
         lambda value: not value,

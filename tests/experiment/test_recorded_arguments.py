@@ -125,7 +125,7 @@ def test_of_a_deepspeed_file_what_decides_the_result_is_recorded(arguments):
     [
         (["--save_only_model"], "--save_only_model True saves checkpoints that nothing can be resumed from"),
         (["--ignore_data_skip"], "--ignore_data_skip True makes a resumed run train on the first rows again"),
-        (["--auto_find_batch_size"], "double --gradient_accumulation_steps: the steps stay the same"),
+        (["--auto_find_batch_size"], "double --gradient_accumulation_steps: every step keeps its rows"),
         (["--dataloader_in_order", "False"], "--dataloader_in_order False gives batches in another order"),
         (["--train_sampling_strategy", "batch_rebalance"], "Take group_by_length"),
         (["--accelerator_config", '{"use_seedable_sampler": false}'], '{"use_seedable_sampler": false} draws an order'),
