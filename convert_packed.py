@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if text.longest > config.max_position_embeddings:
             raise ValueError(
-                f"{arguments.packed_text} has rows of {text.longest} tokens, and {arguments.teacher_name_or_path} "
+                f"{arguments.packed_text} has rows of {text.longest} tokens, and {student.model_name_or_path} "
                 f"takes {config.max_position_embeddings}; it is for a BERT that takes {max(ROW_LENGTHS)}."
             )
         model = load_model(AutoModel, student, config)

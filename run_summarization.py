@@ -87,8 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         teacher = teaching.load(config, tokenizer, model_arguments)
         with training.main_process_first(desc="reading and tokenising the texts"):
             splits = encode(pairs, tokenizer, arguments)
-        scored = [rows for split, rows in pairs.items() if split != "train" and targets_of(rows)]
-        if scored and training.predict_with_generate:
+        scored = []
+        if training.predict_with_generate:
+            scored = [rows for split, rows in pairs.items() if split != "train" and targets_of(rows)]
+        if scored:
             load_score(arguments.target_lang)  # Some languages take a package.
         record = RunRecord(
             training.output_dir,

@@ -155,8 +155,11 @@ class SpikeLMLlamaConfig(SpikingConfig):
 
         Fewer layers are the first ones, more are like the last.
         """
-        asked_for = {name: kwargs[name] for name in ("sliding_window", "num_hidden_layers") if name in kwargs}
-        if asked_for and "layer_types" not in kwargs:
+        names = ("sliding_window", "num_hidden_layers")
+        asked_for = {name: kwargs[name] for name in names if name in kwargs and kwargs[name] != config_dict.get(name)}
+        # What is of the wrong type is refused as everywhere.
+        is_number = isinstance(asked_for.get("num_hidden_layers", 1), int)
+        if asked_for and is_number and "layer_types" not in kwargs:
             kinds = config_dict.get("layer_types") or []
             if "sliding_window" in asked_for and (asked_for["sliding_window"] is None or SLIDING not in kinds):
                 kinds = []

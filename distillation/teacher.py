@@ -110,7 +110,7 @@ def load_teacher(
         refuse_quantised(name, config)
         _check_fit(name, config, student, is_classifier)
         if tokenizer is not None:
-            _check_vocabulary(name, tokenizer)
+            _check_vocabulary(name, tokenizer, location)
         auto_class = AutoModelForSequenceClassification if is_classifier else own_head or AutoModelForMaskedLM
         options = location | {"dtype": WEIGHTS, "use_safetensors": True, "output_loading_info": True}
         if attn_implementation:
@@ -180,22 +180,28 @@ def _check_fit(name: str, teacher: PreTrainedConfig, student: PreTrainedConfig, 
             )
 
 
-def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a teacher to which the student's ids are other words; where no tokenizer lies, nobody knows."""
-    if not any(Path(name, file).is_file() for file in TOKENIZER_FILES):
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, location: dict[str, Any]) -> None:
+    """Refuses a teacher to which the student's ids are other words; where no tokenizer lies, nobody knows.
+
+    Tokens that only one of them has are no reason: some of a vocabulary are there to be renamed, or were added.
+    """
+    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in TOKENIZER_FILES):
         return
     try:
-        other = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        other = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **location)
     except (OSError, KeyError, ValueError, ImportError) as error:
         logger.warning("Whether the student's ids mean the same to %s is not known: %s", name, error)
         return
-    # Tokens that only one of them has behind all others are no reason.
-    own, others = ({number: token for token, number in each.get_vocab().items()} for each in (tokenizer, other))
-    differing = sorted(number for number in own.keys() & others.keys() if own[number] != others[number])
-    if differing:
-        first = differing[0]
-        raise ValueError(
-            f"--teacher_name_or_path {name} has a tokenizer of another vocabulary: {first} is {others[first]!r} there "
-            f"and {own[first]!r} in the student's. Take a student that was warm-started from this teacher, or another "
-            "teacher."
-        )
+    own, others = tokenizer.get_vocab(), other.get_vocab()
+    common = own.keys() & others.keys()
+    moved = sorted((token for token in common if own[token] != others[token]), key=own.__getitem__)
+    if moved:
+        example = f"{moved[0]!r} is {others[moved[0]]} there and {own[moved[0]]} in the student's"
+    elif 2 * len(common) < min(len(own), len(others)):
+        example = f"they have {len(common)} tokens in common"
+    else:
+        return
+    raise ValueError(
+        f"--teacher_name_or_path {name} has a tokenizer of another vocabulary: {example}. Take a student that was "
+        "warm-started from this teacher, or another teacher."
+    )

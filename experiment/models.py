@@ -228,9 +228,10 @@ def load_model(
     is_float_wanted = any(stored.values()) and not getattr(config, "int8_weights", False)
     steps_asked_for = {name: getattr(config, name, None) for name in _OF_SEVERAL_STEPS}
     of_one_step = _fields_of_one_step(arguments, config)
-    if is_float_wanted and stored["int8_embeddings"] and auto_class is AutoModelForMaskedLM:
+    if is_float_wanted and stored["int8_embeddings"] and auto_class in (AutoModelForMaskedLM, AutoModelForPreTraining):
         # A head that shares the embeddings can be there once these are float.
-        return _with_mean_loss(auto_class, _with_new_head(load_model(AutoModel, arguments, config), config, options))
+        model = _with_new_head(auto_class, load_model(AutoModel, arguments, config), config, options)
+        return _with_mean_loss(auto_class, model)
     to_calibrate = None
     if is_float_wanted:
         amplitudes = {} if of_one_step else _fields_of_other_amplitudes(arguments, config)
@@ -301,9 +302,11 @@ def load_model(
     return _with_mean_loss(auto_class, model)
 
 
-def _with_new_head(encoder: PreTrainedModel, config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+def _with_new_head(
+    auto_class: Any, encoder: PreTrainedModel, config: PreTrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedModel:
     """A masked-LM model of an encoder, its head new but for the embeddings' weight."""
-    model = AutoModelForMaskedLM.from_config(config, **options)
+    model = auto_class.from_config(config, **options)
     left_out = model.base_model.load_state_dict(encoder.state_dict(), strict=False).unexpected_keys
     logger.info("The masked-LM head is new%s.", f", and {len(left_out)} weights are left out" if left_out else "")
     return model

@@ -57,7 +57,7 @@ def check_evaluation(training: TrainingArguments, config: PreTrainedConfig) -> N
     """
     if getattr(config, "int8_weights", False) and (training.bf16_full_eval or training.fp16_full_eval):
         raise ValueError(
-            "A SpikeLM with int8 weights computes in float32 beside them; leave out --bf16_full_eval and "
+            "A SpikeLM with int8 weights computes in float32 whatever is asked for; leave out --bf16_full_eval and "
             "--fp16_full_eval."
         )
 

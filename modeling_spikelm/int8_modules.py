@@ -335,7 +335,7 @@ class SpikesLinear(Int8Matrix):
 
         Raises:
             RuntimeError: in training mode.
-            TypeError: the model was cast to another dtype than float32.
+            TypeError: what it gets is not float32.
         """
         # Under autocast the neurons before emit spikes of the dtype that products have there.
         check_inference(self, torch.float32 if torch.is_autocast_enabled(spikes.device.type) else spikes.dtype)

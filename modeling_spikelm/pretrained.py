@@ -25,7 +25,7 @@ from .calibration import (
     text_positions,
 )
 from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
-from .int8_modules import QuantizedEmbedding, SpikesLinear
+from .int8_modules import Int8Module, QuantizedEmbedding, SpikesLinear
 from .neurons import SpikingNeurons
 from .new_modules import watch_new_modules
 from .quantization import (
@@ -114,7 +114,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         location = {key: kwargs[key] for key in _LOCATION_ARGUMENTS if key in kwargs}
         config_class = type(config) if isinstance(config, PreTrainedConfig) else cls.config_class
         given = _fields_asked_for(config_class, config, kwargs, location)
-        asks_for_dtype = not kwargs.keys().isdisjoint(_DTYPE_ARGUMENTS)
+        asks_for_dtype = config is not None or not kwargs.keys().isdisjoint(_DTYPE_ARGUMENTS)
         # What the checkpoint's own configuration says matters only beside something else.
         saved = _fields_of_checkpoint(config_class, name, location) if given or asks_for_dtype else {}
         check_int8_fits(name, saved, saved | given)
@@ -138,7 +138,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Layers with int8 weights compute in float32, so .half() and the like leave the rest of such a model as it is.
-        if not self.config.int8_weights:
+        if not any(isinstance(module, Int8Module) for module in self.modules()):
             return super()._apply(fn, recurse)
 
         def in_float32(values: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the embeddings are int8.
         """
-        if self.config.int8_embeddings:
+        if isinstance(self.get_input_embeddings(), QuantizedEmbedding):
             raise ValueError("int8 embeddings cannot be resized: call model.dequantize_weights() before.")
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
@@ -397,7 +397,10 @@ def _check_is_of(config: Any, model_class: type[PreTrainedModel]) -> None:
         TypeError: the configuration is of another type than these models take.
     """
     expected = model_class.config_class
-    if expected is not None and getattr(config, "model_type", None) != expected.model_type:
+    if expected is None or isinstance(config, expected):
+        return
+    # The code that came with a checkpoint has a class of its own.
+    if getattr(config, "model_type", None) != expected.model_type:
         raise TypeError(
             f"{model_class.__name__} takes a {expected.__name__}, not a {type(config).__name__}. From a checkpoint, "
             f"{expected.__name__}.from_pretrained() makes it; that of a dense model is translated."

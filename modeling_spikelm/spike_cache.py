@@ -26,7 +26,7 @@ def with_past(
 
     Returns:
         `(T * B, past + L, F)` each, or of the length of a cache that has a fixed one. What this forward adds keeps its
-        gradient, but in a cache of a fixed length; what was there before has none.
+        gradient, but in a cache of a fixed length; what was there before has none but that of learned levels.
 
     Raises:
         ValueError: the cache holds what is no code of these neurons.
@@ -41,7 +41,7 @@ def with_past(
         # There is nothing else in it; and what has a gradient keeps it.
         return key, value
     held_key, held_value = _spikes(kept_key, neurons[0], key.dtype), _spikes(kept_value, neurons[1], value.dtype)
-    if key.requires_grad and is_coded and not cache.layers[layer].is_compileable:
+    if (key.requires_grad or value.requires_grad) and is_coded and not cache.layers[layer].is_compileable:
         before = held_key.shape[1] - key.shape[1]
         return torch.cat((held_key[:, :before], key), 1), torch.cat((held_value[:, :before], value), 1)
     return held_key, held_value

@@ -500,7 +500,10 @@ def _check_type(name: str, column_type: pa.DataType) -> None:
 
 
 def _has_something_to_predict(table: pa.Table, special_ids: Sequence[int], is_causal: bool) -> np.ndarray:
-    """Whether any token of a row has a label or, where labels are made later, may get one; bool `[rows]`."""
+    """Whether any token of a row has a label or, where labels are made later, may get one; bool `[rows]`.
+
+    A causal model predicts no row's first token, so with `is_causal` that one does not count.
+    """
     if not len(table):
         return np.array([], dtype=bool)
     if "labels" in table.column_names:

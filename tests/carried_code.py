@@ -24,5 +24,7 @@ LLAMA_CODE = _SHARED | {name: _FILES[name] for name in LLAMA}
 CHECKPOINT = ROOT / "checkpoints/spikelm-minilm-l6"
 
 if __name__ == "__main__":
+    for path in CHECKPOINT.glob("*.py"):
+        path.unlink()
     for name, path in CODE.items():
         shutil.copyfile(path, CHECKPOINT / name)

@@ -128,7 +128,8 @@ class PairArguments:
             ValueError: a file for one that has to be there is missing, or there is one to write of, and nothing is
                 written.
         """
-        idle = "do_predict" if given.get("do_predict") else "test_file" if self.test_file else None
+        is_asked_for = given.get("do_predict")
+        idle = "do_predict" if is_asked_for else "test_file" if self.test_file and is_asked_for is None else None
         if idle and not training.predict_with_generate:
             raise ValueError(f"--predict_with_generate False writes nothing, so leave out --{idle}.")
         is_wanted = {

@@ -74,12 +74,15 @@ def test_ids_have_to_be_the_same_words_to_teacher_and_student(save_teacher, capl
 
     load("yes", "no")  # of a teacher without a tokenizer nothing is known
     words("yes", "no").save_pretrained(folder)
-    for same in (("yes", "no"), ("yes", "no", "more"), ("yes",)):
+    for same in (("yes", "no"), ("yes", "no", "more"), ("yes",), ("yes", "renamed")):
         load(*same)
     assert "not known" not in caplog.text
-    with pytest.raises(ValueError, match="another vocabulary: 5 is 'yes' there and 'no' in the student's") as error:
+    with pytest.raises(ValueError, match="another vocabulary: 'no' is 6 there and 5 in the student's") as error:
         load("no", "yes")
     assert "\n" not in str(error.value)
+    words(*map(str, range(20))).save_pretrained(folder)
+    with pytest.raises(ValueError, match="another vocabulary: they have 5 tokens in common"):
+        load(*(f"word {number}" for number in range(20)))
 
 
 def test_a_teacher_whose_tokenizer_cannot_be_loaded_is_taken_and_that_is_said(save_teacher, caplog):

@@ -4,6 +4,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
@@ -138,15 +139,16 @@ def test_an_int8_checkpoint_begins_anew_with_other_neurons(neuron, tmp_path):
             assert torch.equal(weights[name], value), name
 
 
+@pytest.mark.parametrize("auto_class", [AutoModelForMaskedLM, AutoModelForPreTraining])
 @pytest.mark.parametrize("num_time_steps", [1, 2])
-def test_int8_embeddings_become_float_before_a_head_shares_them(num_time_steps, tmp_path):
+def test_int8_embeddings_become_float_before_a_head_shares_them(num_time_steps, auto_class, tmp_path):
     torch.manual_seed(0)
     model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=1, neuron="thrifty")).eval()
     model.calibrate({"input_ids": torch.randint(5, 50, (2, 8))})
     model.quantize_weights(embeddings=True).save_pretrained(tmp_path)
     steps = f"num_time_steps={num_time_steps},membrane_reset=symmetric" if num_time_steps > 1 else None
     arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides=steps)
-    found = load_model(AutoModelForMaskedLM, arguments, load_config(arguments, trains=True)).eval()
+    found = load_model(auto_class, arguments, load_config(arguments, trains=True)).eval()
     assert (found.config.int8_weights, found.config.int8_embeddings) == (False, False)
     assert found.cls.predictions.decoder.weight is found.bert.embeddings.word_embeddings.weight
     ids = torch.randint(5, 50, (2, 8))

@@ -183,6 +183,16 @@ def test_new_tokens_keep_their_gradient_behind_a_cache_that_is_not_empty(neuron)
             torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_values_alone_keep_their_gradient_behind_a_cache():
+    """As with an adapter of queries and values: the first layer's keys have none."""
+    model = make_model()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("v_proj" in name)
+    cache = model(PROMPT[:, :4], use_cache=True).past_key_values
+    model(PROMPT[:, 4:], past_key_values=cache, labels=PROMPT[:, 4:]).loss.backward()
+    assert all(layer.self_attn.v_proj.weight.grad.any() for layer in model.model.layers)
+
+
 @pytest.mark.parametrize("neuron", ["elastic", "thrifty"])
 def test_weights_that_are_elsewhere_until_a_forward_write_the_same(neuron):
     model = make_model(neuron=neuron)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -153,6 +154,8 @@ def test_an_impossible_field_is_named(field, value):
             {"sliding_window": 4, "num_hidden_layers": 1},
             ["full_attention"],
         ),
+        # What it has already.
+        ({"sliding_window": 3, "layer_types": ["full_attention"] * 2}, {"sliding_window": 3}, ["full_attention"] * 2),
     ],
 )
 def test_layers_follow_a_window_or_a_number_that_a_checkpoint_is_loaded_with(saved, asked_for, kinds, tmp_path):
@@ -164,6 +167,13 @@ def test_layers_follow_a_window_or_a_number_that_a_checkpoint_is_loaded_with(sav
     assert attention.sliding_window == (found.sliding_window if kinds[0] == "sliding_attention" else None)
 
 
+def test_a_number_of_layers_of_the_wrong_type_is_named(tmp_path):
+    SpikeLMLlamaConfig(**SIZES).save_pretrained(tmp_path)
+    for wrong in ("3", 3.0, None):
+        with pytest.raises((StrictDataclassFieldValidationError, ValueError), match="num_hidden_layers"):
+            SpikeLMLlamaConfig.from_pretrained(tmp_path, num_hidden_layers=wrong)
+
+
 def test_a_window_is_asked_for_with_a_warm_start(tmp_path):
     MistralConfig(**SIZES, sliding_window=None).save_pretrained(tmp_path)
     found = SpikeLMLlamaConfig.from_pretrained(tmp_path, sliding_window=4)
@@ -173,6 +183,13 @@ def test_a_window_is_asked_for_with_a_warm_start(tmp_path):
 def test_a_configuration_of_another_type_is_refused_by_name():
     with pytest.raises(TypeError, match="SpikeLMLlamaForCausalLM takes a SpikeLMLlamaConfig, not a LlamaConfig"):
         SpikeLMLlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def test_a_configuration_of_a_type_of_its_own_may_be_one_of_ours():
+    class Mine(SpikeLMLlamaConfig):
+        model_type = "mine"
+
+    assert SpikeLMLlamaModel(Mine(**SIZES)).config.model_type == "mine"
 
 
 def test_time_steps_that_were_changed_after_building_are_refused(batch):

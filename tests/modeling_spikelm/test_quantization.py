@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.activations import ACT2FN
 
 from configuration_spikelm import SpikeLMConfig
@@ -593,6 +593,7 @@ def test_with_int8_weights_all_else_is_float32_whatever_is_asked_for(embeddings,
     expected = model(**batch).pooler_output
     for loaded in (
         SpikeLMModel.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        SpikeLMModel.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path, dtype="bfloat16")),
         AutoModel.from_pretrained(tmp_path, torch_dtype="float16"),
         copy.deepcopy(model).half(),
         nn.ModuleList([copy.deepcopy(model)]).to(torch.bfloat16)[0],
@@ -602,6 +603,11 @@ def test_with_int8_weights_all_else_is_float32_whatever_is_asked_for(embeddings,
     # A head that is no part of the checkpoint is made anew.
     classifier = SpikeLMForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert classifier(**batch).logits.dtype == torch.float32
+    # A float model may share the configuration.
+    float_config = config.to_dict() | {"int8_weights": False, "int8_embeddings": False}
+    other = SpikeLMModel(SpikeLMConfig.from_dict(float_config))
+    other.config = model.config
+    assert other.half().dtype == torch.float16
     assert model.dequantize_weights().half().dtype == torch.float16
 
 

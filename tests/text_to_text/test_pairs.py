@@ -154,6 +154,14 @@ def test_a_file_that_a_phase_needs_is_missed_by_its_flag(tmp_path, phases, given
         PairArguments(**files).splits(training, given)
 
 
+def test_a_test_file_that_nothing_is_written_of_is_refused_unless_it_is_said_to_be_left_out(tmp_path):
+    training = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=False, do_train=True)
+    files = PairArguments(train_file="x.csv", test_file="y.csv")
+    with pytest.raises(ValueError, match="leave out --test_file"):
+        files.splits(training, {})
+    assert files.splits(training, {"do_predict": False}) == {"train": True}
+
+
 PUSH = """
 import io
 from datasets import Dataset
