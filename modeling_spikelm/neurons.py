@@ -333,7 +333,9 @@ class LearnedNeurons(SpikingNeurons, neuron="learned"):
         levels = self.levels(self.calibration())
         steps = spikes.unflatten(0, (self.num_time_steps, -1)).float()
         sizes = levels.sizes().view(self.num_time_steps, *(1 for _ in steps.shape[1:-1]), -1)
-        return ((steps - levels.shift) / sizes).round().flatten(0, 1)
+        # In 16 bits a spike was rounded, and so was the shift where there is none.
+        shift = levels.shift.to(spikes.dtype).float()
+        return ((steps - shift) / sizes).round().clamp(-1, 1).flatten(0, 1)
 
     @torch.no_grad()
     def batch_amplitude(self, steps: torch.Tensor, every_process: bool = False) -> torch.Tensor:

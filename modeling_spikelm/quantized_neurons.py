@@ -62,7 +62,8 @@ class QuantizedNeurons(SpikingNeurons):
 
     def give_back(self, neurons: SpikingNeurons) -> None:
         """Calibrates float neurons to what this group emits."""
-        neurons.set_amplitude(self.amplitude)
+        if neurons.fixed_amplitude is None:
+            neurons.set_amplitude(self.amplitude)
 
     def fold(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight `(out, F)` and bias `(out,)` that make of `amplitude * sign` what the given ones make of spikes."""

@@ -145,6 +145,8 @@ class ProductCount(Located):
         steps: times that it runs in one forward, T inside of a spiking encoder and 1 elsewhere.
         weights: parameters it reads, without the bias.
         has_bias: whether a bias is added to every output.
+        is_shifted: whether its spikes stand about a shift, whose share of the sum is added to every output, as a bias
+            or with it.
         dense_macs: multiply-accumulates of a single step on real values.
         macs: multiply-accumulates done on real values, in all steps.
         accumulates: accumulates done on spikes, in each step.
@@ -158,6 +160,7 @@ class ProductCount(Located):
     steps: int = 1
     weights: int = 0
     has_bias: bool = False
+    is_shifted: bool = False
     dense_macs: int = 0
     macs: int = 0
     accumulates: list[int] = field(default_factory=list)
@@ -173,7 +176,12 @@ class ProductCount(Located):
 
     @property
     def bias_adds(self) -> int:
-        return self.outputs if self.has_bias else 0
+        return self.outputs if self.has_bias or self.is_shifted else 0
+
+    @property
+    def dense_bias_adds(self) -> int:
+        """Of a single step on real values."""
+        return self.outputs // self.steps if self.has_bias else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -323,8 +331,8 @@ def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: 
 class SpikeCounter:
     """Counts every forward of the model inside of its `with` block; several can watch the same forward.
 
-    The model computes what it computes without it, and its hooks are gone after the block. (A model that
-    `torch.compile` has compiled before does not run them.)
+    The model computes what it computes without it, and its hooks are gone after the block. A model that `torch.compile`
+    has compiled runs uncompiled in it.
 
     Args:
         model: see `count`.
@@ -361,6 +369,9 @@ class SpikeCounter:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "SpikeCounter":
+        # What torch.compile has compiled before would run without hooks.
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         self._hooks.append(self.model.register_forward_pre_hook(self._read_batch, with_kwargs=True))
         self._hooks.append(self.model.register_forward_hook(self._end_batch, always_call=True))
         for name, module in self._groups.items():
@@ -372,6 +383,7 @@ class SpikeCounter:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._eager.__exit__(None, None, None)
         self._hooks.clear()
         self._operands.clear()
         self._emitted.clear()
@@ -405,7 +417,8 @@ class SpikeCounter:
         # It leaves no trace in a graph: a checkpointed layer has to save the same when it runs again, unwatched.
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            observe(name, module, args, output)
+            if not _is_in_backward():
+                observe(name, module, args, output)
 
         self._hooks.append(module.register_forward_hook(hook))
 
@@ -497,6 +510,7 @@ class SpikeCounter:
 
     def _count_linear(self, name: str, module: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
         received = next((spikes for emitted, spikes in self._emitted if emitted() is args[0]), args[0])
+        is_shifted = received is not args[0]
         steps = self._counted_steps(name, received)
         product = self._product(name, steps.shape[0])
         product.weights = module.weight.numel()
@@ -504,6 +518,7 @@ class SpikeCounter:
         head = self.model.get_submodule(name.rpartition(".")[0])
         own = (getattr(head, "bias", None), getattr(head, "final_logits_bias", None))
         product.has_bias = module.bias is not None or any(isinstance(bias, torch.Tensor) for bias in own)
+        product.is_shifted = is_shifted
         inputs, outputs = steps.numel(), steps.shape[:-1].numel() * module.out_features
         product.outputs += outputs
         product.dense_macs += inputs * module.out_features // product.steps
@@ -626,12 +641,17 @@ def spike_sizes(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     sizes = {}
     for name, module in spiking_modules(with_float_spikes(model)).items():
-        if hasattr(module, "levels"):
+        if hasattr(module, "levels") and module.is_calibrated:
             size = module.levels(module.calibration()).sizes()
         else:
             size = module.amplitude[:, None].expand(-1, module.num_neurons)
         sizes[name] = size.float().cpu()
     return sizes
+
+
+def _is_in_backward() -> bool:
+    """Whether autograd runs the forward of a checkpointed layer again, which was counted the first time."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def with_float_spikes(model: nn.Module) -> nn.Module:
@@ -669,6 +689,11 @@ def emitted_spikes(module: Any, output: torch.Tensor) -> torch.Tensor:
     """
     if not hasattr(module, "signs"):
         return output
+    if not module.is_calibrated:
+        raise ValueError(
+            f"A group of {type(module).__name__} is not calibrated, so nobody knows which of its values are spikes. "
+            "Call model.calibrate(batches) first."
+        )
     signs = module.signs(output.detach()).unflatten(0, (module.num_time_steps, -1))
     relative = (module.amplitude / module.amplitude[0]).detach()
     return (signs * relative.view(-1, *(1 for _ in signs.shape[1:]))).flatten(0, 1)

@@ -79,7 +79,7 @@ def compute_energy(count: SpikeCount, constants: EnergyConstants | None = None, 
     unit = 1 / (count.sequences * PICOJOULES_PER_MILLIJOULE)
     if dense:
         macs, accumulates, scalings = count.dense_macs, 0, 0
-        biases = sum(product.bias_adds // product.steps for product in count.products)
+        biases = sum(product.dense_bias_adds for product in count.products)
     else:
         macs, accumulates, scalings, biases = count.macs, count.accumulates, count.scalings, count.bias_adds
     return Joules(

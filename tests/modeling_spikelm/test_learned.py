@@ -179,6 +179,17 @@ def test_calibration_finds_the_levels_that_inputs_have(neuron):
     assert torch.equal(group.signs(spikes), ((inputs - levels.shift) / levels.scale).round())
 
 
+@LEARNING
+def test_in_16_bits_a_silent_neuron_with_a_large_shift_has_no_sign(neuron):
+    # bfloat16 has 3.296875 beside 3.3, and 3.3125 next to it.
+    group = neurons(neuron, num_neurons=2, spike_cost=0.0).eval()
+    group.set_calibration(torch.tensor([1.0, *torch.tensor([0.002, 0.1]).log().tolist(), 3.3, 3.3, 0.0]))
+    silent = torch.full((1, 1, 2), 3.3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert group.signs(silent.to(dtype)).tolist() == [[[0.0, 0.0]]]
+    assert group.signs((silent + torch.tensor([0.0, 0.1])).bfloat16()).tolist() == [[[0.0, 1.0]]]
+
+
 def test_calibration_has_the_least_error_that_scale_and_shift_can_have():
     torch.manual_seed(0)
     inputs = torch.nn.functional.gelu(torch.randn(1, 4000, 1))  # one-sided

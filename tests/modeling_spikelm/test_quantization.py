@@ -38,6 +38,7 @@ from modeling_spikelm.quantized_neurons import (
     ternary_sign,
 )
 from modeling_spikelm.spiking import spike_reference, ternary
+from spike_metrics.counting import count
 from tests.clean_machine import run_on_clean_machine
 from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 
@@ -344,6 +345,17 @@ def test_with_levels_saved_and_loaded_it_is_the_same_and_learns_no_more(neuron, 
     assert not any("neurons." in name for name, _ in loaded.named_parameters())
     with pytest.raises(ValueError, match=r"int8 weights with the amplitudes of membrane_decay=0\.25"):
         SpikeLMModel.from_pretrained(tmp_path, membrane_decay=0.5)
+
+
+def test_dequantized_neurons_of_a_fixed_amplitude_are_what_they_were(config, batch):
+    model = SpikeLMModel(with_neuron(config, "bi-spiking")).eval()
+    for weight in model.parameters():
+        weight.data *= 10
+    float_state = {name: value for name, value in model.state_dict().items() if "neurons" in name}
+    before = model.quantize_weights()(**batch).last_hidden_state
+    assert count(model, [batch]).firing_rate > 0
+    torch.testing.assert_close(model.dequantize_weights()(**batch).last_hidden_state, before, rtol=1e-4, atol=1e-5)
+    assert {name for name in model.state_dict() if "neurons" in name} == float_state.keys()
 
 
 @pytest.mark.parametrize("neuron", ["elastic", "learned", "thrifty"])

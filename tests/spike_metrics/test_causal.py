@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from configuration_spikelm import SpikeLMLlamaConfig
 from modeling_spikelm import SpikeLMLlamaForCausalLM
 from spike_metrics.counting import SpikeCounter, count, record_spikes
+from spike_metrics.energy import compute_energy
 
 HIDDEN, WIDE, HEADS, SHARED, LAYERS, WORDS = 16, 24, 4, 2, 2, 60
 SIZES = {
@@ -50,6 +51,20 @@ def test_a_spiking_decoder_is_the_same_network_with_spikes_in_every_layer(decode
     assert 0 < spiking.firing_rate < 1
     assert len(spiking.neurons) == LAYERS * 6
     spiking.check_is_complete()
+
+
+def test_a_shift_is_an_addition_for_every_output_where_there_is_no_bias(llama_batch):
+    torch.manual_seed(0)
+    config = SpikeLMLlamaConfig(**SIZES, num_time_steps=2, initializer_range=0.3, neuron="thrifty")
+    model = SpikeLMLlamaForCausalLM(config)
+    model.calibrate(llama_batch)
+    counted = count(model, [llama_batch])
+    layers = [product for product in counted.products if product.name.endswith("_proj")]
+    assert len(layers) == LAYERS * 7
+    assert counted.bias_adds == sum(product.outputs for product in layers) > 0
+    # The dense network has none.
+    assert compute_energy(counted, dense=True).biases == 0
+    assert compute_energy(counted).biases == pytest.approx(counted.bias_adds * 0.9 / 3 * 1e-9)
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -425,3 +425,43 @@ def test_int8_weights_fire_the_spikes_of_the_float_model_that_they_stand_for(neu
         SpikeCounter(quantized)
     # The model that was counted is what it was.
     assert quantized.config.int8_weights and quantized.embeddings.word_embeddings.int8_weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_that_has_run_is_counted_as_it_is(batch, in_place):
+    torch.manual_seed(0)
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=2)).eval()
+    model.calibrate(batch)
+    wanted = count(model, [batch]).to_dict()
+    if in_place:
+        model.compile(backend="eager")
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(**batch).last_hidden_state
+    found = count(compiled, [batch]).to_dict()
+    for name in ("tokens", "firing_rate", "macs", "accumulates"):
+        assert found[name] == wanted[name] and found[name], name
+    with torch.no_grad():
+        assert torch.equal(compiled(**batch).last_hidden_state, before)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_layer_that_runs_again_in_a_backward_pass_is_counted_once(batch, use_reentrant):
+    torch.manual_seed(0)
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=2, **without))
+    model.calibrate(batch)
+    wanted = count(model, [batch]).to_dict()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    with SpikeCounter(model) as counter:
+        model(**batch).last_hidden_state.sum().backward()
+    assert counter.result().to_dict() == wanted
+
+
+def test_levels_that_are_not_calibrated_are_named(batch):
+    model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=2, neuron="thrifty")).eval()
+    with pytest.raises(ValueError, match=r"ThriftyNeurons is not calibrated.*Call model.calibrate\(batches\) first"):
+        count(model, [batch])
+    assert not any(size.any() for size in spike_sizes(model).values())
