@@ -725,9 +725,21 @@ def _seen_by(attention: nn.Module, queries: torch.Tensor, keys: torch.Tensor) ->
     lengths = queries.sum(1, keepdim=True).expand_as(keys)
     if getattr(attention, "is_causal", False):
         lengths = lengths - keys.cumsum(1) + 1
-        window = getattr(attention, "sliding_window", None)
+        window = _window(attention)
         lengths = lengths if window is None else lengths.clamp(max=window)
     return lengths * keys
+
+
+def _window(attention: Any) -> int | None:
+    """How many keys a query of a causal attention sees at most; None for all behind it."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    # A Mistral's attention reads it from the configuration, which may have it for some of the layers only.
+    config = getattr(attention, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[attention.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from configuration_spikelm import SpikeLMLlamaConfig
 from modeling_spikelm import SpikeLMLlamaForCausalLM
@@ -85,6 +92,31 @@ def test_accumulates_of_attention_are_those_of_every_pair_that_meets(decoder, wi
                             fired = spikes[f"{name}.{role}_neurons"][step, key].count_nonzero()
                             expected[step] += int(fired) * HEADS // SHARED
             assert counted[name + suffix].accumulates == expected
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Mistral without", "Qwen2 in its last layer"])
+def test_a_dense_decoder_with_a_window_meets_the_keys_within_it_alone(kind, llama_batch):
+    if kind.startswith("Mistral"):
+        windows = [3 if kind == "Mistral" else None] * LAYERS
+        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=windows[0]))
+    else:
+        windows = [None, 3]
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1))
+    counted = {product.name: product.macs for product in count(model, [llama_batch]).products}
+    for layer, window in enumerate(windows):
+        pairs = sum(min(query + 1, window or query + 1) for length in (7, 6, 5) for query in range(length))
+        for suffix in (".q k^T", ".probs v"):
+            assert counted[f"model.layers.{layer}.self_attn{suffix}"] == pairs * HIDDEN
+
+
+def test_a_window_in_the_configuration_is_that_of_the_layers_that_slide(llama_batch):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    plain = {product.name: product.macs for product in count(model, [llama_batch]).products}
+    # Read by the count alone.
+    model.config.sliding_window, model.config.layer_types = 3, ["full_attention", "sliding_attention"]
+    counted = {product.name: product.macs for product in count(model, [llama_batch]).products}
+    fewer = {name for name, macs in counted.items() if macs < plain[name]}
+    assert fewer == {f"model.layers.1.self_attn{suffix}" for suffix in (".q k^T", ".probs v")}
 
 
 def test_a_further_token_costs_what_a_forward_of_one_token_with_a_cache_does(decoder):
