@@ -72,6 +72,9 @@ def read_positions(
         # A multiple-choice batch (B, choices, L) runs as (B * choices, L).
         return Positions(counted.flatten(0, -2))
     labels, target = given.get("labels"), _places(given, "decoder_")
+    if labels is not None and not (labels.dim() == 2 and getattr(module, "can_generate", bool)()):
+        # They are classes, one or several of a text, and no text that is written.
+        labels = None
     if target is None and labels is None:
         # The decoder reads the source, one position later.
         return Positions(counted, nn.functional.pad(counted[:, :-1], (1, 0), value=True))

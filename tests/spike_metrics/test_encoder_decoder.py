@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, BartForSequenceClassification
 
 import draw_spikes
 import measure_spikes
@@ -127,6 +127,14 @@ def test_a_target_is_found_however_it_is_given(given, writer, pairs):
         wanted = sum(min(length + 1, 7) for length in READ)
     counted = count(writer, [pairs])
     assert (counted.tokens, counted.written_tokens) == (sum(READ), wanted)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 2, 1]), torch.eye(3)], ids=["a class", "several classes"])
+def test_labels_that_are_classes_are_no_target(labels, batch):
+    config = BartConfig(**SIZES, num_labels=3, eos_token_id=2)
+    batch["input_ids"][:, 2] = config.eos_token_id
+    model = BartForSequenceClassification(config)
+    assert count(model, [batch | {"labels": labels}]).to_dict() == count(model, [batch]).to_dict()
 
 
 def test_a_written_token_costs_what_a_longer_target_adds(writer):
