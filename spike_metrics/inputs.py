@@ -120,7 +120,7 @@ def load_inputs(
     model = load_model(auto_class_of(config), model_arguments, config)
     batches: Iterable[dict[str, torch.Tensor]] = _batches(documents, tokenizer, arguments)
     if config.is_encoder_decoder:
-        batches = [_with_target(model, batch, arguments.max_new_tokens) for batch in batches]
+        batches = [with_target(model, batch, arguments.max_new_tokens) for batch in batches]
     return model, tokenizer, batches
 
 
@@ -158,9 +158,7 @@ def _batches(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: 
     return DataLoader(documents, batch_size=arguments.batch_size, collate_fn=collate)
 
 
-def _with_target(
-    model: PreTrainedModel, batch: dict[str, torch.Tensor], max_new_tokens: int
-) -> dict[str, torch.Tensor]:
+def with_target(model: PreTrainedModel, batch: dict[str, torch.Tensor], max_new_tokens: int) -> dict[str, torch.Tensor]:
     """A batch, and what the decoder has read when it has written a text of each sequence."""
     if not model.can_generate():
         raise ValueError(
@@ -170,6 +168,17 @@ def _with_target(
     known = inspect.signature(model.forward).parameters
     batch = {name: values for name, values in batch.items() if name in known}
     generate: Any = model.generate
-    written = generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
-    is_token = written[:, 1:] != model.config.pad_token_id
+    written = generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        # Whatever the checkpoint's generation_config.json says.
+        num_beams=1,
+        do_sample=False,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
+    )
+    # What fills up a row behind its end may be that same end, where a model has no token for padding.
+    ends = model.generation_config.eos_token_id
+    is_end = torch.isin(written[:, 1:], torch.tensor([] if ends is None else ends, device=written.device)).long()
+    is_token = is_end.cumsum(1) - is_end == 0
     return batch | {"decoder_input_ids": written[:, :-1], "decoder_attention_mask": is_token.long()}

@@ -13,6 +13,7 @@ from modeling_spikelm import SpikeLMBartForConditionalGeneration
 from spike_metrics.counting import SpikeCounter, count, layer_and_place, record_spikes
 from spike_metrics.energy import compute_energy
 from spike_metrics.evaluation import spike_figures
+from spike_metrics.inputs import with_target
 from spike_metrics.report import energies
 
 WIDTH, ENCODER_WIDE, DECODER_WIDE, WORDS, LAYERS = 16, 24, 20, 60, 2
@@ -195,3 +196,32 @@ def test_the_commands_count_and_draw_what_a_model_reads_and_writes(pairs, tokeni
     assert {*sides, "energy.png", "index.html"} <= {path.name for path in pictures.iterdir()}
     with pytest.raises(SystemExit, match="--max_new_tokens 33 is more than the model's max_position_embeddings=32"):
         measure_spikes.main([*arguments, "--text", "a", "--max_new_tokens", "33"])
+
+
+@pytest.mark.parametrize("padding", [1, 2, None], ids=["own", "the end", "none"])
+def test_the_end_that_is_written_is_counted_whatever_fills_up_a_row(padding, writer, monkeypatch):
+    end = writer.config.eos_token_id
+    assert end == 2
+    filler = end if padding is None else padding
+    writer.config.pad_token_id = writer.generation_config.pad_token_id = padding
+    written = torch.tensor([[2, 5, 6, end], [2, end, filler, filler]])
+    monkeypatch.setattr(writer, "generate", lambda **_: written)
+    batch = with_target(writer, {"input_ids": torch.tensor([[5, 6], [7, 8]])}, 3)
+    assert batch["decoder_input_ids"].tolist() == written[:, :-1].tolist()
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert count(writer, [batch]).written_tokens == 4
+
+
+@pytest.mark.parametrize(("ends", "tokens"), [(None, 4), (0, 3), ([3, 0], 2)])
+def test_a_row_ends_where_any_end_is_written_if_there_is_one(ends, tokens, writer, monkeypatch):
+    writer.generation_config.eos_token_id = ends
+    monkeypatch.setattr(writer, "generate", lambda **_: torch.tensor([[2, 5, 3, 0, 7]]))
+    mask = with_target(writer, {"input_ids": torch.tensor([[5, 6]])}, 4)["decoder_attention_mask"]
+    assert mask.sum() == tokens
+
+
+def test_one_text_is_written_of_a_sequence_whatever_a_checkpoint_asks_for(writer, batch):
+    plain = with_target(writer.eval(), batch, 3)
+    writer.generation_config.update(num_return_sequences=2, num_beams=2, return_dict_in_generate=True)
+    asked = with_target(writer, batch, 3)
+    assert all(torch.equal(asked[name], values) for name, values in plain.items())
