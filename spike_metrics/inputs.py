@@ -112,6 +112,13 @@ def load_inputs(
             f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "
             "tokenizer that belongs to the model with --tokenizer_name."
         )
+    special = tokenizer.num_special_tokens_to_add()
+    if "text" in documents.column_names and arguments.max_seq_length <= special:
+        # With less than these the tokenizer cuts nothing off, and says nothing.
+        raise ValueError(
+            f"--max_seq_length {arguments.max_seq_length} leaves no room for text beside the {special} special tokens "
+            f"of the tokenizer; give {special + 1} or more."
+        )
     longest_target = longest if config.is_encoder_decoder else arguments.max_new_tokens
     if arguments.max_new_tokens > longest_target:
         raise ValueError(

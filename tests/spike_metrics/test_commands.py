@@ -94,6 +94,12 @@ def test_padding_to_the_full_length_as_published(checkpoint, tmp_path):
     assert report["with_padding"]["counts"]["tokens"] == 16
 
 
+def test_a_sequence_may_have_a_single_token_of_text(checkpoint, tmp_path):
+    report_file = tmp_path / "out.json"
+    measure(checkpoint, "--text", *SENTENCES, "--max_seq_length", "3", "--output_file", str(report_file))
+    assert json.loads(report_file.read_text())["without_padding"]["counts"]["tokens"] == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,6 +107,8 @@ def test_padding_to_the_full_length_as_published(checkpoint, tmp_path):
         (["--text", "a", "--text_file", "b"], "exactly one of --text"),
         (["--text", " "], "blank"),
         (["--text", "a", "--max_seq_length", "64"], "max_position_embeddings=32"),
+        (["--text", "a", "--max_seq_length", "1"], "--max_seq_length 1 leaves no room for text beside the 2 special"),
+        (["--text", "a", "--max_seq_length", "2"], "give 3 or more"),
         (["--text", "a", "--batch_size", "0"], "--batch_size has to be at least 1"),
         (["--text", "a", "--per_neuron"], "--output_file"),
         (["--text", "a", "--output_file", "no/such/folder/x.json"], "does not exist"),
