@@ -61,10 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{inputs.model_name_or_path} has no spiking neurons to draw; measure_spikes.py counts a dense model."
             )
-        sides = {
-            side: chosen_layers(groups, pictures.raster_layers)
-            for side, groups in sides_of([group.name for group in counted.neurons]).items()
-        }
+        sides = chosen_layers(sides_of([group.name for group in counted.neurons]), pictures.raster_layers)
         written = WrittenFiles(pictures.output_dir)
         by_side = [
             f"{side}{picture}"
@@ -155,14 +152,24 @@ def only_first(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def chosen_layers(groups: list[str], wanted: list[int]) -> list[int]:
-    """Numbers of the layers wanted of those that groups are in, negative ones counted from the end, each once and in
-    order."""
-    layers = sorted({layer for layer, _ in map(layer_and_place, groups) if layer is not None})
-    outside = [layer for layer in wanted if not -len(layers) <= layer < len(layers)]
+def chosen_layers(sides: dict[str, list[str]], wanted: list[int]) -> dict[str, list[int]]:
+    """Of each side, whose groups are given, the numbers of the layers wanted that it has, each once and in order.
+
+    Negative ones are counted from its own end. A side with none of them is left out.
+    """
+    there = {
+        side: sorted({layer for layer, _ in map(layer_and_place, groups) if layer is not None})
+        for side, groups in sides.items()
+    }
+    most = max(map(len, there.values()))
+    outside = [layer for layer in wanted if not -most <= layer < most]
     if outside:
-        raise ValueError(f"--raster_layers {outside[0]}: the model has the layers 0 to {len(layers) - 1}.")
-    return sorted({layers[layer] for layer in wanted})
+        raise ValueError(f"--raster_layers {outside[0]}: the model has the layers 0 to {most - 1}.")
+    chosen = {
+        side: sorted({layers[layer] for layer in wanted if -len(layers) <= layer < len(layers)})
+        for side, layers in there.items()
+    }
+    return {side: layers for side, layers in chosen.items() if layers}
 
 
 def facts(config: SpikingConfig, counted: SpikeCount) -> dict[str, str]:

@@ -198,6 +198,25 @@ def test_the_commands_count_and_draw_what_a_model_reads_and_writes(pairs, tokeni
         measure_spikes.main([*arguments, "--text", "a", "--max_new_tokens", "33"])
 
 
+def test_a_layer_that_one_stack_alone_has_is_drawn_there(pairs, tokenizer, tmp_path):
+    writer = make_writer(pairs, num_time_steps=1, encoder_layers=1, decoder_layers=2)
+    for part in (writer, tokenizer):
+        part.save_pretrained(tmp_path / "writer")
+    arguments = ["--model_name_or_path", str(tmp_path / "writer"), "--max_seq_length", "16", "--text", "the cat"]
+    arguments += ["--max_new_tokens", "3", "--raster_neurons", "2", "--output_dir", str(tmp_path / "pictures")]
+    with pytest.raises(SystemExit, match="--raster_layers 2: the model has the layers 0 to 1"):
+        draw_spikes.main([*arguments, "--raster_layers", "2"])
+    draw_spikes.main([*arguments, "--raster_layers", "1"])
+    drawn = {path.name for path in (tmp_path / "pictures").glob("*coder_*.png")}
+    assert drawn == {"decoder_sentence.png", "decoder_raster_layer_1.png"}
+
+
+def test_layers_are_counted_from_the_end_of_their_own_stack():
+    sides = {"encoder_": ["encoder.layers.0.fc1"], "decoder_": [f"decoder.layers.{layer}.fc1" for layer in range(3)]}
+    assert draw_spikes.chosen_layers(sides, [0, -1]) == {"encoder_": [0], "decoder_": [0, 2]}
+    assert draw_spikes.chosen_layers(sides, [-2]) == {"decoder_": [1]}
+
+
 @pytest.mark.parametrize("padding", [1, 2, None], ids=["own", "the end", "none"])
 def test_the_end_that_is_written_is_counted_whatever_fills_up_a_row(padding, writer, monkeypatch):
     end = writer.config.eos_token_id
