@@ -12,7 +12,7 @@ encoder and a decoder each module has the length of its own sequence (positions.
 import copy
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -302,13 +302,15 @@ class SpikeCount:
         }
 
 
-def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: bool = False) -> SpikeCount:
+def count(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]] | Mapping[str, Any], include_padding: bool = False
+) -> SpikeCount:
     """Runs the model over the batches, in evaluation mode and without gradients, and counts.
 
     Args:
         model: any of our models or another encoder of Transformers, such as a BERT. One with int8 weights fires the
             spikes of the float model that these stand for, and that one is counted.
-        batches: forward arguments, for instance a DataLoader; shapes may differ.
+        batches: forward arguments, for instance a DataLoader, or a single batch; shapes may differ.
         include_padding: count padded positions like tokens, as published energies do.
 
     Raises:
@@ -321,7 +323,7 @@ def count(model: nn.Module, batches: Iterable[dict[str, Any]], include_padding: 
     model.eval()
     try:
         with SpikeCounter(model, include_padding) as counter, torch.no_grad():
-            for batch in batches:
+            for batch in [batches] if isinstance(batches, Mapping) else batches:
                 model(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()})
     finally:
         model.train(was_training)
@@ -605,10 +607,11 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
         `(T, L, F)` int8 each: -1, 0 or +1.
 
     Raises:
-        ValueError: the batch holds more than one sequence.
+        ValueError: the batch holds no sequence or more than one.
     """
-    if batch["input_ids"].shape[0] != 1:
-        raise ValueError(f"record_spikes() takes one sequence, this batch holds {batch['input_ids'].shape[0]}.")
+    sequences = len(read_positions(model, (), batch, include_padding=True).source)
+    if sequences != 1:
+        raise ValueError(f"record_spikes() takes one sequence, this batch holds {sequences}.")
     model = with_float_spikes(model)
     spikes: dict[str, torch.Tensor] = {}
 

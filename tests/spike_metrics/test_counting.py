@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BatchEncoding, BertConfig, BertModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_spikelm import SpikeLMConfig
@@ -319,6 +319,20 @@ def test_record_spikes(model, batch):
         assert torch.equal((spikes[group.name] < 0).sum(1), group.negative)
     with pytest.raises(ValueError, match="holds 3"):
         record_spikes(model, batch)
+
+
+def test_embeddings_are_recorded_like_the_tokens_that_they_are_of(model, batch):
+    one = {name: value[:1] for name, value in batch.items()}
+    embeddings = model.get_input_embeddings()(one["input_ids"])
+    by_tokens, by_embeddings = record_spikes(model, one), record_spikes(model, {"inputs_embeds": embeddings})
+    assert all(torch.equal(by_embeddings[name], spikes) for name, spikes in by_tokens.items())
+    with pytest.raises(ValueError, match="without input_ids and inputs_embeds"):
+        record_spikes(model, {"attention_mask": one["attention_mask"]})
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_a_single_batch_is_counted_like_a_list_of_it(kind, model, batch):
+    assert count(model, kind(batch)).to_dict() == count(model, [batch]).to_dict()
 
 
 @pytest.mark.parametrize("neuron", ["elastic", "lif", "thrifty"])
