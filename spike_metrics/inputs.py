@@ -19,7 +19,7 @@ from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model, load_tokenizer
 from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
-from pretraining_data.documents import load_documents
+from pretraining_data.documents import load_documents, report_rows
 
 from .heads import auto_class_of
 
@@ -112,6 +112,8 @@ def load_inputs(
             f"The tokenizer has {len(tokenizer)} tokens but the model only vocab_size={config.vocab_size}; name the "
             "tokenizer that belongs to the model with --tokenizer_name."
         )
+    if "input_ids" in documents.column_names:
+        _check_ids(documents, config.vocab_size)
     special = tokenizer.num_special_tokens_to_add()
     if "text" in documents.column_names and arguments.max_seq_length <= special:
         # With less than these the tokenizer cuts nothing off, and says nothing.
@@ -146,7 +148,40 @@ def _documents(arguments: InputArguments) -> Dataset:
         text_column_name=arguments.text_column_name,
     )
     documents = load_documents(data, seed=0, is_passed_over=is_output_folder)["validation"]
+    if "input_ids" in documents.column_names:
+        return _without_empty_rows(documents, arguments)
     return documents.select(range(min(arguments.max_samples, len(documents))))
+
+
+def _without_empty_rows(documents: Dataset, arguments: InputArguments) -> Dataset:
+    """The first `--max_samples` tokenised rows that hold a token; no more are looked at than it takes."""
+    used: list[int] = []
+    read = 0
+    for row in documents.select_columns(["input_ids"]):
+        if len(used) == arguments.max_samples:
+            break
+        if row["input_ids"]:
+            used.append(read)
+        read += 1
+    name = arguments.dataset_name or ", ".join(arguments.text_file or [])
+    if not used:
+        raise ValueError(f"{name} holds no document: no row has a token.")
+    report_rows(name, read, read - len(used), "they hold no token")
+    return documents.select(used)
+
+
+def _check_ids(documents: Dataset, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: a tokenised row holds a token that a model has no embedding for.
+    """
+    for ids in documents["input_ids"]:
+        unknown = [token for token in ids if not 0 <= token < vocab_size]
+        if unknown:
+            raise ValueError(
+                f"A tokenised row holds the token {unknown[0]}, but the model has only vocab_size={vocab_size}; give "
+                "rows that were made with the model's own tokenizer, or text."
+            )
 
 
 def _batches(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: InputArguments) -> DataLoader:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedConfig
 
@@ -86,6 +86,33 @@ def test_files_datasets_and_sentences_count_the_same(checkpoint, tmp_path):
         measure(checkpoint, *source, "--output_file", str(tmp_path / "out.json"))
         reports.append(json.loads((tmp_path / "out.json").read_text()))
     assert all(report == reports[0] for report in reports[1:])
+
+
+def save_rows(folder, *rows) -> str:
+    Dataset.from_dict({"input_ids": list(rows)}, Features({"input_ids": List(Value("int64"))})).save_to_disk(folder)
+    return str(folder)
+
+
+def test_tokenised_rows_without_a_token_are_dropped_and_that_is_said(checkpoint, tmp_path, caplog):
+    rows, reports = [[5, 6, 7], [], [8], None, [9]], []
+    for name, used in (("all", rows), ("full", list(filter(None, rows)))):
+        report_file = tmp_path / "out.json"
+        arguments = ["--max_samples", "2", "--output_file", str(report_file)]
+        measure(checkpoint, "--text_file", save_rows(tmp_path / name, *used), *arguments)
+        reports.append(json.loads(report_file.read_text()))
+    assert reports[0] == reports[1]
+    assert reports[0]["without_padding"]["counts"]["sequences"] == 2
+    (message,) = caplog.messages
+    assert message.endswith("all: 3 rows read, 2 used, 1 dropped (they hold no token).")
+    with pytest.raises(SystemExit, match="none holds no document: no row has a token"):
+        measure(checkpoint, "--text_file", save_rows(tmp_path / "none", [], None))
+
+
+@pytest.mark.parametrize("token", [60, -1])
+def test_a_token_that_the_model_does_not_have_is_one_line(token, checkpoint, tmp_path):
+    folder = save_rows(tmp_path / "rows", [5, 6], [7, token])
+    with pytest.raises(SystemExit, match=f"A tokenised row holds the token {token}, but the model has only vocab_size"):
+        measure(checkpoint, "--text_file", folder)
 
 
 def test_padding_to_the_full_length_as_published(checkpoint, tmp_path):
