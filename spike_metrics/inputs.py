@@ -5,7 +5,7 @@ A model with an encoder and a decoder runs on the text and on what it writes of 
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import datasets
@@ -23,6 +23,8 @@ from pretraining_data.documents import load_documents, report_rows
 
 from .heads import auto_class_of
 
+# Flags that say something of files and datasets alone.
+OF_FILES = ("dataset_config_name", "split", "text_column_name")
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
@@ -31,7 +33,8 @@ class InputArguments:
     """A checkpoint and the sequences it runs on.
 
     Raises:
-        ValueError: at construction, if there is not exactly one source of text or a number is below 1.
+        ValueError: at construction, if there is not exactly one source of text, a flag says nothing of it, or a number
+            is below 1.
     """
 
     model_name_or_path: str = field(metadata={"help": "A checkpoint, SpikeLM or dense, on disk or on the Hub."})
@@ -68,6 +71,9 @@ class InputArguments:
             raise ValueError("Give the text with exactly one of --text, --text_file and --dataset_name.")
         if self.text and not all(sentence.strip() for sentence in self.text):
             raise ValueError("A sentence in --text is blank.")
+        for entry in fields(self):
+            if self.text and entry.name in OF_FILES and getattr(self, entry.name) != entry.default:
+                raise ValueError(f"--{entry.name} says what to read of data, and --text is read as it is; omit it.")
         for flag in ("max_seq_length", "max_samples", "batch_size", "max_new_tokens"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} has to be at least 1, got {getattr(self, flag)}.")
