@@ -34,7 +34,7 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -49,7 +49,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick
 from .spike_cache import kept, with_past
-from .steps import SpikeLMStepMean, SpikeLMSteps, repeat_steps
+from .steps import SpikeLMStepMean, SpikeLMSteps, repeat_mask, repeat_steps
 
 # BART's tables of positions begin with as many rows that no position has.
 FIRST_POSITION = 2
@@ -247,7 +247,7 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
             config=config,
             # Of these, as of a source below, the sizes are looked at: repeating no numbers copies none.
             inputs_embeds=repeat_steps(inputs_embeds[..., :0], steps),
-            attention_mask=None if attention_mask is None else repeat_steps(attention_mask, steps),
+            attention_mask=None if attention_mask is None else repeat_mask(attention_mask, steps),
             past_key_values=past,
         )
         length = 0 if past is None else past.get_seq_length()
@@ -382,7 +382,7 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
         """
         steps = self.config.num_time_steps
         if attention_mask is not None:
-            attention_mask = repeat_steps(attention_mask, steps)
+            attention_mask = repeat_mask(attention_mask, steps)
         # Where nothing is padding no mask is needed, but a device would have to be waited for to know, and torch.vmap
         # asks several rows at a time.
         may_skip = attention_mask is None or (attention_mask.is_cpu and not is_transformed(hidden_states))
@@ -532,7 +532,8 @@ class SpikeLMBartModel(SpikeLMBartPreTrainedModel):
         Args:
             input_ids: `(B, S)` token ids of the source, or instead of them
             inputs_embeds: `(B, S, H)` embeddings, or
-            encoder_outputs: what the encoder has made of them, a `BaseModelOutput` or a tuple in its order.
+            encoder_outputs: what the encoder has made of them, a `ModelOutput` or a tuple in the order of
+                `BaseModelOutput`.
             attention_mask: `(B, S)`, 1 for tokens and 0 for padding; or a 4D mask as attention takes it.
             decoder_input_ids: `(B, L)` token ids of the target, or instead of them
             decoder_inputs_embeds: `(B, L, H)` embeddings; by default the source is read, shifted to the right.
@@ -557,7 +558,13 @@ class SpikeLMBartModel(SpikeLMBartPreTrainedModel):
                 input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+            recorded = ("hidden_states", "attentions")
+            encoder_outputs = (
+                BaseModelOutput(encoder_outputs[0], *(encoder_outputs.get(name) for name in recorded))
+                # Of another class, which may have more in it.
+                if isinstance(encoder_outputs, ModelOutput)
+                else BaseModelOutput(*encoder_outputs[:3])
+            )
         outputs = self.decoder(
             decoder_input_ids,
             attention_mask=decoder_attention_mask,

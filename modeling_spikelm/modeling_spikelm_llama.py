@@ -39,7 +39,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick
 from .spike_cache import with_past
-from .steps import SpikeLMStepMean, SpikeLMSteps, repeat_steps
+from .steps import SpikeLMStepMean, SpikeLMSteps, repeat_mask, repeat_steps
 
 # Cosines and sines of every position's angles, `(N, L, d)` each.
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -222,7 +222,7 @@ class SpikeLMLlamaPreTrainedModel(SpikingPreTrainedModel):
         given = {
             # Its sizes are looked at: repeating no numbers copies none.
             "inputs_embeds": repeat_steps(inputs_embeds[..., :0], steps),
-            "attention_mask": None if attention_mask is None else repeat_steps(attention_mask, steps),
+            "attention_mask": None if attention_mask is None else repeat_mask(attention_mask, steps),
             "position_ids": _repeat_rows(position_ids, steps),
         }
         kinds = dict.fromkeys(config.layer_types or ())

@@ -31,6 +31,7 @@ from .new_modules import watch_new_modules
 from .quantization import (
     check_can_quantize,
     check_is_quantized,
+    check_is_quantized_whole,
     dequantize_layer,
     layer_stacks,
     quantize_layer,
@@ -165,7 +166,13 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         The configuration says what the neurons were built for; fields of it that were changed afterwards are set back,
         with a warning.
+
+        Raises:
+            ValueError: a part alone has int8 weights, which no configuration can say.
         """
+        if self.config.int8_weights:
+            head = self.get_output_embeddings() if self.config.tie_word_embeddings else None
+            check_is_quantized_whole([getattr(parent, name) for parent, name, _ in self._products()], head, self.config)
         restore_configuration(self)
         current_class = type(self)
         # FSDP2 gives the model a class of torch's, made of FSDPModule and ours: the code saved would be torch's.
@@ -352,12 +359,15 @@ class SpikingPreTrainedModel(PreTrainedModel):
         if not self.config.int8_weights:
             raise ValueError("dequantize_weights() is for a SpikeLM with int8 weights; this one's are float already.")
         for parent, name, neurons in list(self._products()):
-            setattr(parent, name, getattr(parent, name).dequantize(neurons))
+            if isinstance(getattr(parent, name), SpikesLinear):
+                setattr(parent, name, getattr(parent, name).dequantize(neurons))
         for stack in layer_stacks(self):
             for number, layer in enumerate(stack):
                 stack[number] = dequantize_layer(layer, self.config)  # type: ignore[arg-type]  # all are QuantizedLayers
         replace_embeddings(self, QuantizedEmbedding, QuantizedEmbedding.dequantize)
         self.config.int8_weights = self.config.int8_embeddings = False
+        # Where a part was quantised alone, a head that shared the embeddings shares them again.
+        self.tie_weights()
         return self
 
 

@@ -14,6 +14,11 @@ def repeat_steps(x: torch.Tensor, num_time_steps: int) -> torch.Tensor:
     return x.expand(num_time_steps, *x.shape).flatten(0, 1)
 
 
+def repeat_mask(mask: torch.Tensor, num_time_steps: int) -> torch.Tensor:
+    """A mask of B sequences as one of T * B; one of four dimensions that serves all sequences, as it is."""
+    return mask if mask.dim() == 4 and len(mask) == 1 else repeat_steps(mask, num_time_steps)
+
+
 class _TapMean(torch.autograd.Function):
     """`x -> (x, mean over time steps)`, where the mean takes part in the backward pass as if x were mean + deviation.
 

@@ -37,7 +37,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quantization import QuantizedLayer
 from .quick_layers import quick
-from .steps import SpikeLMStepMean, repeat_steps
+from .steps import SpikeLMStepMean, repeat_mask, repeat_steps
 
 
 class SpikeLMEmbeddings(nn.Module):
@@ -257,7 +257,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden_states = repeat_steps(embeddings, steps)
         if attention_mask is not None:
-            attention_mask = repeat_steps(attention_mask, steps)
+            attention_mask = repeat_mask(attention_mask, steps)
         mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,

@@ -323,3 +323,21 @@ def check_is_quantized(model: nn.Module, name: Any) -> None:
             f"{name} has no int8 weights, though int8_weights=True says so; load it as it is and call "
             "model.quantize_weights()."
         )
+
+
+def check_is_quantized_whole(products: Iterable[nn.Module], head: nn.Module | None, config: SpikingConfig) -> None:
+    """
+    Args:
+        products: the linear layers of a model that become int8 where they stand.
+        head: what shares the weight of its embeddings.
+        config: the model's, with int8 weights.
+
+    Raises:
+        ValueError: a part of the model was quantised alone.
+    """
+    is_part = not all(isinstance(product, Int8Module) for product in products)
+    if is_part or (config.int8_embeddings and head is not None):
+        raise ValueError(
+            "A part of this model was quantised alone, so what is saved could not be loaded. Call "
+            "model.dequantize_weights(), then model.quantize_weights() of the whole, or save the encoder alone."
+        )

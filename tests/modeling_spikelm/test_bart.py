@@ -15,6 +15,7 @@ from transformers import (
     MBartConfig,
     MBartForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from configuration_spikelm import SpikeLMBartConfig
 from configuration_spikelm.configuration_spiking import NEURONS
@@ -384,3 +385,28 @@ def test_bad_input_is_one_line(batch):
     model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="needs decoder_start_token_id and pad_token_id"):
         model(**batch)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+def test_a_mask_of_four_dimensions_may_serve_all_sequences(is_int8):
+    model = make_model(2)
+    if is_int8:
+        model.quantize_weights()
+    source, target = torch.randint(3, 61, (3, 9)), torch.randint(3, 61, (3, 5))
+    wanted = model(source, decoder_input_ids=target).logits
+    causal = torch.ones(1, 1, 5, 5).tril().bool()
+    cut = torch.arange(9).view(1, 1, 1, 9) < 7
+    torch.testing.assert_close(model(source, decoder_input_ids=target, decoder_attention_mask=causal).logits, wanted)
+    found = model(source, attention_mask=cut, decoder_input_ids=target).logits
+    torch.testing.assert_close(found, model(source[:, :7], decoder_input_ids=target).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoders_output_may_be_of_any_class(batch):
+    model = make_model(2)
+    target = torch.randint(3, 61, (2, 5))
+    states = model.get_encoder()(batch["input_ids"]).last_hidden_state
+    wanted = model(batch["input_ids"], decoder_input_ids=target).logits
+    for outputs in (BaseModelOutputWithPooling(states, states[:, 0]), (states, None, None, None), [states]):
+        found = model(encoder_outputs=outputs, decoder_input_ids=target)
+        torch.testing.assert_close(found.logits, wanted)
+        assert found.encoder_hidden_states is None

@@ -153,3 +153,13 @@ def test_a_model_without_a_head_keeps_its_embeddings():
     assert all(isinstance(module, nn.Embedding) for module in (model.shared, model.decoder.embed_tokens))
     assert not any(isinstance(module, SpikesLinear) for module in model.modules())
     assert all(group.is_calibrated for group in model.modules() if isinstance(group, SpikingNeurons))
+
+
+def test_a_part_that_was_quantised_alone_is_not_saved_and_becomes_float_again(tmp_path):
+    model = make_bart(2)
+    model.get_encoder().quantize_weights()
+    with pytest.raises(ValueError, match="A part of this model was quantised alone.*dequantize_weights"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.dequantize_weights().quantize_weights().save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))

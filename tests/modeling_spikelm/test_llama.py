@@ -192,6 +192,12 @@ def test_a_configuration_of_a_type_of_its_own_may_be_one_of_ours():
     assert SpikeLMLlamaModel(Mine(**SIZES)).config.model_type == "mine"
 
 
+def test_a_mask_of_four_dimensions_may_serve_all_sequences(batch):
+    model, causal = make_model(), torch.ones(1, 1, 7, 7).tril().bool()
+    found = model(batch["input_ids"], attention_mask=causal).logits
+    torch.testing.assert_close(found, model(batch["input_ids"]).logits)
+
+
 def test_time_steps_that_were_changed_after_building_are_refused(batch):
     model = make_model()
     model.config.num_time_steps = 1

@@ -397,6 +397,29 @@ def test_int8_embeddings_are_the_rounded_rows_and_take_a_quarter_of_the_disk(con
     assert loaded.half().embeddings.word_embeddings.weight_scale.dtype == torch.float32
 
 
+def test_an_encoder_that_was_quantised_apart_from_its_head_is_not_saved_and_shares_its_embeddings_again(
+    config, batch, tmp_path
+):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    model.bert.quantize_weights(embeddings=True)
+    with pytest.raises(ValueError, match="A part of this model was quantised alone"):
+        model.save_pretrained(tmp_path)
+    model.dequantize_weights()
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    model.quantize_weights().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+def test_a_mask_of_four_dimensions_may_serve_all_sequences(is_int8, config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    if is_int8:
+        model.quantize_weights()
+    ids = batch["input_ids"]
+    mask = torch.arange(ids.shape[1]).view(1, 1, 1, -1) < 5
+    found = model(ids, attention_mask=mask).last_hidden_state[:, :5]
+    torch.testing.assert_close(found, model(ids[:, :5]).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
 def test_int8_embeddings_are_not_resized(config, batch):
     model = calibrated(SpikeLMModel, config, batch).quantize_weights(embeddings=True)
     number = model.config.vocab_size
