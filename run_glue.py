@@ -66,7 +66,7 @@ from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
 from experiment.written_files import RECORD_NAME, WrittenFiles
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
-from glue_tasks.encoding import check_labels, classifier_of, encode, label_fields
+from glue_tasks.encoding import check_is_trained, check_labels, classifier_of, encode, label_fields
 from glue_tasks.loading import HUB_DATASET, fingerprint, load_task
 from glue_tasks.own_data import NAME as OWN_DATA
 from glue_tasks.own_data import OwnTask, load_own_data
@@ -370,9 +370,10 @@ def prepare(
     """Tokenise a task's splits and make its configuration; raises what is wrong with any of them."""
     fields = label_fields(task)
     if model_arguments.model_name_or_path is None and model_arguments.config_name is None:
+        check_is_trained(task, None, trains)
         fields |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    elif not arguments.ignore_mismatched_sizes:
-        check_labels(task, load_config(model_arguments))
+    else:
+        check_labels(task, load_config(model_arguments), trains, arguments.ignore_mismatched_sizes)
     config = load_config(model_arguments, trains, **fields)
     tokenizer.model_max_length = longest_input(config, tokenizer)
     splits = encode(
@@ -387,7 +388,8 @@ def prepare(
     test_rows = {name: raw[name]["idx"][: len(splits[name])] for name in task.test_splits if name in splits}
     teacher = teaching.teacher_of(task.name)
     refits = arguments.ignore_mismatched_sizes
-    return TaskData(task, model_arguments, config, splits, test_rows, fingerprint(raw), teacher, refits)
+    digest = fingerprint(raw, task.labels or ())
+    return TaskData(task, model_arguments, config, splits, test_rows, digest, teacher, refits)
 
 
 def run_task(

@@ -111,16 +111,43 @@ def classifier_of(config: PreTrainedConfig) -> Classifier | None:
     return Classifier(config.name_or_path, labels, config.problem_type)
 
 
-def check_labels(task: Task, config: PreTrainedConfig) -> None:
-    """Refuse a checkpoint that is a classifier already, but not of this task's labels in this order.
+def check_labels(task: Task, config: PreTrainedConfig, trains: bool = True, refits: bool = False) -> None:
+    """Refuse a checkpoint whose classifier says nothing of a task's labels.
+
+    Args:
+        trains: whether it is trained first. What is evaluated as it is has to be a classifier already.
+        refits: whether a classifier of other labels is taken (`--ignore_mismatched_sizes`): one of another number of
+            them to be made anew, one of the same number under the new names. One of the same names in another order
+            never is: its answers would be taken for others.
 
     Raises:
-        ValueError: the labels conflict. A checkpoint without a classifier, or whose labels have no names, never does.
+        ValueError: it does not. The labels of a classifier without names never conflict with as many others.
     """
     classifier = classifier_of(config)
-    conflict = classifier.conflict(task) if classifier else None
-    if conflict:
+    if classifier is None:
+        check_is_trained(task, config.name_or_path, trains)
+        return
+    conflict = classifier.conflict(task)
+    wanted = task.labels or ("LABEL_0",)
+    is_of_other_size = len(classifier.labels) != len(wanted)
+    is_reordered = sorted(classifier.labels) == sorted(wanted)
+    if conflict is None or (refits and not is_reordered and (trains or not is_of_other_size)):
+        return
+    ways = ["start from the checkpoint that it was fine-tuned from"]
+    if is_of_other_size and trains:
+        ways.append("give --ignore_mismatched_sizes to make its classifier anew")
+    elif not is_of_other_size and not is_reordered:
+        ways.append("give --ignore_mismatched_sizes to take its answers under the new names")
+    raise ValueError(f"The checkpoint {conflict}; {', or '.join(ways)}.")
+
+
+def check_is_trained(task: Task, name: str | None, trains: bool) -> None:
+    """
+    Raises:
+        ValueError: a model that is no classifier would be evaluated without a training.
+    """
+    if not trains:
         raise ValueError(
-            f"The checkpoint {conflict}; start from the checkpoint that it was fine-tuned from, or give "
-            "--ignore_mismatched_sizes to make its classifier anew where the number of labels differs."
+            f"{name or 'A model from scratch'} is no classifier yet, so its scores of {task.name} would be those of "
+            "random weights; name a checkpoint that was fine-tuned, or train (--do_train)."
         )

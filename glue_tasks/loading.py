@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -50,9 +50,13 @@ def load_task(task: GlueTask, data_dir: str | Path | None = None, cache_dir: str
     return splits
 
 
-def fingerprint(splits: Mapping[str, Dataset]) -> str:
-    """A digest of the content of all splits: equal for equal data, wherever the data came from."""
-    digest = hashlib.sha256()
+def fingerprint(splits: Mapping[str, Dataset], labels: Sequence[str] = ()) -> str:
+    """A digest of the content of all splits: equal for equal data, wherever the data came from.
+
+    Args:
+        labels: names of the classes, whose numbers the rows hold.
+    """
+    digest = hashlib.sha256(json.dumps(list(labels)).encode())
     for name in sorted(splits):
         digest.update(name.encode())
         for batch in splits[name].iter(batch_size=1000):

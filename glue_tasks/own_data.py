@@ -224,8 +224,8 @@ def _refuse_the_same(train: Table, validation: Table, columns: Sequence[str]) ->
 def _task(files: OwnFiles, labels: dict[str, LabelColumn], classifier: Classifier | None) -> OwnTask:
     if not files.train and classifier is None:
         raise ValueError(
-            "Without --train_file the labels are those of the checkpoint, and it is no classifier yet. Name one that "
-            "was fine-tuned with --model_name_or_path, or give --train_file."
+            "Without a training the labels are those of the checkpoint, and it is no classifier yet. Name one that was "
+            "fine-tuned with --model_name_or_path, or train (--do_train) on a --train_file."
         )
     problem_type = files.problem_type or _problem_type(files, labels, classifier)
     for column in labels.values():

@@ -100,3 +100,22 @@ def test_labels_that_agree_are_accepted(task, config):
 def test_labels_that_conflict_are_refused(task, config):
     with pytest.raises(ValueError, match=f"classifies .* but {task} asks for"):
         check_labels(TASKS[task], config)
+
+
+def test_a_classifier_of_other_labels_is_taken_where_its_answers_can_be_theirs():
+    number, order = _classifier(num_labels=3), _classifier(id2label={0: "not_entailment", 1: "entailment"})
+    names = _classifier(**label_fields(TASKS["cola"]))
+    for config in (number, names):
+        check_labels(TASKS["rte"], config, refits=True)
+    check_labels(TASKS["rte"], names, trains=False, refits=True)
+    # A new one would answer at random, and one in another order would be misread.
+    for config, trains in ((number, False), (order, True), (order, False)):
+        with pytest.raises(ValueError, match="classifies .* but rte asks for") as error:
+            check_labels(TASKS["rte"], config, trains, refits=True)
+        assert "--ignore_mismatched_sizes" not in str(error.value)
+
+
+def test_what_is_no_classifier_is_trained_before_it_is_evaluated():
+    check_labels(TASKS["rte"], BertConfig(architectures=["BertForMaskedLM"]))
+    with pytest.raises(ValueError, match="is no classifier yet, so its scores of rte would be those of random weights"):
+        check_labels(TASKS["rte"], BertConfig(architectures=["BertForMaskedLM"]), trains=False)

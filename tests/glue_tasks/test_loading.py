@@ -184,6 +184,9 @@ def test_the_fingerprint_is_of_the_content(write_glue):
     path.write_text(path.read_text().replace("row 2", "row two"))
     assert first == again
     assert fingerprint(load_task(TASKS["rte"], data)) != first
+    # The rows hold the numbers of classes.
+    digests = {fingerprint(load_task(TASKS["rte"], data), labels) for labels in ((), ("yes", "no"), ("no", "yes"))}
+    assert len(digests) == 3
 
 
 def _hub_folder(root: Path, name: str, text: list[str], labels: list[str]) -> Path:

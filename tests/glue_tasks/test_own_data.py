@@ -326,7 +326,7 @@ def test_without_training_data_the_labels_are_the_classifiers(write):
     task, splits = load_own_data(files, MNLI)
     assert (task.labels, splits["validation"]["label"][:]) == (MNLI.labels, [1])
     with pytest.raises(
-        ValueError, match="Without --train_file the labels are those of the checkpoint, and it is no class"
+        ValueError, match="Without a training the labels are those of the checkpoint, and it is no class"
     ):
         load_own_data(files)
     score = Classifier("runs/stsb", ("LABEL_0",), "regression")

@@ -210,6 +210,13 @@ def test_several_seeds_are_runs_of_their_own(write_glue, tiny_bert, tmp_path):
     assert (output / "submission" / "seed_8" / "RTE.tsv").is_file()
 
 
+@pytest.mark.parametrize("phase", ["--do_eval", "--do_predict"])
+def test_a_model_that_is_no_classifier_is_not_scored(phase, write_glue, tiny_bert, tmp_path):
+    with pytest.raises(SystemExit, match="is no classifier yet.* train .--do_train"):
+        main(command(tiny_bert, write_glue("RTE"), tmp_path / "out", "--task_name", "rte", phase))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fine_tuned_model_can_be_evaluated_alone(write_glue, tiny_bert, tmp_path):
     data = write_glue("RTE", test=0)
     main(command(tiny_bert, data, tmp_path / "trained", "--task_name", "rte"))
@@ -595,7 +602,9 @@ def test_overwriting_keeps_the_old_results_until_a_task_is_trained_and_a_users_f
     assert [(out / name).read_text() for name in users] == ["mine"] * len(users)
     # An evaluation is nothing that a model could be deleted for.
     weights = (out / "rte" / "model.safetensors").read_bytes()
-    main([*new, "--seed", "8", "--do_eval", "--overwrite_output_dir"])
+    trained = shutil.copytree(out / "rte", tmp_path / "trained")
+    evaluate = command(trained, data, out, "--task_name", "rte", "--do_eval", "--overwrite_output_dir")
+    main([*evaluate, "--seed", "8"])
     assert (out / "replaced-1" / "rte" / "model.safetensors").read_bytes() == weights
 
 

@@ -197,7 +197,7 @@ def test_a_head_of_other_labels_is_refused_or_starts_anew_and_the_rest_is_kept(m
         ("--train_file {0}/train.csv", "--validation_file is missing"),
         ("--validation_file {0}/dev.csv", "There is no training data: give --train_file"),
         ("--validation_file {0}/dev.csv --do_eval --do_predict", "--test_file is missing"),
-        ("--validation_file {0}/dev.csv --do_eval", "Without --train_file the labels are those of the checkpoint"),
+        ("--validation_file {0}/dev.csv --do_eval", "Without a training the labels are those of the checkpoint"),
         ("--train_file {0}/train.csv --validation_file {0}/train.csv", "hold the same texts"),
         ("--train_file {0}/train.csv --validation_file {0}/dev.csv --task_name rte", "--task_name is about GLUE"),
         (
