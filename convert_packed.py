@@ -100,7 +100,7 @@ class TimedTrainer(DistillationTrainer):
 
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
-        arguments, training, given = parse_arguments((PackedArguments, TrainingArguments), argv)
+        arguments, training, given = parse_arguments((PackedArguments, TrainingArguments), argv, phases=("do_train",))
         if not 0 < arguments.minutes < float("inf"):
             raise ValueError(f"--minutes {arguments.minutes} is not possible; it must be above 0.")
         if given.get("per_device_train_batch_size", 1) != 1:

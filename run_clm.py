@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.
     with input_errors():
         model_arguments, data_arguments, teaching, spikes, training, given = parse_arguments(
-            (ModelArguments, TextArguments, DistillationArguments, SpikeArguments, TrainingArguments), argv
+            (ModelArguments, TextArguments, DistillationArguments, SpikeArguments, TrainingArguments),
+            argv,
+            phases=("do_train", "do_eval"),
         )
         set_up_logging(training)
         check_flags(data_arguments, teaching, training, given)

@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.
     with input_errors():
         script, model_arguments, data_arguments, spikes, training, given = parse_arguments(
-            (ScriptArguments, ModelArguments, DataArguments, SpikeArguments, TrainingArguments), argv
+            (ScriptArguments, ModelArguments, DataArguments, SpikeArguments, TrainingArguments),
+            argv,
+            phases=("do_train", "do_eval"),
         )
         set_up_logging(training)
         check_streaming(script, data_arguments, training)

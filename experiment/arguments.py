@@ -142,16 +142,19 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_arguments(
+    dataclasses: Sequence[type], argv: Sequence[str] | None = None, phases: Sequence[str] = PHASES
+) -> tuple[Any, ...]:
     """Reads the command line, or a recipe file and then the command line.
 
     A first argument that ends in .yaml, .yml or .json is a recipe: a mapping from flag names to values. Flags after it
     override it. A recipe's `bf16` is left out, and that is said, where all there is is a CPU without instructions for
-    it. Without --do_train, --do_eval and --do_predict a run does all three, as far as there is data.
+    it. Without --do_train, --do_eval and --do_predict a run does all that its script can, as far as there is data.
 
     Args:
         dataclasses: one of them `TrainingArguments`.
         argv: the arguments, default `sys.argv[1:]`.
+        phases: those of `PHASES` that the script has; others are refused.
 
     Returns:
         One instance per dataclass, and a mapping from the flags that were given to their values.
@@ -179,7 +182,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
         logger.warning("The recipe's bf16 is left out: this CPU has no instructions for it, and float32 is quicker.")
         recipe["bf16"] = False
     given = on_command_line | recipe.keys()
-    if not given.intersection(PHASES):
+    if not given.intersection(phases):
+        # Those that the script has not, too: they are recorded, and runs from before it said so go on.
         parser.set_defaults(**dict.fromkeys(PHASES, True))
     if "hub_token" in given:
         raise ValueError(
@@ -202,8 +206,11 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str] | None = No
         if name in given and values[name] != value:
             raise ValueError(f"--{name} is not taken here: {NOT_TAKEN[name]}. Leave it out.")
     training = next(arguments for arguments in parsed if isinstance(arguments, TrainingArguments))
-    if not any(getattr(training, phase) for phase in PHASES):
-        off = " ".join(f"--{phase} False" for phase in PHASES if phase in given)
+    for phase in PHASES:
+        if phase not in phases and phase in given and values[phase]:
+            raise ValueError(f"--{phase} does nothing in this script, which has --{', --'.join(phases)}. Leave it out.")
+    if not any(getattr(training, phase) for phase in phases):
+        off = " ".join(f"--{phase} False" for phase in phases if phase in given)
         raise ValueError(f"{off} leaves nothing to do; say what to do, as --do_train, or leave it out, to do it all.")
     _check_numbers(training)
     check_precision(training)

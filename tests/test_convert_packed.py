@@ -137,6 +137,7 @@ def test_all_processes_go_by_the_clock_of_the_first(tmp_path):
         (["--minutes", "1", "--eval_strategy", "steps", "--eval_steps", "5"], "--eval_strategy: there is no data"),
         (["--minutes", "1", "--packed_text", "nowhere.npz"], "nowhere.npz is not a file of packed text"),
         (["--minutes", "1", "--teacher_name_or_path", "nowhere"], "nowhere"),
+        (["--minutes", "1", "--do_eval"], "--do_eval does nothing in this script, which has --do_train"),
         (["--minutes", "1", "--student", "EMPTY"], "EMPTY holds no model: there is no config.json in it"),
         (["--minutes", "1", "--output_dir", "FULL"], "--output_dir FULL holds a model, which would be overwritten"),
         (["--minutes", "1", "--teacher_name_or_path", "SHORT"], "has rows of 200 tokens, and SHORT takes 64"),

@@ -475,3 +475,11 @@ def test_any_flags_end_in_results_or_one_line_and_an_untouched_folder(inputs, ca
 @settings(max_examples=400, **REPEATABLE)
 def test_many_flags_end_in_results_or_one_line_and_an_untouched_folder(inputs, case):
     check_results_or_one_line(inputs, *case)
+
+
+@pytest.mark.parametrize("script", [run_mlm, run_distill, run_clm])
+def test_a_script_without_predictions_does_not_take_the_flag_for_them(script, tmp_path):
+    (tmp_path / "a.txt").write_text("the capital of france is paris .\n")
+    with pytest.raises(SystemExit, match="--do_predict does nothing in this script"):
+        script.main(["--do_predict", "--train_file", str(tmp_path / "a.txt"), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

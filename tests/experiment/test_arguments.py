@@ -40,6 +40,18 @@ def test_a_command_that_would_do_nothing_is_refused(tmp_path):
     assert parse(str(recipe), "--output_dir", "x", "--do_eval")[1].do_eval
 
 
+def test_a_phase_that_a_script_has_not_is_refused_and_is_none_of_its_own():
+    def parse_without_predict(*argv):
+        return parse_arguments([TrainingArguments], ["--output_dir", "x", *argv], phases=("do_train", "do_eval"))[0]
+
+    told = "--do_predict does nothing in this script, which has --do_train, --do_eval. Leave it out."
+    for flags in (["--do_predict"], ["--do_eval", "--do_predict"]):
+        with pytest.raises(ValueError, match=told):
+            parse_without_predict(*flags)
+    training = parse_without_predict("--do_predict", "False")
+    assert (training.do_train, training.do_eval) == (True, True)
+
+
 def test_hyphens_are_seen_as_the_parser_sees_them():
     _, training = parse("--output-dir", "x", "--do-eval")
     assert (training.output_dir, training.do_train) == ("x", False)
