@@ -172,7 +172,9 @@ def class_names(labels: LabelColumn, classifier: Classifier | None) -> tuple[str
     names = tuple(map(str, sorted(entries))) if are_numbers else tuple(sorted(map(str, entries)))
     if classifier is None or classifier.is_unnamed:
         return names
+    # Where a number is one of its names as well it is that name, as class_numbers() has it.
     are_its_numbers = are_numbers and entries == set(range(len(classifier.labels)))
+    are_its_numbers = are_its_numbers and not set(names) & set(classifier.labels)
     return classifier.labels if are_its_numbers or set(names) == set(classifier.labels) else names
 
 

@@ -321,6 +321,12 @@ def test_whole_numbers_may_be_a_classifiers_class_numbers_and_that_is_said(write
     assert load(write, ["one,3", "two,1", "three,2"], ["four,2"], MNLI)[0].labels == ("1", "2", "3")
 
 
+def test_whole_numbers_are_no_class_numbers_of_a_classifier_that_has_one_as_a_name(write):
+    stars = Classifier("runs/stars", ("1", "2", "3"), "single_label_classification")
+    task, splits = load(write, ["one,2", "two,0", "three,1"], ["four,2"], stars)
+    assert (task.labels, splits["train"]["label"][:]) == (("0", "1", "2"), [2, 0, 1])
+
+
 def test_without_training_data_the_labels_are_the_classifiers(write):
     files = OwnFiles(validation=write("b.csv", "text,label", "one,neutral"), test=write("c.csv", "text", "two"))
     task, splits = load_own_data(files, MNLI)
