@@ -51,6 +51,12 @@ def test_whole_numbers_are_classes_in_numerical_order(write):
     assert splits["validation"]["label"][:] == [1]
 
 
+def test_a_whole_number_with_its_sign_is_a_class_too(write):
+    task, splits = load(write, ["one,+1", "two,-1", "three,1"], ["four,+1"])
+    assert (task.labels, task.problem_type) == (("-1", "1"), "single_label_classification")
+    assert splits["train"]["label"][:] == [1, 0, 1]
+
+
 def test_numbers_with_a_point_are_scores(write):
     task, splits = load(write, ["one,3", "two,0.5", "three,-1e2"], ["four,2"])
     assert (task.labels, task.problem_type, task.metrics) == (None, "regression", ("pearson", "spearmanr"))
