@@ -44,8 +44,9 @@ class Table:
 def read_table(path: str | Path) -> Table:
     """Read a file whole.
 
-    A csv or tsv file begins with a line of column names; in a tsv file quotes are ordinary characters. A json file has
-    an object a line, or is one array of objects. Classes that a parquet file of `datasets` numbers are read by their
+    A csv or tsv file begins with a line of column names; in a tsv file quotes are ordinary characters. An empty line is
+    no row, unless the file has one column: there it is an empty cell, but not at the file's end. A json file has an
+    object a line, or is one array of objects. Classes that a parquet file of `datasets` numbers are read by their
     names.
 
     Raises:
@@ -75,7 +76,10 @@ def read_table(path: str | Path) -> Table:
 def _read_delimited(path: Path) -> Table:
     is_tsv = path.suffix.lower() == ".tsv"
     quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-    rows, places = [], []
+    rows: list[list[str]] = []
+    places: list[str] = []
+    # Empty lines of a file with one column, until it is known that they are not its end.
+    blanks: list[str] = []
     csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if is_tsv else ",", quoting=quoting, strict=True)
@@ -87,9 +91,13 @@ def _read_delimited(path: Path) -> Table:
                         f"{path}:{reader.line_num}: {len(row)} cells, but the first line names {len(header)} columns"
                         f"{'' if is_tsv else '; a text with a comma in it has to stand in double quotes'}."
                     )
+                place = f"{path}:{reader.line_num}"
                 if row:
-                    rows.append(row)
-                    places.append(f"{path}:{reader.line_num}")
+                    rows += [[""]] * len(blanks) + [row]
+                    places += [*blanks, place]
+                    blanks = []
+                elif len(header) == 1:
+                    blanks.append(place)
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num} cannot be read: {error}.") from error
     repeated = [name for name in dict.fromkeys(header) if header.count(name) > 1]

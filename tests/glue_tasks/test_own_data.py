@@ -149,6 +149,15 @@ def test_rows_without_a_label_or_a_text_are_left_out_and_counted_but_every_test_
     assert "c.csv: 1 of 3 rows have no text in column 'text' (first: c.csv:3)" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_an_empty_line_is_a_cell_where_there_is_one_column_but_not_at_the_end(name, separator, write):
+    table = read_table(write(name, "text", "", "one", "", "", "two", "", ""))
+    assert table.columns == {"text": ["", "one", "", "", "two"]}
+    assert table.places == [f"{name}:{line}" for line in range(2, 7)]
+    two_columns = read_table(write(name, f"a{separator}b", "", f"c{separator}d"))
+    assert two_columns.columns == {"a": ["c"], "b": ["d"]}
+
+
 GOOD = ["text,label", "one,good", "two,bad"]
 # What is wrong: the lines of a.csv, those of b.csv, what the message has to say, and the flags that were given.
 BAD = {
