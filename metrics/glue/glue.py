@@ -32,9 +32,10 @@ class Glue(evaluate.Metric):
     * stsb, regression: `pearson`, `spearmanr`; a correlation that does not exist (constant or non-finite values, fewer
       than two rows) counts as 0.0, with a warning;
     * mrpc, qqp: `accuracy` and the `f1` of class 1;
-    * single_label_classification: `accuracy` and `macro_f1`, the mean of the classes' F1;
-    * multi_label_classification: `micro_f1` over all decisions, `macro_f1`, the mean of the labels' F1, and
-      `subset_accuracy`, the share of rows with exactly their labels;
+    * single_label_classification: `accuracy` and `macro_f1`, the mean F1 of the classes that occur in references or
+      predictions;
+    * multi_label_classification: `micro_f1` over all decisions, `macro_f1`, as above, and `subset_accuracy`, the share
+      of rows with exactly their labels; where no row has a label and none is predicted, all three are 1;
     * every other task: `accuracy`.
     """
 
@@ -61,21 +62,23 @@ class Glue(evaluate.Metric):
             }
         if self.config_name == MULTI_LABEL:
             return {
-                "micro_f1": f1(references, predictions, "micro"),
-                "macro_f1": f1(references, predictions, "macro"),
+                "micro_f1": f1_of_those_that_occur(references, predictions, "micro"),
+                "macro_f1": f1_of_those_that_occur(references, predictions, "macro"),
                 "subset_accuracy": float(accuracy_score(references, predictions)),
             }
         scores = {"accuracy": float(accuracy_score(references, predictions))}
         if self.config_name == SINGLE_LABEL:
-            scores["macro_f1"] = f1(references, predictions, "macro")
+            scores["macro_f1"] = f1_of_those_that_occur(references, predictions, "macro")
         if self.config_name in WITH_F1:
-            scores["f1"] = f1(references, predictions, "binary")
+            scores["f1"] = float(f1_score(references, predictions, average="binary", zero_division=0.0))
         return scores
 
 
-def f1(references: list[Any], predictions: list[Any], average: str) -> float:
-    """scikit-learn's F1; what was neither there nor predicted has 0."""
-    return float(f1_score(references, predictions, average=average, zero_division=0.0))
+def f1_of_those_that_occur(references: list[Any], predictions: list[Any], average: str) -> float:
+    """scikit-learn's F1 without the classes that were neither there nor predicted; 1.0 where that was all of them."""
+    # Of its own accord scikit-learn leaves such classes out where a row has one label, and not where it has several.
+    value = float(f1_score(references, predictions, average=average, zero_division=np.nan))
+    return 1.0 if np.isnan(value) else value
 
 
 def correlation(measure: Callable, predictions: list[float], references: list[float]) -> float:

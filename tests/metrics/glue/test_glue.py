@@ -63,8 +63,21 @@ def test_several_labels_at_once_by_hand():
     # Label 0: 1 right, 1 missed; label 1: 1 right, 1 too many; label 2 is nowhere. Only the last row is all right.
     found = score("multi_label_classification", [[1, 1, 0], [0, 0, 0], [0, 1, 0]], [[1, 0, 0], [1, 0, 0], [0, 1, 0]])
     each = 2 / 3
-    wanted = {"micro_f1": 2 * 2 / (2 * 2 + 2), "macro_f1": (each + each + 0) / 3, "subset_accuracy": 1 / 3}
+    wanted = {"micro_f1": 2 * 2 / (2 * 2 + 2), "macro_f1": (each + each) / 2, "subset_accuracy": 1 / 3}
     assert found == pytest.approx(wanted)
+
+
+def test_classes_that_occur_nowhere_count_for_nothing_whether_rows_have_one_label_or_several():
+    rows = [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    several = {"micro_f1": 1.0, "macro_f1": 1.0, "subset_accuracy": 1.0}
+    assert score("multi_label_classification", rows, rows) == several
+    assert score("single_label_classification", [0, 1, 0], [0, 1, 0]) == {"accuracy": 1.0, "macro_f1": 1.0}
+    nothing = [[0, 0, 0], [0, 0, 0]]
+    assert score("multi_label_classification", nothing, nothing) == several
+    # One that is predicted, or missed, occurs.
+    assert score("multi_label_classification", [[1, 1, 0]], [[1, 0, 0]])["macro_f1"] == 0.5
+    assert score("multi_label_classification", [[1, 0, 0]], [[1, 1, 0]])["macro_f1"] == 0.5
+    assert score("mrpc", [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
 
 
 def test_a_regression_is_scored_as_stsb_is():
