@@ -32,7 +32,7 @@ from distillation.arguments import DistillationArguments
 from distillation.causal import CausalTermsTrainer
 from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, take_real_valued_parts
-from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.model_card import RunCard
@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments, CAUSAL_TOKENS))
         if tokenizer is None:
             tokenizer = new_tokenizer(documents, data_arguments, training)
+        else:
+            say_unused(given, ("vocab_size",), "there is a tokenizer already")
         fields = {} if model_arguments.model_name_or_path else vocabulary(tokenizer)
         config = load_config(model_arguments, training.do_train, new=SpikeLMLlamaConfig, **fields)
         check_fit(config, tokenizer, data_arguments)

@@ -29,7 +29,7 @@ from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer, hidden_state_metrics
-from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.model_card import RunCard
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         with training.main_process_first(desc="reading and packing the corpus"):
             documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(student_arguments))
+        say_unused(given, ("vocab_size", "lowercase"), "there is a tokenizer already")
         config = load_config(student_arguments, training.do_train)
         teacher = teaching.load(config, tokenizer, model_arguments)
         teaching.check_head(teacher, given)

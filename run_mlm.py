@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.model_card import RunCard
@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         if tokenizer is None:
             tokenizer = train_tokenizer(documents, data_arguments, training)
+        else:
+            say_unused(given, ("vocab_size", "lowercase"), "there is a tokenizer already")
         with training.main_process_first(desc="reading and packing the corpus"):
             splits = pack(documents, tokenizer, data_arguments, training)
         if script.prepare_only:

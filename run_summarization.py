@@ -30,7 +30,7 @@ from distillation.arguments import DistillationArguments
 from distillation.encoder_decoder import check_flags
 from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, take_real_valued_parts
-from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.model_card import RunCard
@@ -76,7 +76,11 @@ def main(argv: list[str] | None = None) -> None:
         start = start_of(model_arguments, teaching)
         with training.main_process_first(desc="reading and tokenising the texts"):
             pairs = load_pairs(arguments, arguments.splits(training, given), model_arguments.cache_dir)
-        tokenizer = load_tokenizer(start, NEEDED_TOKENS) or new_tokenizer(pairs, arguments, training)
+        tokenizer = load_tokenizer(start, NEEDED_TOKENS)
+        if tokenizer is None:
+            tokenizer = new_tokenizer(pairs, arguments, training)
+        else:
+            say_unused(given, ("vocab_size",), "there is a tokenizer already")
         is_new = start.model_name_or_path is None
         config = load_config(start, training.do_train, **(vocabulary(tokenizer) if is_new else {}))
         writing = training.generation_fields(arguments.max_target_length)

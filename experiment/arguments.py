@@ -221,6 +221,13 @@ def parse_arguments(
     return *parsed, {name: value for name, value in values.items() if name in given}
 
 
+def say_unused(given: Mapping[str, Any], names: Sequence[str], reason: str) -> None:
+    """Warns of flags that were given, in a recipe or on the command line, and have nothing to say in this run."""
+    for name in names:
+        if name in given:
+            logger.warning("--%s %s is not used: %s.", name, given[name], reason)
+
+
 def trainer_flags(given: Mapping[str, Any]) -> str:
     """Those of the given flags that are the Trainer's, as on a command line, without the phases and the folder."""
     names = {entry.name for entry in fields(TrainingArguments)} - {"output_dir", *PHASES}

@@ -309,6 +309,15 @@ def test_a_finished_run_on_hub_data_is_pushed_when_that_is_asked_for_and_only_on
     assert results_from == {("tester/docs", "en", "train")}
 
 
+def test_a_size_for_a_tokenizer_that_is_there_already_is_said_to_be_unused(trained, corpus, tmp_path, caplog):
+    command = ["--train_file", str(corpus), *SHORT, "--prepare_only", "--vocab_size", "700"]
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "new")])
+    assert "is not used" not in caplog.text
+    run_mlm.main([*command, "--output_dir", str(tmp_path / "old"), "--tokenizer_name", str(trained)])
+    assert "--vocab_size 700 is not used" in caplog.text
+    assert "--lowercase" not in caplog.text
+
+
 def test_a_model_is_evaluated_alone_on_a_validation_file(trained, tmp_path):
     validation = write_corpus(tmp_path / "validation.txt", count=4, first=40)
     command = ["--do_eval", "--validation_file", str(validation), *SHORT, "--output_dir", str(tmp_path / "run")]
