@@ -13,6 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ CARD = "README.md"
 HEADING = "## Sentences"
 SPEARMAN = "Spearman, STS-B validation, without fine-tuning"
 COUNTED_SENTENCES = 64
+# The Hub's names of what a model without a head can be measured at.
+OF_ENCODERS = ("feature-extraction", "sentence-similarity")
 # As every release of sentence-transformers reads them, of which the newest writes others.
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
 
@@ -43,6 +46,13 @@ class ExportArguments:
     )
     max_seq_length: int = field(default=256, metadata={"help": "Longer texts are cut to so many tokens."})
     base_model: str | None = field(default=None, metadata={"help": "For the card: the dense model's name on the Hub."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "For the card: the weights' licence, such as apache-2.0 (default: what the training's card says; a "
+            "model that began as another's has the licence of that one)."
+        },
+    )
     data_dir: str | None = field(
         default=None, metadata={"help": "For the card: GLUE in its own layout, of which STS-B/dev.tsv is measured."}
     )
@@ -63,13 +73,16 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         # A longer text would be an error of the encoder, where the card says that it is cut.
         arguments.max_seq_length = min(arguments.max_seq_length, model.config.max_position_embeddings)
+        trained = card_of_training(arguments.model_name_or_path)
+        if trained is not None:
+            trained.text = of_bare_encoder(trained.text, model)
         if not arguments.float_weights and not model.config.int8_weights:
             model.quantize_weights(embeddings=True)
     with filled(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_modules(folder, model.config.hidden_size, arguments.max_seq_length)
-        card_of(arguments, model, tokenizer, folder, pairs).save(folder / CARD)
+        card_of(arguments, trained, model, tokenizer, folder, pairs).save(folder / CARD)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {model.num_parameters():,} float parameters")
 
@@ -101,8 +114,37 @@ def similarity(name: str | Path, pairs: Dataset) -> float:
     return 100 * spearmanr((one * other).sum(1), pairs["label"]).statistic
 
 
+def card_of_training(name: str) -> ModelCard | None:
+    """The card that lies beside an encoder, on disk or on the Hub; None if there is none."""
+    if Path(name).exists():
+        path = Path(name, CARD)
+        return ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return ModelCard.load(name)
+    except EntryNotFoundError:
+        return None
+
+
+def of_bare_encoder(text: str, model: SpikeLMModel) -> str:
+    """A card's text without what it says of a head, which stays behind: its class, its weights and how to ask it.
+
+    What is int8 already has been exported before, so that its card says how many parameters there were.
+    """
+    begin, heading, rest = text.partition("## How to load it\n")
+    loading, following, others = rest.partition("\n## ")
+    loading = re.sub(r"```python\nfrom transformers import pipeline\n.*?```\n", "", loading, flags=re.DOTALL)
+    loading = re.sub(r"AutoModelFor\w+", "AutoModel", loading).rstrip() + "\n"
+    text = "".join([begin, heading, loading, following, others]) if heading else text
+    text = re.sub(r"^\| architecture \| .*$", f"| architecture | {type(model).__name__} |", text, flags=re.MULTILINE)
+    if not model.config.int8_weights:
+        count = f"| parameters | {model.num_parameters():,} |"
+        text = re.sub(r"^\| parameters \| .*$", count, text, flags=re.MULTILINE)
+    return text
+
+
 def card_of(
     arguments: ExportArguments,
+    trained: ModelCard | None,
     model: SpikeLMModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -110,10 +152,12 @@ def card_of(
 ) -> ModelCard:
     """The card of the run that trained the encoder, completed by what it is now, or a short one where there is none."""
     name = Path(arguments.output_dir).resolve().name
-    trained = Path(arguments.model_name_or_path, CARD)
-    card = ModelCard(
-        trained.read_text(encoding="utf-8") if trained.is_file() else f"---\nlicense: apache-2.0\n---\n\n# {name}\n"
-    )
+    card = trained or ModelCard(f"---\ntags: []\n---\n\n# {name}\n")
+    if arguments.license is not None:
+        card.data.license = arguments.license
+    # Those of a head are not this model's.
+    results = [result for result in card.data.eval_results or [] if result.task_type in OF_ENCODERS]
+    card.data.eval_results = results or None
     card.data.pipeline_tag, card.data.library_name = "sentence-similarity", "sentence-transformers"
     card.data.tags = sorted({*(card.data.tags or []), "sentence-transformers", "sentence-similarity"})
     card.data.model_name = name

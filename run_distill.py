@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -107,7 +107,16 @@ def main(argv: list[str] | None = None) -> None:
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)
         run.claim(make, model, given)
 
-    card = make_card(model, auto_class, training, data_arguments, student_arguments, teaching)
+    card = make_card(
+        model,
+        auto_class,
+        training,
+        documents["validation"],
+        data_arguments,
+        student_arguments,
+        teaching,
+        tokenizer,
+    )
     trainer = run.train(
         make, model, card, [EpochCallback(collator)], content_numbers if data_arguments.streaming else None
     )
@@ -165,9 +174,11 @@ def make_card(
     model: PreTrainedModel,
     auto_class: type,
     training: TrainingArguments,
+    validation: Dataset | IterableDataset,
     data_arguments: DataArguments,
     student_arguments: ModelArguments,
     teaching: DistillationArguments,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> RunCard:
     lessons = teaching.lessons(has_logits=auto_class is AutoModelForMaskedLM)
     learned = f"Learned the {lessons} of {teaching.teacher} from" if lessons else "Trained on"
@@ -183,7 +194,9 @@ def make_card(
         metrics=METRICS,
         figures=FIGURES,
         dataset_for_results="the validation split",
+        **data_arguments.origin_of_results(validation.split, METRICS),
         started_from=student_arguments.model_name_or_path,
+        mask_token=tokenizer.mask_token,
     )
 
 

@@ -85,8 +85,9 @@ class DistillationArguments:
     loss_diagnostics: bool = field(
         default=False,
         metadata={
-            "help": "Log of every term its value, the norm of its gradient and its cosines with the others; costs a "
-            "backward pass for each at every logging step."
+            "help": "Log of every term its weighted value, the norm of its gradient and its cosines with the others, "
+            "on the last batch of the step that the first process has; costs a backward pass for each term at every "
+            "logging step."
         },
     )
 

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from configuration_spikelm import SpikeLMConfig
+from experiment.models import is_absent, knows_words
 from experiment.precision import WEIGHTS, refuse_quantised
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 # What a teacher can be given of a batch.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
-# By which a folder says that it holds a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 # What a parameter of a layer has in its name.
 _LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 # Of models whose head belongs to them: what its logits say something of.
@@ -124,6 +122,10 @@ def load_teacher(
             f"The weights of --teacher_name_or_path {name} are damaged ({error}); copy or download it again."
         ) from error
     except OSError as error:
+        if is_absent(name):
+            raise ValueError(
+                f"--teacher_name_or_path {name} does not exist; name a folder with a model, or a model of the Hub."
+            ) from error
         raise ValueError(f"--teacher_name_or_path {name} cannot be loaded: {error}") from error
     if missing and is_classifier:
         raise ValueError(
@@ -185,12 +187,12 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, location: d
 
     Tokens that only one of them has are no reason: some of a vocabulary are there to be renamed, or were added.
     """
-    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in TOKENIZER_FILES):
-        return
     try:
         other = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **location)
     except (OSError, KeyError, ValueError, ImportError) as error:
         logger.warning("Whether the student's ids mean the same to %s is not known: %s", name, error)
+        return
+    if not knows_words(other):
         return
     own, others = tokenizer.get_vocab(), other.get_vocab()
     common = own.keys() & others.keys()

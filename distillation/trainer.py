@@ -26,6 +26,9 @@ from .losses import (
 from .teacher import Teacher, vocabulary_head
 from .weighted_terms import Batch, WeightedTermsTrainer
 
+# What a masked-LM head is told of the right answers.
+LABELS = ("labels", "masked_lm_positions")
+
 
 class DistillationTrainer(WeightedTermsTrainer):
     """Of an encoder in BERT's form.
@@ -70,7 +73,10 @@ class DistillationTrainer(WeightedTermsTrainer):
         is_token = _is_token(inputs)
         wanted = {entry.name for entry in fields(self.weights) if getattr(self.weights, entry.name)}
         projections = (["query", "key"] if "attention" in wanted else []) + ["value"] * ("value_relation" in wanted)
-        with _projections(model, projections) as own:
+        has_no_use_of_logits = self.teacher.kind == "tokens" and "label" not in wanted
+        if has_no_use_of_logits:
+            inputs = {name: value for name, value in inputs.items() if name not in LABELS}
+        with _projections(model, projections) as own, self._head_at_rest(model, has_no_use_of_logits):
             outputs = model(**inputs, output_hidden_states=True)
         with torch.no_grad(), _projections(self.teacher, projections) as teachers:
             target = self.teacher(**inputs)
@@ -107,11 +113,26 @@ class DistillationTrainer(WeightedTermsTrainer):
             terms["label"] = outputs["loss"]
         return terms, outputs
 
+    @contextmanager
+    def _head_at_rest(self, model: nn.Module, is_at_rest: bool) -> Iterator[None]:
+        """While the context lasts, a masked-LM head sees the first token alone: the logits of all would be the largest
+        tensor of all, and here nobody reads them. It is called nevertheless, by which FSDP knows the way back."""
+        if not is_at_rest:
+            yield
+            return
+        head = vocabulary_head(self.accelerator.unwrap_model(model))
+        hook = head.register_forward_pre_hook(lambda _, states: (states[0][:, :1], *states[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def _error_sums(self, model: nn.Module, inputs: Batch) -> dict[str, torch.Tensor]:
         """What each layer's error is made of, for each sequence: `(B, layers)`, but `target_sum` `(B, layers, H)`."""
-        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "masked_lm_positions")}
+        inputs = {name: value for name, value in inputs.items() if name not in LABELS}
         is_token = _is_token(inputs)[..., None]
-        found = model(**inputs, output_hidden_states=True).hidden_states[1:]
+        with self._head_at_rest(model, self.teacher.kind == "tokens"):
+            found = model(**inputs, output_hidden_states=True).hidden_states[1:]
         wished = self.teacher(**inputs).hidden_states[1:]
         found, wished = (torch.stack(states, 1).float() * is_token[:, None] for states in (found, wished))
         return {

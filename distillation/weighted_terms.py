@@ -1,5 +1,6 @@
 """What every student's Trainer has in common, whatever the form of its model: the weighted sum of a teacher's terms."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from experiment.whole_steps import WholeStepsTrainer
 
 from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
@@ -66,6 +69,7 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         # Every term is a mean over the batch, so the Trainer has to average over accumulation steps itself.
         self.model_accepts_loss_kwargs = False
         self._figures: dict[str, float] = {}
+        self._has_shown = False
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """What the Trainer computes a loss in. It leaves autocast to accelerate, which prepares the student's `forward`
@@ -92,7 +96,7 @@ class WeightedTermsTrainer(WholeStepsTrainer):
                 "--hidden_weight 1, for instance."
             )
         weighted = {name: getattr(self.weights, name) * term for name, term in terms.items()}
-        if self.diagnoses and (self.state.global_step + 1) % self.state.logging_steps == 0:
+        if self.diagnoses and self._logs_this_step:
             self._diagnose(model, weighted)
         loss = torch.stack(list(weighted.values())).sum()
         # Sharded weights are made ready for the backward pass where its gradient enters what a forward has returned.
@@ -101,8 +105,16 @@ class WeightedTermsTrainer(WholeStepsTrainer):
             loss = loss + 0 * outputs["logits"].float().sum()
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _logs_this_step(self) -> bool:
+        """Whether this is the last batch of a step that is logged."""
+        step = self.state.global_step + 1
+        is_logged = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        return is_logged and self.accelerator.sync_gradients
+
     def _diagnose(self, model: nn.Module, terms: dict[str, torch.Tensor]) -> None:
-        """Notes what each weighted term contributes to the gradient of this process's batch."""
+        """Notes what each weighted term contributes to the gradient of this process's batch, and of no other that the
+        step has."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = {}
         for name, term in terms.items():
@@ -116,7 +128,13 @@ class WeightedTermsTrainer(WholeStepsTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            self._has_shown |= bool(self._figures)
             logs, self._figures = logs | self._figures, {}
+        if "train_runtime" in logs and self.diagnoses and not self._has_shown:
+            logger.warning(
+                "--loss_diagnostics has shown nothing: no step was logged. Give a smaller --logging_steps than %g.",
+                self.state.logging_steps,
+            )
         super().log(logs, *args, **kwargs)
 
 

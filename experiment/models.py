@@ -70,15 +70,27 @@ def load_tokenizer(arguments: ModelArguments, needed: Sequence[str] = ENCODER_TO
             trust_remote_code=arguments.trust_remote_code,
         )
     except (OSError, KeyError) as error:
-        if Path(name).is_absolute() and not Path(name).exists():
+        if is_absent(name):
             raise ValueError(f"{name} does not exist; name a folder with a model, or a model of the Hub.") from error
         raise ValueError(
             f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})"
         ) from error
+    if not knows_words(tokenizer):
+        raise ValueError(f"{name} has no tokenizer, or one without a single word; name one with --tokenizer_name.")
     missing = [kind for kind in needed if getattr(tokenizer, f"{kind}_token_id") is None]
     if missing:
         raise ValueError(f"The tokenizer of {name} has no {', '.join(missing)} token; a model like this needs it.")
     return tokenizer
+
+
+def is_absent(name: str) -> bool:
+    """Whether it can only be a path, and there is nothing there."""
+    return Path(name).is_absolute() and not Path(name).exists()
+
+
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Of a checkpoint without the files of one, transformers makes a tokenizer that has special tokens alone."""
+    return len(tokenizer) > len(set(tokenizer.all_special_ids))
 
 
 def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seen: int = 0) -> int:

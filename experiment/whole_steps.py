@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+
+from modeling_spikelm import SpikingNeurons
 
 from .recorded_arguments import EXPLANATIONS, sequences_per_step
 
@@ -36,7 +39,8 @@ def rows_of_an_epoch(rows: int, training: TrainingArguments) -> int:
 
 
 class WholeStepsTrainer(Trainer):
-    """The stock Trainer, but that an epoch is a whole number of steps, and that an evaluation is of all rows.
+    """The stock Trainer, but that an epoch is a whole number of steps, that an evaluation is of all rows, and that the
+    levels of neurons do not decay: as with biases and norms, nothing says that they should be small.
 
     An epoch's rest is filled up with other rows of the data, or left out with `--dataloader_drop_last`. Streams, which
     have no end, are left as they are.
@@ -59,6 +63,11 @@ class WholeStepsTrainer(Trainer):
             # As accelerate does with its own, so that the epoch gets to it in a resumed run of several processes.
             loader.set_sampler(self._by_length)
         return loader
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        groups = [name for name, module in model.named_modules() if isinstance(module, SpikingNeurons)]
+        levels = {f"{group}.{name}" for group in groups for name, _ in model.get_submodule(group).named_parameters()}
+        return [name for name in super().get_decay_parameter_names(model) if name not in levels]
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         with _all_rows(self.args):

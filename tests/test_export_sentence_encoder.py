@@ -11,10 +11,11 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, TrainingArguments
 
 import export_sentence_encoder
-from modeling_spikelm import SpikeLMModel
+from experiment.model_card import RunCard
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel
 from tests.clean_machine import run_on_clean_machine
 from tests.glue_tasks.conftest import write_tasks
 
@@ -105,6 +106,43 @@ def test_its_card_keeps_how_it_was_trained_and_says_what_was_measured(trained, b
     assert again.count("## Sentences") == again.count("cut to ") == 1 and "cut to 16 tokens" in again
     headings = [[line for line in text.splitlines() if line.startswith("#")] for text in (card.text, again)]
     assert headings[1] == [line.replace("mine", "again") for line in headings[0]]
+
+
+def test_of_a_head_that_stays_behind_its_card_says_nothing(bert, tmp_path):
+    model, tokenizer = SpikeLMForMaskedLM.from_pretrained(bert, num_time_steps=1), AutoTokenizer.from_pretrained(bert)
+    model.calibrate([tokenizer(SENTENCES, padding=True, return_tensors="pt")])
+    folder = tmp_path / "converted"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # As run_distill.py makes it, where the teacher has a masked-LM head.
+    run = RunCard(
+        model=model,
+        training=TrainingArguments(str(folder)),
+        pipeline_tag="fill-mask",
+        auto_class="AutoModelForMaskedLM",
+        training_data="Learned from text.",
+        dataset_for_results="the validation split",
+        metrics={"hidden_error": "mse"},
+        started_from="someone/bert",
+    )
+    before = ModelCard.load(run.write(folder, {"eval_hidden_error": 0.3}))
+    flags = ["--model_name_or_path", str(folder), "--output_dir"]
+    export_sentence_encoder.main([*flags, str(tmp_path / "mine")])
+    card = ModelCard.load(tmp_path / "mine/README.md")
+    for word in ("MaskedLM", "fill-mask", "pipeline("):
+        assert word in before.content and word not in card.content, word
+    assert 'AutoModel.from_pretrained("mine", trust_remote_code=True)' in card.text
+    assert "| architecture | SpikeLMModel |" in card.text
+    assert f"| parameters | {SpikeLMModel.from_pretrained(folder).num_parameters():,} |" in card.text
+    headings = [[line for line in each.text.splitlines() if line.startswith("## ")] for each in (before, card)]
+    assert headings[1] == ["## Sentences", *headings[0]]
+    # A BERT's licence is not known here.
+    assert card.data.license is None and card.data.base_model == "someone/bert"
+    export_sentence_encoder.main([*flags, str(tmp_path / "licensed"), "--license", "mit"])
+    assert ModelCard.load(tmp_path / "licensed/README.md").data.license == "mit"
+    (folder / "README.md").unlink()
+    export_sentence_encoder.main([*flags, str(tmp_path / "bare")])
+    assert ModelCard.load(tmp_path / "bare/README.md").data.license is None
 
 
 def test_float_weights_stay_what_they_are_if_that_is_asked_for(trained, tmp_path):

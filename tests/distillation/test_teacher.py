@@ -107,7 +107,7 @@ def test_what_is_no_bert_is_refused(tmp_path):
     RobertaModel(RobertaConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is of type 'roberta'"):
         load_teacher(str(tmp_path), SpikeLMConfig(**SIZES), is_classifier=False)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="does not exist; name a folder"):
         load_teacher(str(tmp_path / "nothing"), SpikeLMConfig(**SIZES), is_classifier=False)
 
 

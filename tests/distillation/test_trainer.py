@@ -122,6 +122,39 @@ def test_the_teacher_and_the_heads_run_in_the_precision_of_the_training(make_tra
     assert found == dict.fromkeys(("teacher", "teacher's head", "student's head"), wanted)
 
 
+def test_logits_that_nobody_reads_are_not_made_of_all_tokens(make_trainer):
+    """They would be the largest tensor of an evaluation: the vocabulary's size for every token."""
+    trainer = make_trainer("tokens", LossWeights(hidden=1.0, logits=0.0, label=0.0))
+    batch = pad([trainer.train_dataset[number] for number in range(7)])
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    model = trainer.model
+    model.calibrate([{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}])
+    seen = []
+    model.cls.register_forward_hook(lambda *call: seen.append(call[-1].shape[:-1].numel()))
+    assert trainer.compute_loss(model.train(), batch) > 0 and seen.pop() == 7
+    trainer.compute_loss(model.eval(), batch, return_outputs=True)
+    assert seen.pop() == 7
+    # Its own labels are read where they have a weight, and so they are outside of the Trainer.
+    trainer.weights = LossWeights(label=1.0, logits=0.0)
+    assert "label" in trainer.loss_terms(model.train(), batch)[0]
+    model.eval()(**batch)
+    assert seen == [batch["input_ids"].numel()] * 2
+
+
+def test_figures_are_of_the_last_batch_of_a_logged_step(make_trainer, caplog):
+    settings = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 2}
+    trainer = make_trainer("tokens", rows=8, logging_steps=2, gradient_accumulation_steps=2, **settings)
+    diagnosed, diagnose = [], trainer._diagnose
+    trainer._diagnose = lambda *call: (diagnosed.append(trainer.state.global_step), diagnose(*call))
+    trainer.train()
+    assert diagnosed == [1]
+    assert "has shown nothing" not in caplog.text
+    # One epoch of fewer steps than it takes to log one.
+    trainer = make_trainer("tokens", rows=8, logging_steps=500, num_train_epochs=1, save_strategy="no")
+    trainer.train()
+    assert "--loss_diagnostics has shown nothing: no step was logged" in caplog.text
+
+
 def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
     trainer = make_trainer("", LossWeights(hidden=0.0, logits=0.0, attention=1.0, label=0.0), num_time_steps=1)
     batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -170,6 +172,13 @@ def test_a_folder_without_a_model_says_so(tmp_path):
 def test_a_path_that_is_not_there_is_not_said_to_lack_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist; name a folder with a model, or a model of the Hub"):
         load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_a_folder_without_a_tokenizer_gets_none_of_special_tokens_alone(tmp_path):
+    """With which every word would be unknown, and a run would end well and mean nothing."""
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer.* name one with --tokenizer_name"):
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
 def test_a_decoder_that_begins_anew_keeps_how_it_writes(tmp_path):

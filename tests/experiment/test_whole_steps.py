@@ -3,7 +3,9 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from configuration_spikelm import SpikeLMConfig
 from experiment.whole_steps import WholeStepsTrainer
+from modeling_spikelm import SpikeLMForMaskedLM
 
 ROWS, SEQUENCES = 10, 4
 LENGTHS = [7 * row % 100 + 1 for row in range(100)]
@@ -31,6 +33,19 @@ def epochs(tmp_path):
         return found
 
     return epochs
+
+
+def test_levels_of_neurons_do_not_decay(tmp_path):
+    config = SpikeLMConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, neuron="thrifty"
+    )
+    model = SpikeLMForMaskedLM(config)
+    trainer = WholeStepsTrainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    decay = trainer.get_decay_parameter_names(model)
+    assert sum(name.endswith("neurons.amplitude") for name, _ in model.named_parameters()) == 6
+    assert not [name for name in decay if "neurons" in name]
+    # Everything else as the Trainer has it.
+    assert "bert.encoder.layer.0.attention.self.query.weight" in decay and "cls.predictions.bias" not in decay
 
 
 @pytest.mark.parametrize("sampling", ["random", "group_by_length"])
