@@ -38,6 +38,7 @@ from transformers import HfArgumentParser
 from glue_tasks.tasks import TASKS
 
 TABLE_TITLE = "Conversion: what a spiking student loses against its dense teacher"
+TASKS_TITLE = "Task by task: what a student loses, spends and has seen"
 # What stands in a command in the place of paths, which are of no use elsewhere.
 NAMES = PATH_NAMES | {"--teacher_name_or_path": "BERT", "--unlabelled_pairs": "PAIRS", "--unlabelled_texts": "TEXTS"}
 TEACHERS_RECIPE, STATES_RECIPE = "recipes/conversion_teachers.yaml", "recipes/conversion_states.yaml"
@@ -84,7 +85,10 @@ class Arguments:
     distill_recipe: str = field(
         default="recipes/convert_to_spikelm.yaml", metadata={"help": "Budget of run_distill.py."}
     )
-    more_time_steps: list[int] = list_of(help="T that every trained student is measured with as well, untrained.")
+    more_time_steps: list[int] = list_of(
+        help="T that every trained student is measured with as well, untrained. Not one of elastic neurons, whose "
+        "amplitudes are made for one T."
+    )
     train_more_time_steps: bool = field(
         default=False, metadata={"help": "Students are trained with --more_time_steps as well, for a row of their own."}
     )
@@ -162,6 +166,13 @@ class Arguments:
 
 def is_converted(variant: str) -> bool:
     return Path(variant, "config.json").is_file()
+
+
+def neuron_of(variant: str) -> str:
+    """Which neuron a student has."""
+    if is_converted(variant):
+        return json.loads(Path(variant, "config.json").read_text(encoding="utf-8")).get("neuron", "elastic")
+    return dict(part.split("=", 1) for part in variant.split(",")).get("neuron", "elastic")
 
 
 def name_of(variant: str) -> str:
@@ -372,14 +383,8 @@ def main() -> None:
 def measure(arguments: Arguments) -> None:
     teacher = dense_model(arguments)
     students = [student(arguments, variant) for variant in arguments.variants]
-    ways = (False, True) if arguments.train_more_time_steps else (False,)
-    longer = [
-        WithTimeSteps(each, steps, is_trained_on)
-        for is_trained_on in ways
-        for each in students
-        for steps in arguments.more_time_steps
-    ]
-
+    longer = longer_of(arguments, students)
+    refuse_other_teachers(teacher, arguments)
     trained = [teacher, *students, *(each for each in longer if each.is_trained_on)]
     in_float32 = [InFloat32(each) for each in trained] if arguments.evaluate_in_float32 else []
 
@@ -389,7 +394,11 @@ def measure(arguments: Arguments) -> None:
             rows += build_table(arguments, in_float32[0], in_float32[1:])
         if arguments.output is not None:
             keep("conversion", TABLE_TITLE, rows, device(), arguments.output, described(), NAMES)
+            keep("conversion", TASKS_TITLE, by_task(), device(), arguments.output, [TASKS_NOTE], NAMES)
         return rows
+
+    def by_task() -> list[Row]:
+        return build_task_table(arguments, teacher, [*students, *longer])
 
     def described() -> list[str]:
         return notes(arguments, [teacher, *students, *longer, *in_float32])
@@ -397,6 +406,7 @@ def measure(arguments: Arguments) -> None:
     failed: list[Job] = []
     if not arguments.table_only:
         failed += compete(teacher, arguments, keep_table)
+        refuse_other_teachers(teacher, arguments)
         choose_teachers(teacher, arguments)
         if not arguments.skip_text:
             raw = [variant for variant in arguments.variants if not is_converted(variant)]
@@ -406,6 +416,7 @@ def measure(arguments: Arguments) -> None:
         for further in (longer, in_float32):
             failed += run_left([job for each in further for job in each.jobs(arguments)], arguments, keep_table)
     print_table(TABLE_TITLE, keep_table(), described())
+    print_table(TASKS_TITLE, by_task(), [TASKS_NOTE])
     report_failures(failed)
 
 
@@ -452,6 +463,24 @@ def choose_teachers(teacher: Contestant, arguments: Arguments) -> None:
         link.symlink_to(middle.folder.resolve(), target_is_directory=True)
 
 
+def refuse_other_teachers(teacher: Contestant, arguments: Arguments) -> None:
+    """
+    Raises:
+        ValueError: the students in the output folder learn from a model that is no run of the table's teacher.
+    """
+    for task in arguments.task_name:
+        chosen, runs = chosen_teachers(arguments) / task, teacher.results(task, arguments)
+        if arguments.skip_teachers or not chosen.is_symlink() or not runs:
+            continue
+        if chosen.resolve() not in {run.folder.resolve() for run in runs}:
+            setting = teacher.best_setting(task, arguments)
+            raise ValueError(
+                f"{chosen} is what students learn {task} from, and is {chosen.resolve()}, not a teacher of "
+                f"{setting.name if setting else 'this grid'}; name its setting in --teacher_settings, or another "
+                "--output_dir."
+            )
+
+
 def conversion(arguments: Arguments, variant: str) -> Job:
     """Converts the BERT without any task."""
     folder = Path(arguments.output_dir, "students", variant, "text")
@@ -495,6 +524,19 @@ def student(arguments: Arguments, variant: str) -> Contestant:
     )
 
 
+def longer_of(arguments: Arguments, students: Sequence[Contestant]) -> list[WithTimeSteps]:
+    """The students of the variants with more time steps, as they are and trained on."""
+    ways = (False, True) if arguments.train_more_time_steps else (False,)
+    return [
+        WithTimeSteps(each, steps, is_trained_on)
+        for is_trained_on in ways
+        for each, variant in zip(students, arguments.variants, strict=True)
+        for steps in arguments.more_time_steps
+        # Amplitudes of elastic neurons would come from each batch that is scored; a training calibrates them.
+        if is_trained_on or neuron_of(variant) != "elastic"
+    ]
+
+
 def build_table(
     arguments: Arguments, teacher: Contestant | OfTrained, students: Sequence[Contestant | OfTrained]
 ) -> list[Row]:
@@ -523,11 +565,85 @@ def _row(contestant: Contestant | OfTrained, dense: Mapping[str, list[Result]], 
         ("firing rate", "firing_rate", ".1%"),
         ("dense / this, energy", "encoder_energy_ratio", ".2f"),
     ):
-        values = [r.spikes[figure]["median"] for results in found.values() for r in results if figure in r.spikes]
-        row[title] = format(median(values), form) if values else None
+        row[title] = _middle([result.spikes.get(figure) for results in found.values() for result in results], form)
     settings = {task: contestant.best_setting(task, arguments) for task in found}
     row["settings"] = "; ".join(f"{task}: {setting.name}" for task, setting in settings.items() if setting)
     return row
+
+
+def build_task_table(
+    arguments: Arguments, teacher: Contestant, students: Sequence[Contestant | WithTimeSteps]
+) -> list[Row]:
+    """The same, a task of a model one a row, with what it took."""
+    rows = []
+    for each in (teacher, *students):
+        for task in arguments.task_name:
+            results, dense = each.results(task, arguments), teacher.results(task, arguments)
+            if not results:
+                continue
+            energy = _spent(results)
+            rows.append(
+                {
+                    "model": each.name,
+                    "task": task,
+                    "score": _score(results),
+                    "gap": f"{_median(dense) - _median(results):.1f}" if dense else None,
+                    "firing rate": _middle([result.spikes.get("firing_rate") for result in results], ".1%"),
+                    "dense / this, energy": _middle([energy], ".2f"),
+                    "ternary / this, energy": _middle([_against_one_step(each, task, energy, arguments)], ".2f"),
+                    "examples seen": _middle([_examples_seen(result) for result in results], ",.0f"),
+                    "minutes": _middle([_minutes(result) for result in results], ".0f"),
+                }
+            )
+    return rows
+
+
+TASKS_NOTE = (
+    "Medians over the seeds that have ended. Ternary: the same student with one time step, a network with ternary "
+    "activations. Examples seen: epochs times training examples of this task, and minutes its training, on a share of "
+    "the machine with --jobs; of a student that is trained on, what came on top."
+)
+
+
+def _spent(results: Sequence[Result]) -> float | None:
+    """Energy of the dense encoder over that of these models."""
+    found = [result.spikes["encoder_energy_ratio"]["median"] for result in results if result.spikes]
+    return median(found) if found else None
+
+
+def _against_one_step(
+    contestant: Contestant | WithTimeSteps, task: str, energy: float | None, arguments: Arguments
+) -> float | None:
+    """The energy of a network with ternary activations and no time steps over that of this one."""
+    if energy is None:
+        return None
+    if isinstance(contestant, WithTimeSteps):
+        alone = _spent(contestant.trained.results(task, arguments))
+        return energy / alone if alone else None
+    steps = {_fact(result, "config.json", "num_time_steps") for result in contestant.results(task, arguments)}
+    return 1.0 if steps == {1} else None
+
+
+def _examples_seen(result: Result) -> float | None:
+    epochs, rows = (_fact(result, "train_results.json", name) for name in ("epoch", "train_samples"))
+    return epochs * rows if epochs and rows else None
+
+
+def _minutes(result: Result) -> float | None:
+    seconds = _fact(result, "train_results.json", "train_runtime")
+    return seconds / 60 if seconds else None
+
+
+def _fact(result: Result, file: str, name: str) -> Any:
+    """What a file of a run says; None if the run has none, as an evaluation has no training."""
+    path = result.folder / file
+    return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+
+
+def _middle(values: Sequence[Any], form: str) -> str | None:
+    """The median of figures, or of what glue_results.json has as the median of one."""
+    numbers = [value["median"] if isinstance(value, Mapping) else value for value in values if value is not None]
+    return format(median(numbers), form) if numbers else None
 
 
 def _median(results: Sequence[Result]) -> float:
@@ -560,8 +676,28 @@ def notes(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -
         f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",
         *fewer_seeds(arguments, contestants),
         *([precision] if arguments.evaluate_in_float32 else []),
+        *precisions(arguments, contestants),
         budget_note(recipes),
     ]
+
+
+def precisions(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -> list[str]:
+    """A sentence about what was trained in: on a CPU without instructions for bfloat16 it is not what recipes say."""
+    found: dict[str, list[str]] = {}
+    for each in contestants:
+        if isinstance(each, InFloat32):
+            continue
+        for task in arguments.task_name:
+            for result in each.results(task, arguments):
+                arguments_of_run = _fact(result, "run.json", "arguments") or {}
+                if "mixed_precision" in arguments_of_run:
+                    name = {"bf16": "bfloat16", "fp16": "float16"}.get(arguments_of_run["mixed_precision"], "float32")
+                    found.setdefault(name, []).append(f"{each.name}, {task}, seed {result.seed}")
+    if len(found) < 2:
+        return [f"Trained and evaluated in {name}." for name in found]
+    common = max(found, key=lambda name: len(found[name]))
+    others = [f"{'; '.join(runs)} in {name}" for name, runs in found.items() if name != common]
+    return [f"Trained and evaluated in {common}, but {', and '.join(others)}."]
 
 
 def fewer_seeds(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -> list[str]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -25,6 +27,8 @@ from cases import list_of
 ROOT = Path(__file__).resolve().parent.parent
 # What the recorded command shows in the place of paths, which are of no use elsewhere.
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
+# What a script is told of a model on this disk or elsewhere.
+MODEL_FLAGS = ("--model_name_or_path", "--teacher_name_or_path")
 # In the folder of a training that has ended well: `Job.identity`.
 FINISHED = "finished.txt"
 
@@ -114,16 +118,36 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """A hash of the commands and of what their recipes say now; another copy of the project makes no other job."""
+        """A hash of the commands, of what their recipes say now and of the weights that they begin with or learn from;
+        another copy of the project makes no other job."""
         budget = [_values(recipe) for recipe in self.recipes]
         commands = [[Path(script).name, *flags] for _, script, *flags in self.commands]
-        return hashlib.sha256(json.dumps([commands, budget], sort_keys=True).encode()).hexdigest()
+        weights = [_digest(*path) for path in self._models()]
+        return hashlib.sha256(json.dumps([commands, budget, weights], sort_keys=True).encode()).hexdigest()
+
+    def _models(self) -> Iterator[tuple[Path, int]]:
+        """Weights on this disk that the commands name, but not those that they write themselves, and when each was
+        written."""
+        for command in self.commands:
+            named = [Path(value) for flag, value in pairwise(command) if flag in MODEL_FLAGS]
+            tasks = [value for flag, value in pairwise(command) if flag == "--task_name"]
+            for path in named:
+                # Itself, or a folder with a teacher for every task.
+                for folder in (path, *(path / task for task in tasks)):
+                    if not folder.is_relative_to(self.folder):
+                        yield from ((file, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
 
     @property
     def is_finished(self) -> bool:
         """Whether the folder's results are those of this job; there may be some of another budget or text."""
         mark = self.folder / FINISHED
         return mark.exists() and mark.read_text(encoding="utf-8") == self.identity
+
+
+@cache
+def _digest(file: Path, written: int) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()
 
 
 def job(training: Training, arguments: TrainingsArguments, corpus: Path, tasks: Sequence[str] = ()) -> Job:

@@ -1,6 +1,7 @@
 """Which setting is kept, which run becomes the teacher, and what the table makes of it; and one real small run."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,15 @@ from conversion import (
     Setting,
     WithTimeSteps,
     build_table,
+    build_task_table,
     choose_teachers,
     chosen_teachers,
     dense_model,
+    longer_of,
+    neuron_of,
     notes,
+    precisions,
+    refuse_other_teachers,
     student,
 )
 from trainings import FINISHED, Job
@@ -42,11 +48,11 @@ def finish(contestant: Contestant, task: str, setting: Setting, seed: int, score
     return job.folder
 
 
-def write_result(job: Job, task: str, score: float) -> None:
+def write_result(job: Job, task: str, score: float, ratio: float = 5.0) -> None:
     column = {
         "task": task,
         "score": score,
-        "spikes": {"firing_rate": {"median": 0.4}, "encoder_energy_ratio": {"median": 5.0}},
+        "spikes": {"firing_rate": {"median": 0.4}, "encoder_energy_ratio": {"median": ratio}},
     }
     (job.folder / "glue").mkdir(parents=True)
     (job.folder / "glue/glue_results.json").write_text(json.dumps({"columns": {task.upper(): column}}))
@@ -221,6 +227,77 @@ def test_the_table_names_cells_with_fewer_seeds_and_says_whether_settings_were_g
     assert "over 1 seeds, of the setting given." in notes(found, [dense_model(found)])[0]
 
 
+def test_students_of_another_teacher_than_the_tables_are_no_students_of_it(teacher, given):
+    one = replace(given, num_teacher_seeds=1, task_name=["rte"], teacher_settings=["rte=1e-4:3"])
+    choose_teachers(dense_model(one), one)
+    refuse_other_teachers(dense_model(one), one)
+    other = replace(one, teacher_settings=["rte=5e-5:3"])
+    with pytest.raises(ValueError, match=r"learn rte from, and is .*lr=0.0001.*, not a teacher of lr=5e-05,epochs=3"):
+        refuse_other_teachers(dense_model(other), other)
+    # Labels alone have no teacher to be another.
+    refuse_other_teachers(dense_model(other), replace(other, skip_teachers=True))
+
+
+def test_other_weights_under_the_same_path_are_another_job(given, tmp_path):
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"neuron": "thrifty"}')
+    (folder / "model.safetensors").write_bytes(b"first")
+    pupil = student(given, str(folder))
+    finish(pupil, "rte", ONE, 0, 50.0, given)
+    job = pupil.job("rte", ONE, 0, given)
+    assert job.is_finished
+    (folder / "model.safetensors").write_bytes(b"second")
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert not job.is_finished
+    (folder / "model.safetensors").write_bytes(b"first")
+    assert job.is_finished
+    # So it is with what it learns from, and with no weights that the job writes itself.
+    teacher = chosen_teachers(given) / "rte"
+    teacher.mkdir(parents=True)
+    (job.folder / "glue/model.safetensors").write_bytes(b"own")
+    assert job.is_finished
+    (teacher / "model.safetensors").write_bytes(b"teacher")
+    assert not job.is_finished
+
+
+def test_only_levels_that_every_step_can_have_are_measured_with_more_steps_as_they_are(given, tmp_path):
+    (tmp_path / "config.json").write_text('{"neuron": "thrifty"}')
+    assert neuron_of("num_time_steps=1") == "elastic"
+    assert neuron_of("neuron=learned,num_time_steps=1") == "learned" and neuron_of(str(tmp_path)) == "thrifty"
+    with_more = replace(given, variants=["num_time_steps=1", "neuron=learned,num_time_steps=1"], more_time_steps=[4])
+    names = [each.name for each in longer_of(with_more, [student(with_more, each) for each in with_more.variants])]
+    assert names == ["neuron=learned,num_time_steps=1, as it is with T = 4"]
+    trained = replace(with_more, train_more_time_steps=True)
+    names = [each.name for each in longer_of(trained, [student(trained, each) for each in trained.variants])]
+    assert names[1:] == [f"{each}, trained on with T = 4" for each in with_more.variants]
+
+
+def test_task_by_task_a_row_says_what_it_lost_spent_and_saw(teacher, given):
+    given = replace(given, task_name=["rte"], student_settings=["rte=1e-4:3"])
+    pupil = student(given, "num_time_steps=1")
+    for seed, score in enumerate((60.0, 64.0, 62.0)):
+        folder = finish(pupil, "rte", ONE, seed, score, given) / "glue/rte"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"num_time_steps": 1}')
+        figures = {"epoch": 3.0, "train_samples": 1000 + seed, "train_runtime": 60.0 * (seed + 1)}
+        (folder / "train_results.json").write_text(json.dumps(figures))
+        arguments = {"mixed_precision": "bf16" if seed else "no"}
+        (folder / "run.json").write_text(json.dumps({"arguments": arguments}))
+    longer = WithTimeSteps(pupil, 4)
+    for job in longer.jobs(given):
+        write_result(job, "rte", 66.0, ratio=2.0)
+    dense, row, steps = build_task_table(given, teacher, [pupil, longer])
+    assert (dense["score"], dense["gap"], dense["minutes"]) == ("70.0 (60.0 .. 80.0)", "0.0", None)
+    assert (row["score"], row["gap"], row["firing rate"]) == ("62.0 (60.0 .. 64.0)", "8.0", "40.0%")
+    assert (row["dense / this, energy"], row["ternary / this, energy"]) == ("5.00", "1.00")
+    assert (row["examples seen"], row["minutes"]) == ("3,003", "2")
+    assert (steps["gap"], steps["dense / this, energy"], steps["ternary / this, energy"]) == ("4.0", "2.00", "0.40")
+    assert precisions(given, [pupil]) == [
+        "Trained and evaluated in bfloat16, but num_time_steps=1, rte, seed 0 in float32."
+    ]
+
+
 def test_there_is_no_mean_as_long_as_a_task_is_missing(teacher, given):
     pupil = student(given, "num_time_steps=1")
     for setting in pupil.settings("rte", given):
@@ -352,7 +429,11 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
         output=str(tmp_path / "results"),
     )
     conversion.measure(given)
-    rows = json.loads((tmp_path / "results/conversion.json").read_text())[0]["rows"]
+    first, by_task = json.loads((tmp_path / "results/conversion.json").read_text())
+    rows = first["rows"]
+    assert by_task["title"] == conversion.TASKS_TITLE and len(by_task["rows"]) == 8
+    assert all(row["examples seen"] for row in by_task["rows"] if "as it is" not in row["model"])
+    assert "Trained and evaluated in " in " ".join(first["notes"])
     dense, row, longer, trained_on, *in_float32 = rows
     assert longer["model"].endswith("as it is with T = 2") and longer["gap"] is not None
     assert trained_on["model"].endswith("trained on with T = 2") and trained_on["gap"] is not None
@@ -376,5 +457,5 @@ def test_a_bert_is_converted_and_measured_and_the_command_goes_on(tmp_path, caps
     )
     conversion.measure(again)
     assert weights.stat().st_mtime_ns == before
-    rows = json.loads((tmp_path / "results/conversion.json").read_text())[-1]["rows"]
+    rows = json.loads((tmp_path / "results/conversion.json").read_text())[-2]["rows"]
     assert rows[1]["model"] == "student, with other texts" and rows[1]["gap"] is not None
