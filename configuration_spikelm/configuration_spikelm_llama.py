@@ -16,6 +16,9 @@ AUTO_MAP = {
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+# How rotary positions can be scaled for longer texts, as transformers calls it.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
 # Fields of Llama, Mistral and Qwen2 that mean the same here; what they call otherwise is translated.
 SHARED_WITH_LLAMA = (
     "vocab_size",
@@ -146,6 +149,19 @@ class SpikeLMLlamaConfig(SpikingConfig):
             kinds is not None and len(kinds) == self.num_hidden_layers and set(kinds) <= possible,
             f"a list of num_hidden_layers={self.num_hidden_layers} times {' or '.join(sorted(possible))}",
         )
+        rotary = self.rope_parameters or {}
+        self._require(
+            "rope_parameters",
+            rotary.get("rope_type", "default") in ROPE_TYPES and not any(isinstance(x, dict) for x in rotary.values()),
+            f"one mapping for all layers, with a rope_type of {', '.join(ROPE_TYPES)}",
+        )
+        is_whole = rotary.get("partial_rotary_factor") in (None, 1)
+        self._require("rope_parameters", is_whole, "without a partial_rotary_factor: all of each head is turned")
+        try:
+            self.validate_rope()
+        except KeyError as error:
+            # The name of a field that the scaling lacks.
+            raise ValueError(f"SpikeLMLlamaConfig: {error.args[0]}.") from error
         is_float = not self.int8_embeddings
         self._require("int8_embeddings", is_float, "False: there are int8 embeddings for SpikeLMConfig alone")
 

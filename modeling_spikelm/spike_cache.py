@@ -29,7 +29,7 @@ def with_past(
         gradient, but in a cache of a fixed length; what was there before has none but that of learned levels.
 
     Raises:
-        ValueError: the cache holds what is no code of these neurons.
+        ValueError: the cache holds, or makes of it, what is no code of these neurons.
     """
     is_coded = _is_coded(neurons)
     _check_holds(cache, layer, is_coded)
@@ -37,6 +37,11 @@ def with_past(
     spikes = (key, value)
     new = [_at_hand(group, group.codes, x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
     kept_key, kept_value = cache.update(*(x.unflatten(0, (num_time_steps, -1)).transpose(0, 1) for x in new), layer)
+    if is_coded and {kept_key.dtype, kept_value.dtype} != {torch.int8}:
+        raise ValueError(
+            f"past_key_values gives back {kept_key.dtype} where it was given int8 codes of spikes, so that their "
+            "amplitudes are lost: a quantised cache does. Leave cache_implementation out, or take another."
+        )
     if kept_key.shape[2] == key.shape[1]:
         # There is nothing else in it; and what has a gradient keeps it.
         return key, value

@@ -119,6 +119,7 @@ def load_documents(
         if validation is not None:
             validations.append((name, validation))
     if arguments.validation_file:
+        _report_shared(arguments)
         local = _local_sources(arguments.validation_file, arguments.validation_split_name, arguments, is_passed_over)
         validations = [(name, dataset) for name, dataset, _ in local if dataset is not None]
     kinds = {name: "text" if "text" in dataset.column_names else "token ids" for name, dataset in trains + validations}
@@ -165,6 +166,19 @@ def _local_sources(
             parts.append((name, documents))
         sources.append((", ".join(name for name, _ in parts), _combine(parts, None, 0), None))
     return sources
+
+
+def _report_shared(arguments: DataArguments) -> None:
+    """Says which text a model is trained on and validated with."""
+    for entry in arguments.validation_file or []:
+        validated = Path(entry).resolve()
+        for other in arguments.train_file or []:
+            trained = Path(other).resolve()
+            if validated.is_relative_to(trained) or trained.is_relative_to(validated):
+                logger.warning(
+                    "--validation_file %s and --train_file %s share text; of new text a loss on it says nothing.",
+                    *(entry, other),
+                )
 
 
 def _named_source(

@@ -82,6 +82,8 @@ def _of_table(table: Table, split: str, arguments: PairArguments) -> Dataset:
         if column is None:
             continue
         cells = table.columns[TRANSLATION if columns.are_languages else column]
+        if columns.are_languages and cells:
+            _refuse_one_language(name, cells[0], columns, arguments)
         if columns.are_languages:
             is_needed = kind == SOURCE or split != "test"
             cells = [_in_language(*row, column, is_needed) for row in zip(table.places, cells, strict=True)]
@@ -113,13 +115,15 @@ def _from_hub(
         rows = load_dataset(**where, name=dataset.config, split=split, cache_dir=cache_dir)
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         columns = _columns(name, rows.column_names, arguments, needs_target=split != "test")
-        loaded[split] = _usable_rows(name, _of_columns(name, rows, columns, split != "test"), split)
+        loaded[split] = _usable_rows(name, _of_columns(name, rows, columns, split != "test", arguments), split)
     return DatasetDict(loaded)
 
 
-def _of_columns(name: str, rows: Dataset, columns: Columns, needs_target: bool) -> Dataset:
+def _of_columns(name: str, rows: Dataset, columns: Columns, needs_target: bool, arguments: PairArguments) -> Dataset:
     names = {SOURCE: columns.source} | ({TARGET: columns.target} if columns.target else {})
     if columns.are_languages:
+        if len(rows):
+            _refuse_one_language(name, rows[0][TRANSLATION], columns, arguments)
         return rows.map(
             lambda row: {
                 kind: _in_language(name, row[TRANSLATION], lang, kind == SOURCE or needs_target)
@@ -150,11 +154,19 @@ def _columns(name: str, columns: Sequence[str], arguments: PairArguments, needs_
     if not source:
         source = _found(name, columns, TEXT_COLUMNS, "the text")
         target = _found(name, columns, SUMMARY_COLUMNS, "what is to be written", needs_target)
+    _refuse_the_same(name, source, target, arguments)
     target = target if needs_target or target in columns else None
     missing = [column for column in (source, target) if column and column not in columns]
     if missing:
         raise ValueError(f"{name} has no column {missing[0]!r}; its columns are {', '.join(columns)}.")
     return Columns(str(source), target)
+
+
+def _refuse_the_same(name: str, source: str | None, target: str | None, arguments: PairArguments) -> None:
+    if source is not None and source == target:
+        flags = ("source_lang", "target_lang") if arguments.translates else ("text_column_name", "summary_column_name")
+        named = " and ".join(f"--{flag} {getattr(arguments, flag)}" for flag in flags)
+        raise ValueError(f"{name}: {named} are both {source!r}, and a model would learn to copy; name two.")
 
 
 def _found(
@@ -173,6 +185,13 @@ def _found(
 def _called(lang: str, names: Container[str]) -> str:
     """What a language is called here: as the tokenizer does (eng_Latn, en_XX), or else as everybody does."""
     return lang if lang in names else lang.partition("_")[0]
+
+
+def _refuse_one_language(name: str, texts: Any, columns: Columns, arguments: PairArguments) -> None:
+    """As `_refuse_the_same`, of the first cell of `TRANSLATION`."""
+    if isinstance(texts, Mapping):
+        source, target = (_called(str(lang), texts) for lang in (columns.source, columns.target))
+        _refuse_the_same(name, source, target, arguments)
 
 
 def _in_language(place: str, texts: Any, lang: str, is_needed: bool) -> Any:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation import CompileConfig
 
 from configuration_spikelm.configuration_spiking import NEURONS
@@ -228,6 +229,25 @@ def test_a_mask_may_be_as_long_as_a_cache_of_fixed_length():
     rest = model(padded[:, 8:], attention_mask=mask, past_key_values=cache).logits
     wanted = model(PROMPT).logits
     torch.testing.assert_close(torch.cat((begun[:, 2:], rest), dim=1), wanted, rtol=0, atol=1e-5)
+
+
+class WithoutLoss(QuantizedLayer):
+    """One of transformers' own, of which no backend is installed: it rounds nothing, and gives back floats."""
+
+    def __init__(self):
+        super().__init__(nbits=8, axis_key=0, axis_value=0, q_group_size=1, residual_length=4)
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor.float()
+
+
+def test_a_cache_that_gives_floats_back_is_refused():
+    model = make_model(2)
+    with pytest.raises(ValueError, match="gives back torch.float32 where it was given int8 codes"):
+        model.generate(PROMPT, past_key_values=Cache(layers=[WithoutLoss(), WithoutLoss()]), **GOES_ON)
 
 
 def test_a_mask_without_the_tokens_of_the_cache_is_refused():

@@ -134,11 +134,19 @@ def test_heads_that_turn_in_part_are_refused(tmp_path):
         ("layer_types", ["sliding_attention"] * 2),
         ("sliding_window", 1),
         ("int8_embeddings", True),
+        ("rope_parameters", {"rope_type": "nope", "rope_theta": 1e4}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}),
     ],
 )
 def test_an_impossible_field_is_named(field, value):
     with pytest.raises(ValueError, match=f"SpikeLMLlamaConfig: {field}="):
         SpikeLMLlamaConfig(**SIZES | {field: value})
+
+
+def test_a_scaling_of_positions_that_lacks_its_factor_is_refused():
+    with pytest.raises(ValueError, match="SpikeLMLlamaConfig: .*'yarn'.*factor"):
+        SpikeLMLlamaConfig(**SIZES, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
 
 
 @pytest.mark.parametrize(

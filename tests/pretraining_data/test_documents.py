@@ -368,6 +368,16 @@ def test_missing_files_are_named(tmp_path, text_file):
         load(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("which", ["file", "in folder", "another"])
+def test_validation_on_training_text_is_said(tmp_path, caplog, which):
+    (tmp_path / "text").mkdir()
+    own, other = tmp_path / "text/own.txt", tmp_path / "other.txt"
+    write(own, ["one", "two", "three"])
+    write(other, ["four"])
+    load(own if which == "file" else tmp_path / "text", validation_file=[str(other if which == "another" else own)])
+    assert ("share text; of new text a loss on it says nothing" in caplog.text) == (which != "another")
+
+
 def test_wrong_split_names_are_refused_with_those_there_are(tmp_path):
     one = Dataset.from_dict({"text": ["a"]})
     DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "saved")

@@ -104,6 +104,21 @@ def test_a_column_of_translations_may_have_empty_cells_and_a_test_file_one_langu
         ({"text": "\ud800", "summary": "b"}, {}, "json:1: column 'text' holds no valid text"),
         ({"a": "x"}, {"text_column_name": "a", "summary_column_name": "b"}, "has no column 'b'; its columns are a"),
         (
+            {"a": "x", "b": "y"},
+            {"text_column_name": "a", "summary_column_name": "a"},
+            "--text_column_name a and --summary_column_name a are both 'a'.*; name two",
+        ),
+        (
+            {"en": "x", "de": "y"},
+            {"source_lang": "en_US", "target_lang": "en_GB"},
+            "--source_lang en_US and --target_lang en_GB are both 'en'.*; name two",
+        ),
+        (
+            {"translation": {"en": "x", "de": "y"}},
+            {"source_lang": "en_US", "target_lang": "en_GB"},
+            "--source_lang en_US and --target_lang en_GB are both 'en'.*; name two",
+        ),
+        (
             {"translation": {"en": "x"}},
             {"source_lang": "en", "target_lang": "ro"},
             "no text in 'ro'; its languages are en",
