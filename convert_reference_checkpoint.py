@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         load(model, convert_reference_state_dict(state_dict, config))
         if arguments.masked_lm_only:
             whole, model = model, SpikeLMForMaskedLM(config)
-            model.load_state_dict({name: whole.state_dict()[name] for name in model.state_dict()})
+            weights = whole.state_dict()
+            model.load_state_dict({name: weights[name] for name in model.state_dict()})
         name = arguments.tokenizer_name or arguments.reference
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)

@@ -96,7 +96,7 @@ def auto_class_of(config: transformers.PreTrainedConfig, name: str) -> Any:
     Raises:
         ValueError: it is none.
     """
-    (saved_as,) = config.architectures or ["a model without a class"]
+    saved_as, *_ = config.architectures or ["a model without a class"]
     kinds = [kind.__name__ for kind in OUTPUTS]
     if config.model_type != SpikeLMConfig.model_type or saved_as not in kinds:
         raise ValueError(

@@ -193,8 +193,8 @@ class SpikingConfig(PreTrainedConfig):
             )
         translated = cls.translate(dense, name)
         logger.warning_once(
-            f"{name} is a {kind} checkpoint: SpikeLM takes its weights as a warm start. Elastic neurons are then not "
-            "calibrated, and outputs depend on what else is in a batch. Call model.calibrate(batches), or train the "
+            f"{name} is a {kind} checkpoint: SpikeLM takes its weights as a warm start. Neurons that can be calibrated "
+            "are then not, and outputs depend on what else is in a batch. Call model.calibrate(batches), or train the "
             "model, whose first step does it."
         )
         return {**translated, "model_type": cls.model_type}

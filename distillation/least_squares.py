@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from configuration_spikelm import SpikeLMBartConfig, SpikeLMConfig, SpikeLMLlamaConfig
-from modeling_spikelm.calibration import calibrated_groups
+from modeling_spikelm.calibration import calibrated_groups, in_evaluation_mode
 from modeling_spikelm.neurons import SpikingNeurons
 from modeling_spikelm.pretrained import SpikingPreTrainedModel
 
@@ -198,13 +198,9 @@ def fit_to_teacher(
     """
     if not batches:
         raise ValueError("There is no batch to fit the student to its teacher with; give some text.")
-    was_training = student.training
-    student.eval()
-    try:
+    with in_evaluation_mode(student):
         for stack in STACKS[student.config.model_type]:
             _fit_stack(stack, student, teacher, batches, ridge)
-    finally:
-        student.train(was_training)
 
 
 def _fit_stack(
@@ -369,8 +365,8 @@ def _fit(
 
 
 class _Moments:
-    """Sums over tokens that the least squares take, of all processes, about the means of a first batch; float64, where
-    the device has it.
+    """Sums over tokens that the least squares take, of all processes, about the means of a first batch: of a batch in
+    float32, of all batches in float64, where the device has it.
 
     Args:
         x: inputs `(N, F)` of the first batch, which is still to be added.

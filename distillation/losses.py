@@ -211,7 +211,8 @@ def _relation_divergence(student: torch.Tensor, teacher: torch.Tensor, is_token:
     """Of relations as `_relations` has them, the mean over tokens and heads, in nats."""
     # A padded column is -inf in both; nothing of it may enter the sum.
     divergence = torch.where(is_token[:, None, None, :], teacher.exp() * (teacher - student), 0.0).sum(-1)
-    return divergence.transpose(1, 2)[is_token].mean()
+    # A boolean index would wait for the GPU to know its size.
+    return (divergence.mean(1) * is_token).sum() / is_token.sum()
 
 
 def first_token_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

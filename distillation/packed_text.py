@@ -78,8 +78,7 @@ def _digest_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 class PackedText(Dataset):
     """Whole batches of about equally many tokens: rows of running text of one length, or padded sentences or pairs.
 
-    Batch `i` depends on the seed and `i` alone, so that a training that is resumed goes on with the batches it has not
-    seen.
+    Batch `i` depends on the seed and `i` alone, whichever worker makes it.
 
     Args:
         file: as `pack` wrote it.

@@ -60,6 +60,11 @@ class WeightedTermsTrainer(WholeStepsTrainer):
             # computed twice, the Trainer would not have processes look for such parameters.
             args.ddp_find_unused_parameters = True
         super().__init__(args=args, **kwargs)
+        if diagnoses and self.is_fsdp_enabled:
+            raise ValueError(
+                "--loss_diagnostics asks for gradients of single terms, and where weights are sharded (FSDP) those of "
+                "layers cannot be had; leave it out."
+            )
         for embeddings in _embeddings(self.model.base_model):
             embeddings.requires_grad_(trains_embeddings)
         self.teacher = teacher.to(self.args.device)
@@ -102,7 +107,7 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         # Sharded weights are made ready for the backward pass where its gradient enters what a forward has returned.
         # The gradient of a head that is called outside of it came before, and torch 2.13 ended with SIGSEGV.
         if self.is_fsdp_enabled and outputs.get("logits") is not None:
-            loss = loss + 0 * outputs["logits"].float().sum()
+            loss = loss + 0 * outputs["logits"].narrow(-1, 0, 1).sum(dtype=torch.float32)
         return (loss, outputs) if return_outputs else loss
 
     @property

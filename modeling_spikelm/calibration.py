@@ -1,7 +1,8 @@
 """The amplitudes of a whole model: how they are made from data, and which values they belong to."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from .configuration_spiking import calibration_differences
 from .neurons import HOW_TO_CALIBRATE, SpikingNeurons
+from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +29,18 @@ def neuron_groups(model: nn.Module) -> list[SpikingNeurons]:
 def calibrated_groups(model: nn.Module) -> list[SpikingNeurons]:
     """The groups whose amplitudes are calibrated, now or later, and not fixed."""
     return [neurons for neurons in neuron_groups(model) if neurons.fixed_amplitude is None]
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Afterwards every part is in the mode that it was in, one that was kept in evaluation mode too."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Calibration:
@@ -134,6 +148,22 @@ def check_is_here(groups: Iterable[SpikingNeurons]) -> None:
         raise ValueError(
             "calibrate() cannot write the levels of neurons that are offloaded (device_map, cpu_offload). Load the "
             "model without, calibrate and save it, and load what was saved with it."
+        )
+
+
+def check_levels_stay(model: nn.Module) -> None:
+    """
+    Raises:
+        RuntimeError: the first batch of a training is to set levels that FSDP2 shards.
+    """
+    first = next((module for module in model.modules() if isinstance(module, SpikingNeurons)), None)
+    if first is None or first.is_calibrated or not is_sharded(first.amplitude):
+        return
+    first.read_calibration()
+    if not first.is_calibrated:
+        raise RuntimeError(
+            "The first batch of a training cannot calibrate neurons whose levels are learned and sharded (FSDP2): what "
+            "a forward sets is lost after it. Call model.calibrate(batches) before, on every process."
         )
 
 

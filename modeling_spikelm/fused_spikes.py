@@ -33,7 +33,8 @@ class _Spike(torch.autograd.Function):
     ) -> torch.Tensor:
         way = _quickest(inputs, emit, emit_on_cpu, _emit)
         spikes, codes = way(inputs, amplitude, decay, reset, has_membrane)
-        ctx.save_for_backward(codes, amplitude)
+        # Forwards takes a buffer that was cast as float32, and so does the way back.
+        ctx.save_for_backward(codes, amplitude.float())
         ctx.decay, ctx.reset, ctx.has_membrane, ctx.dtype = decay, reset, has_membrane, inputs.dtype
         SpikePacking.announce(spikes, codes, amplitude)
         return spikes

@@ -249,10 +249,12 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         `hidden_states` `(B, L, H)` and `attentions` `(B, heads, L, L)`, if asked for, are means over the T steps.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more tokens than position embeddings.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more tokens than position embeddings; or
+                the configuration has other time steps by now than the model was built with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        self.check_is_ready(self.encoder.step_mean.num_time_steps)
         steps = self.config.num_time_steps
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden_states = repeat_steps(embeddings, steps)

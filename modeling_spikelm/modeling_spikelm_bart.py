@@ -39,7 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention, mask_for_all_layers
-from .calibration import check_configuration, neuron_groups, text_positions
+from .calibration import neuron_groups, text_positions
 from .compiled_layers import run_layer
 from .configuration_spikelm_bart import SpikeLMBartConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
@@ -336,8 +336,7 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
             ValueError: both or neither was, or there are more tokens than positions, or the configuration has other
                 time steps by now than the model was built with.
         """
-        if self.config.num_time_steps != self.steps.num_time_steps:
-            check_configuration(self)
+        self.check_is_ready(self.steps.num_time_steps)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "Give exactly one of input_ids and inputs_embeds to the encoder, and of decoder_input_ids and "

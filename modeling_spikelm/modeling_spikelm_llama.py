@@ -30,7 +30,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention, mask_for_all_layers
-from .calibration import check_configuration
 from .compiled_layers import run_layer
 from .configuration_spikelm_llama import SpikeLMLlamaConfig
 from .int8_modules import make_linear
@@ -285,8 +284,7 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if self.config.num_time_steps != self.steps.num_time_steps:
-            check_configuration(self)
+        self.check_is_ready(self.steps.num_time_steps)
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

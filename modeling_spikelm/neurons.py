@@ -30,6 +30,7 @@ from .fused_spikes import spike
 from .learned import Levels, level_spikes
 from .lif import lif
 from .packing import spikes_of
+from .sharding import whole, write
 from .spiking import integrate, kept_share, ternary
 
 logger = logging.get_logger(__name__)
@@ -187,15 +188,14 @@ class SpikingNeurons(nn.Module):
         """
         if self.fixed_amplitude is not None:
             raise ValueError(f"{type(self).__name__} have the fixed amplitude {self.fixed_amplitude}.")
-        with torch.no_grad():
-            self.amplitude.copy_(amplitude)
+        write(self.amplitude, amplitude)
         self.read_calibration()
 
     def read_calibration(self) -> None:
         """Asks the buffer whether it is calibrated; to be called when something else has written it."""
         if self.fixed_amplitude is not None:
             return
-        values = [0.0] if self.amplitude.is_meta else self.amplitude.tolist()
+        values = [0.0] if self.amplitude.is_meta else whole(self.amplitude).tolist()
         self.is_calibrated = all(values)
         if any(values) and not self.is_calibrated:
             logger.warning(f"Spike amplitudes {values} are set for some time steps only: taken as not calibrated.")
@@ -305,7 +305,7 @@ class LearnedNeurons(SpikingNeurons, neuron="learned"):
 
     def calibration(self) -> torch.Tensor:
         """Amplitudes `(T,)`, logarithms of the scales `(F,)`, shifts `(F,)` and the price `(1,)`, side by side."""
-        return torch.cat((self.amplitude, self.log_scale, self.shift, self.price))
+        return torch.cat([whole(values) for values in (self.amplitude, self.log_scale, self.shift, self.price)])
 
     def levels(self, calibration: torch.Tensor) -> Levels:
         """The levels that a vector of `calibration()` says."""
@@ -360,12 +360,11 @@ class LearnedNeurons(SpikingNeurons, neuron="learned"):
             amplitudes.append(amplitude)
         return torch.cat((torch.stack(amplitudes), scale.log(), shift, price))
 
-    @torch.no_grad()
     def set_calibration(self, values: torch.Tensor) -> None:
         """Calibrates the group to what `batch_calibration` has returned."""
         amplitude, log_scale, shift, price = values.split([self.num_time_steps, *[self.num_neurons] * 2, 1])
         for own, given in ((self.log_scale, log_scale), (self.shift, shift), (self.price, price)):
-            own.copy_(given)
+            write(own, given)
         self.set_amplitude(amplitude)
 
 

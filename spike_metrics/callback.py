@@ -1,5 +1,6 @@
 """Firing rate, dead and saturated neurons in the Trainer's logs, sampled from the forward of a step that is logged."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy
 
 from .counting import SpikeCounter, spiking_modules
+
+logger = logging.getLogger(__name__)
 
 
 class FiringRateCallback(TrainerCallback):
@@ -70,7 +73,7 @@ class FiringRateCallback(TrainerCallback):
         if args.torch_compile or args.n_gpu > 1 or not spiking_modules(model):
             return
         self._stop()
-        self._counter = SpikeCounter(model, neurons_only=True)
+        self._counter = SpikeCounter(model, neurons_only=True, stops_forward=False)
         self._counter.__enter__()
         self._end_of_forward = model.register_forward_hook(self._read)
 
@@ -78,7 +81,12 @@ class FiringRateCallback(TrainerCallback):
         counter = self._counter
         self._stop()
         if counter is not None:
-            counted = counter.result()
+            try:
+                counted = counter.result()
+            # The loss of such a step says more, and in float16 it may only be one to be left out.
+            except Exception as error:
+                logger.warning("No firing rate of this step: %s", error)
+                return
             figures = {name: getattr(counted, name) for name in ("firing_rate", "dead_neurons", "saturated_neurons")}
             self._figures = {name: value for name, value in figures.items() if value is not None}
 

@@ -12,12 +12,15 @@ encoder and a decoder each module has the length of its own sequence (positions.
 import copy
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from modeling_spikelm.calibration import in_evaluation_mode
 
 from .positions import IN_ONE_FORWARD, Positions, read_positions
 
@@ -318,15 +321,10 @@ def count(
             than spikes.
     """
     model = with_float_spikes(model)
-    was_training = model.training
     device = next(model.parameters()).device
-    model.eval()
-    try:
-        with SpikeCounter(model, include_padding) as counter, torch.no_grad():
-            for batch in [batches] if isinstance(batches, Mapping) else batches:
-                model(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()})
-    finally:
-        model.train(was_training)
+    with in_evaluation_mode(model), SpikeCounter(model, include_padding) as counter, torch.no_grad():
+        for batch in [batches] if isinstance(batches, Mapping) else batches:
+            model(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()})
     return counter.result()
 
 
@@ -340,12 +338,20 @@ class SpikeCounter:
         model: see `count`.
         include_padding: see `count`.
         neurons_only: leave the products out, which makes it cheaper.
+        stops_forward: raise what cannot be counted out of the model's forward; otherwise `result` raises it, for a
+            training has to go on.
 
     Raises:
         ValueError: the model has int8 weights; or see `count`, and raised out of the model's forward.
     """
 
-    def __init__(self, model: nn.Module, include_padding: bool = False, neurons_only: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        include_padding: bool = False,
+        neurons_only: bool = False,
+        stops_forward: bool = True,
+    ):
         if _has_int8_weights(model):
             raise ValueError(
                 "The neurons of a model with int8 weights emit codes, and its layers take them; to count it, give "
@@ -354,6 +360,8 @@ class SpikeCounter:
         self.model = model
         self.include_padding = include_padding
         self.neurons_only = neurons_only
+        self.stops_forward = stops_forward
+        self._failure: Exception | None = None
         self._groups: dict[str, Any] = dict(spiking_modules(model))
         self.num_time_steps = max((group.num_time_steps for group in self._groups.values()), default=1)
         self._sequences = self._tokens = self._written = 0
@@ -395,7 +403,10 @@ class SpikeCounter:
 
         Raises:
             ValueError: nothing was.
+            Exception: with `stops_forward=False`, what cannot be counted.
         """
+        if self._failure is not None:
+            raise self._failure
         if not self._sequences:
             raise ValueError("Nothing was counted: the model did not run. Give at least one batch.")
         # Hooks are met in the order of execution, the model's own order is easier to read.
@@ -420,9 +431,19 @@ class SpikeCounter:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if not _is_in_backward():
-                observe(name, module, args, output)
+                with self._kept_failure():
+                    observe(name, module, args, output)
 
         self._hooks.append(module.register_forward_hook(hook))
+
+    @contextmanager
+    def _kept_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.stops_forward:
+                raise
+            self._failure = self._failure or error
 
     def _watch_products(self) -> None:
         for name, module in self.model.named_modules():
@@ -447,8 +468,9 @@ class SpikeCounter:
 
     def _read_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes which positions of the batch that comes in are counted."""
-        self._positions = read_positions(module, args, kwargs, self.include_padding)
         self._runs = True
+        with self._kept_failure():
+            self._positions = read_positions(module, args, kwargs, self.include_padding)
         tokens = int(self._positions.source.sum())
         self._sequences += len(self._positions.source)
         self._tokens += tokens
@@ -484,6 +506,8 @@ class SpikeCounter:
         spikes = emitted_spikes(module, output)
         steps = self._counted_steps(name, spikes)
         amplitude = spike_amplitude(steps)
+        if amplitude is None and steps.isnan().any():
+            raise ValueError(f"{name} ({type(module).__name__}) emits NaN; what came in was not finite.")
         if amplitude is None:
             raise ValueError(
                 f"{name} ({type(module).__name__}) emits other values than -a, 0 and +a in a time step; it cannot be "
@@ -622,12 +646,10 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
         return hook
 
     hooks = [module.register_forward_hook(keep(name)) for name, module in spiking_modules(model).items()]
-    was_training = model.training
-    model.eval()
     try:
-        model(**batch)
+        with in_evaluation_mode(model):
+            model(**batch)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return spikes

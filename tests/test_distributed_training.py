@@ -104,6 +104,23 @@ def test_a_warm_start_is_calibrated_as_by_a_single_process_on_sharded_weights_to
     torch.testing.assert_close(two, one, rtol=1e-12, atol=0)
 
 
+def test_levels_that_are_learned_are_calibrated_trained_and_counted_on_sharded_weights(train, corpus, tmp_path):
+    """They are parameters, and sharded themselves. What is computed: tests/modeling_spikelm/test_sharded_levels.py."""
+    more = ["--model_name_or_path", str(train(None)), "--config_overrides", "neuron=thrifty,spike_cost=0.1"]
+    more += ["--max_steps", "3", "--train_file", str(corpus), "--per_device_train_batch_size", "2"]
+    # In float32, which levels always are: FSDP2 takes layers of one precision.
+    script = [*SHARDED[1:], *RUN, *more, "--output_dir", str(tmp_path / "out")]
+    flags = ["--num_processes", "2", "--mixed_precision", "no"]
+    done = launch_forked("fsdp2", script, *flags, ACCELERATE_TORCH_DEVICE="cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Calibrated the spike amplitudes on" in done.stderr
+    weights = load_file(tmp_path / "out/model.safetensors")
+    scales = [value for name, value in weights.items() if name.endswith("log_scale")]
+    assert len(scales) == 12 and all(value.std() > 0 for value in scales)
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    assert 0.2 < results["eval_firing_rate"] < 0.7 and len(logged(tmp_path / "out", "firing_rate")) == 3
+
+
 @pytest.mark.parametrize("place", ["two_cpu_processes", "fsdp2"])
 def test_a_decoder_learns_from_its_teacher_alike_on_one_and_on_two_processes(place, corpus, tmp_path):
     """Its head, which makes the logits apart from the model's forward, is sharded too. (The errors of hidden states are

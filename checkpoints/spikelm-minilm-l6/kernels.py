@@ -3,7 +3,8 @@
 The same numbers as the equations in spiking.py, learned.py and lif.py give, forwards and backwards: float32 arithmetic
 in their order, each operation rounded by itself (no fused multiply-add, quotients as IEEE 754 has them), so that what
 lies on a threshold falls to the same side. What a GPU waits for here is its memory: a spike costs one read and two
-writes forwards, two reads and one write backwards, where torch's own operations take dozens.
+writes forwards, two reads and one write backwards, where torch's own operations take dozens. Levels that are learned
+take twice as many reads backwards: one sweep over the steps each way.
 
 A tensor `(T, ..., F)` is T matrices of rows, which are positions, and F channels. A program has a tile of such a matrix
 and takes it through all steps.
@@ -129,9 +130,8 @@ def pass_back_levels(
     gradient = torch.empty_like(arrived, dtype=dtype)
     steps, rows, channels = _sizes(arrived)
     # Each tile of rows has sums of its own, added up in one order: the same in every run, as atomic additions are not.
-    sums = torch.empty(
-        tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels, device=codes.device
-    )
+    shape = (tiles(rows, TILE_ROWS), steps + 1 if inputs is None else 2 * steps + 3, channels)
+    sums = torch.empty(shape, dtype=torch.float32, device=codes.device)
     tensors = arrived, codes, inputs, amplitude, scale, shift, gradient, sums
     launch_on_tiles(_pass_back_levels, arrived, tensors, (_in_a_byte(codes, arrived), decay, reset, has_membrane))
     sums = sums.sum(0)

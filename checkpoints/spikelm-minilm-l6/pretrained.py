@@ -18,7 +18,9 @@ from .calibration import (
     check_configuration,
     check_int8_fits,
     check_is_here,
+    check_levels_stay,
     forget_amplitudes,
+    in_evaluation_mode,
     keep_own_amplitudes,
     neuron_groups,
     restore_configuration,
@@ -38,6 +40,7 @@ from .quantization import (
     replace_embeddings,
     spiking_linears,
 )
+from .sharding import reshard
 
 
 class SpikingPreTrainedModel(PreTrainedModel):
@@ -215,15 +218,14 @@ class SpikingPreTrainedModel(PreTrainedModel):
         check_is_here(groups)
         calibration, device = Calibration(groups), groups[0].amplitude.device
         before = [neurons.calibration().clone() for neurons in groups]
-        was_training = self.training
-        self.eval()
         try:
-            for batch in as_batches(batches):
-                check_batch(batch)
-                inputs = {name: _to_device(value, device) for name, value in batch.items()}
-                calibration.use(self, inputs, {} if include_padding else self.counted_positions(inputs))
+            with in_evaluation_mode(self):
+                for batch in as_batches(batches):
+                    check_batch(batch)
+                    inputs = {name: _to_device(value, device) for name, value in batch.items()}
+                    calibration.use(self, inputs, {} if include_padding else self.counted_positions(inputs))
         finally:
-            self.train(was_training)
+            reshard(self)
             for neurons, values in zip(groups, before, strict=True):
                 neurons.set_calibration(values)
         means = calibration.means(device)
@@ -245,6 +247,18 @@ class SpikingPreTrainedModel(PreTrainedModel):
             "generate_batch() keeps keys and values in pages of floats, of one time step; those of a SpikeLM are codes "
             "of all its time steps. Call generate() with a padded batch instead."
         )
+
+    def check_is_ready(self, built_for: int) -> None:
+        """To be called by every forward, with the number of time steps that the model was built for.
+
+        Raises:
+            ValueError: the configuration was changed since.
+            RuntimeError: a training would set levels that are sharded, which in a forward are copies.
+        """
+        if self.config.num_time_steps != built_for:
+            check_configuration(self)
+        if self.training and not torch.compiler.is_compiling():
+            check_levels_stay(self)
 
     # The other way in.
     init_continuous_batching = generate_batch

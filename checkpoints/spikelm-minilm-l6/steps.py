@@ -23,7 +23,7 @@ class _TapMean(torch.autograd.Function):
     """`x -> (x, mean over time steps)`, where the mean takes part in the backward pass as if x were mean + deviation.
 
     So an averaged hidden state or attention retains a gradient, the sum of the gradients of its T steps, while the
-    values and the gradient of x stay exactly what they are without the tap.
+    values of x stay what they are without the tap, and its gradient does but for rounding.
     """
 
     @staticmethod

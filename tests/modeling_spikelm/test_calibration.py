@@ -374,3 +374,16 @@ def test_what_calibrate_cannot_take_is_named_and_changes_nothing(given, error, m
     with pytest.raises(error, match=message):
         base.calibrate(given or [])
     assert torch.equal(amplitudes(base), before)
+
+
+def test_calibration_leaves_every_part_in_its_mode(base, batch):
+    model = base.train()
+    model.bert.embeddings.eval()
+    model.calibrate(batch)
+    assert model.bert.encoder.training and not any(module.training for module in model.bert.embeddings.modules())
+
+
+def test_time_steps_that_were_changed_after_building_are_refused(base, batch):
+    base.config.num_time_steps += 1
+    with pytest.raises(ValueError, match="was built with num_time_steps="):
+        base(**batch)

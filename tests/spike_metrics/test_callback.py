@@ -138,3 +138,11 @@ def test_a_dense_model_has_no_rate(bert, tmp_path):
 def test_every_below_one_is_an_error():
     with pytest.raises(ValueError, match="at least 1"):
         FiringRateCallback(0)
+
+
+def test_a_step_that_cannot_be_counted_is_trained_and_said(model, tmp_path, caplog):
+    """In float16 a forward that overflows is one to be left out, and not the end of a run."""
+    model.bert.embeddings.register_forward_hook(lambda module, args, output: output * torch.nan)
+    trainer, rates, _ = train(model, tmp_path, 1)
+    assert trainer.state.global_step == 4 and rates == [None] * 4
+    assert "No firing rate of this step: " in caplog.text and "emits NaN" in caplog.text
