@@ -34,6 +34,8 @@ from experiment.models import load_config, load_model, load_tokenizer
 from experiment.reporting import input_errors
 
 WARM_UP = 100
+# How many steps several processes make by one look at the clock.
+STEPS_BY_ONE_TIME = 10
 
 
 @dataclass
@@ -72,8 +74,13 @@ class Clock(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
 
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Processes share their weights, so all go by the clock of the first: one rate for a step, one moment to stop.
+        # To be told, they wait for their GPUs.
+        if args.world_size > 1 and state.global_step % STEPS_BY_ONE_TIME:
+            return
         left = [max(0.0, 1 - (time.monotonic() - self.began) / self.seconds)]
         (self.share_left,) = broadcast_object_list(left)
 

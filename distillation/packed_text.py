@@ -7,8 +7,9 @@ network there, and compresses to about 1.1 bytes a token.
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -23,6 +24,7 @@ ROW_LENGTHS = {16: 0.2, 32: 0.3, 64: 0.2, 128: 0.2, 200: 0.1}
 LONGEST_SENTENCE = 64
 # Of so many times as many sentences as a batch needs, neighbours in length are taken: little of a batch is padding.
 SORTED_BATCHES = 2
+TOKENIZED_AT_ONCE = 1000
 
 
 def pack(
@@ -42,15 +44,18 @@ def pack(
         raise ValueError("The tokenizer has no [CLS], [SEP] or padding token; a BERT's has all three.")
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
 
-    def ids_of(kind: list[str]) -> list[list[int]]:
-        return tokenizer(kind, add_special_tokens=False)["input_ids"] if kind else []
+    def ids_of(kind: Iterable[str]) -> Iterator[np.ndarray]:
+        # Some at a time: what a tokenizer makes of a text is many times as large as the ids.
+        lines = iter(kind)
+        while some := list(islice(lines, TOKENIZED_AT_ONCE)):
+            for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
+                yield np.asarray(ids, dtype)
 
-    of_texts, of_sentences = ([ids for ids in ids_of(list(kind)) if ids] for kind in (texts, sentences))
+    of_texts, of_sentences = ([ids for ids in ids_of(kind) if len(ids)] for kind in (texts, sentences))
     # One after the other, of which every two belong together.
-    of_pairs = ids_of([sentence for pair in pairs for sentence in pair])
+    of_pairs = list(ids_of(sentence for pair in pairs for sentence in pair))
     running, flat, flat_pairs = (
-        np.concatenate([np.asarray(ids, dtype) for ids in each]) if each else np.empty(0, dtype)
-        for each in (of_texts, of_sentences, of_pairs)
+        np.concatenate(each) if each else np.empty(0, dtype) for each in (of_texts, of_sentences, of_pairs)
     )
     count = len(running) + len(flat) + len(flat_pairs)
     if not count:

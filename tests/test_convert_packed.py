@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,13 +30,18 @@ convert_packed.main(sys.argv[1:])
 # The clock of the second process is half through when that of the first has begun.
 CLOCK = """
 import sys
+from types import SimpleNamespace
 from accelerate import PartialState
 import convert_packed
 rank = PartialState(cpu=True).process_index
 clock = convert_packed.Clock(100)
 clock.on_train_begin()
 clock.began -= 50 * rank
-clock.on_optimizer_step()
+training = SimpleNamespace(world_size=2)
+for step in (0, 1):
+    # Between two looks at the clock nobody is asked; here one alone would wait for the other.
+    if step == 0 or rank == 0:
+        clock.on_optimizer_step(training, SimpleNamespace(global_step=step), None)
 open(f"{sys.argv[1]}/{rank}", "w").write(repr(clock.share_left))
 """
 
@@ -115,7 +121,7 @@ def test_the_rate_rises_first_and_then_falls_to_nothing_by_the_clock(monkeypatch
     clock.on_train_begin()
     shares = []
     for now[0] in (100.0, 125.0, 150.0, 175.0):
-        clock.on_optimizer_step()
+        clock.on_optimizer_step(SimpleNamespace(world_size=1), SimpleNamespace(global_step=len(shares)), None)
         shares.append(clock.share_left)
     assert shares == [1.0, 0.5, 0.0, 0.0]
 
