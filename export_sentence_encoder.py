@@ -33,6 +33,8 @@ SPEARMAN = "Spearman, STS-B validation, without fine-tuning"
 COUNTED_SENTENCES = 64
 # The Hub's names of what a model without a head can be measured at.
 OF_ENCODERS = ("feature-extraction", "sentence-similarity")
+# What run_distill.py reports, of hidden states, whether there is a head or not.
+HIDDEN_ERROR = "hidden_error"
 # As every release of sentence-transformers reads them, of which the newest writes others.
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
 
@@ -49,8 +51,8 @@ class ExportArguments:
     license: str | None = field(
         default=None,
         metadata={
-            "help": "For the card: the weights' licence, such as apache-2.0 (default: what the training's card says; a "
-            "model that began as another's has the licence of that one)."
+            "help": "For the card: the weights' licence, such as apache-2.0 (default: what the training's card says. Of "
+            "a model that began as another it says nothing: name that one's)."
         },
     )
     data_dir: str | None = field(
@@ -128,7 +130,7 @@ def card_of_training(name: str) -> ModelCard | None:
 def of_bare_encoder(text: str, model: SpikeLMModel) -> str:
     """A card's text without what it says of a head, which stays behind: its class, its weights and how to ask it.
 
-    What is int8 already has been exported before, so that its card says how many parameters there were.
+    Of int8 weights the number of parameters stays as it is: what was counted were floats.
     """
     begin, heading, rest = text.partition("## How to load it\n")
     loading, following, others = rest.partition("\n## ")
@@ -156,8 +158,12 @@ def card_of(
     if arguments.license is not None:
         card.data.license = arguments.license
     # Those of a head are not this model's.
-    results = [result for result in card.data.eval_results or [] if result.task_type in OF_ENCODERS]
-    card.data.eval_results = results or None
+    results = card.data.eval_results or []
+    kept = [result for result in results if result.task_type in OF_ENCODERS]
+    card.data.eval_results = kept or None
+    if any(result.metric_name != HIDDEN_ERROR for result in results if result not in kept):
+        card.data.metrics = None
+        card.text = re.sub(r"^## Results$.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
     card.data.pipeline_tag, card.data.library_name = "sentence-similarity", "sentence-transformers"
     card.data.tags = sorted({*(card.data.tags or []), "sentence-transformers", "sentence-similarity"})
     card.data.model_name = name

@@ -469,15 +469,13 @@ def refuse_other_teachers(teacher: Contestant, arguments: Arguments) -> None:
         ValueError: the students in the output folder learn from a model that is no run of the table's teacher.
     """
     for task in arguments.task_name:
-        chosen, runs = chosen_teachers(arguments) / task, teacher.results(task, arguments)
-        if arguments.skip_teachers or not chosen.is_symlink() or not runs:
+        chosen, setting = chosen_teachers(arguments) / task, teacher.best_setting(task, arguments)
+        if arguments.skip_teachers or not chosen.is_symlink() or setting is None:
             continue
-        if chosen.resolve() not in {run.folder.resolve() for run in runs}:
-            setting = teacher.best_setting(task, arguments)
+        if not chosen.resolve().is_relative_to((teacher.folder / task / setting.name).resolve()):
             raise ValueError(
                 f"{chosen} is what students learn {task} from, and is {chosen.resolve()}, not a teacher of "
-                f"{setting.name if setting else 'this grid'}; name its setting in --teacher_settings, or another "
-                "--output_dir."
+                f"{setting.name}; name its setting in --teacher_settings, or another --output_dir."
             )
 
 
@@ -600,8 +598,9 @@ def build_task_table(
 
 TASKS_NOTE = (
     "Medians over the seeds that have ended. Ternary: the same student with one time step, a network with ternary "
-    "activations. Examples seen: epochs times training examples of this task, and minutes its training, on a share of "
-    "the machine with --jobs; of a student that is trained on, what came on top."
+    "activations. Examples seen: epochs times training examples of this task, texts without labels included. Minutes: "
+    "of its training, from its last start, on a share of the machine with --jobs. Of a student that is trained on, both "
+    "are what came on top."
 )
 
 
@@ -620,8 +619,10 @@ def _against_one_step(
     if isinstance(contestant, WithTimeSteps):
         alone = _spent(contestant.trained.results(task, arguments))
         return energy / alone if alone else None
-    steps = {_fact(result, "config.json", "num_time_steps") for result in contestant.results(task, arguments)}
-    return 1.0 if steps == {1} else None
+    results = contestant.results(task, arguments)
+    facts = {tuple(_fact(result, "config.json", name) for name in ("num_time_steps", "neuron")) for result in results}
+    # Spikes of LIF neurons are binary.
+    return 1.0 if len(facts) == 1 and facts.isdisjoint({(1, "lif")}) and facts.pop()[0] == 1 else None
 
 
 def _examples_seen(result: Result) -> float | None:

@@ -123,7 +123,8 @@ class Job:
         budget = [_values(recipe) for recipe in self.recipes]
         commands = [[Path(script).name, *flags] for _, script, *flags in self.commands]
         weights = [_digest(*path) for path in self._models()]
-        return hashlib.sha256(json.dumps([commands, budget, weights], sort_keys=True).encode()).hexdigest()
+        parts = [commands, budget, *([weights] if weights else [])]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _models(self) -> Iterator[tuple[Path, int]]:
         """Weights on this disk that the commands name, but not those that they write themselves, and when each was

@@ -117,10 +117,10 @@ class DistillationTrainer(WeightedTermsTrainer):
     def _head_at_rest(self, model: nn.Module, is_at_rest: bool) -> Iterator[None]:
         """While the context lasts, a masked-LM head sees the first token alone: the logits of all would be the largest
         tensor of all, and here nobody reads them. It is called nevertheless, by which FSDP knows the way back."""
-        if not is_at_rest:
+        head = vocabulary_head(self.accelerator.unwrap_model(model))
+        if not is_at_rest or head is None:
             yield
             return
-        head = vocabulary_head(self.accelerator.unwrap_model(model))
         hook = head.register_forward_pre_hook(lambda _, states: (states[0][:, :1], *states[1:]))
         try:
             yield

@@ -137,7 +137,8 @@ class WeightedTermsTrainer(WholeStepsTrainer):
             logs, self._figures = logs | self._figures, {}
         if "train_runtime" in logs and self.diagnoses and not self._has_shown:
             logger.warning(
-                "--loss_diagnostics has shown nothing: no step was logged. Give a smaller --logging_steps than %g.",
+                "--loss_diagnostics has shown nothing: no single step was logged. Give --logging_strategy steps and a "
+                "smaller --logging_steps than %g.",
                 self.state.logging_steps,
             )
         super().log(logs, *args, **kwargs)

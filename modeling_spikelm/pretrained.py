@@ -253,7 +253,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the configuration was changed since.
-            RuntimeError: a training would set levels that are sharded, which in a forward are copies.
+            RuntimeError: a training would set levels that are sharded, which in a forward are copies. (A compiled graph
+                does not ask.)
         """
         if self.config.num_time_steps != built_for:
             check_configuration(self)

@@ -174,6 +174,8 @@ def _report_shared(arguments: DataArguments) -> None:
         validated = Path(entry).resolve()
         for other in arguments.train_file or []:
             trained = Path(other).resolve()
+            if _is_saved_dataset(validated) or _is_saved_dataset(trained):
+                continue  # which may have a split for each
             if validated.is_relative_to(trained) or trained.is_relative_to(validated):
                 logger.warning(
                     "--validation_file %s and --train_file %s share text; of new text a loss on it says nothing.",

@@ -136,10 +136,17 @@ def test_of_a_head_that_stays_behind_its_card_says_nothing(bert, tmp_path):
     assert f"| parameters | {SpikeLMModel.from_pretrained(folder).num_parameters():,} |" in card.text
     headings = [[line for line in each.text.splitlines() if line.startswith("## ")] for each in (before, card)]
     assert headings[1] == ["## Sentences", *headings[0]]
+    assert "| hidden_error | 0.3000 |" in card.text
     # A BERT's licence is not known here.
     assert card.data.license is None and card.data.base_model == "someone/bert"
     export_sentence_encoder.main([*flags, str(tmp_path / "licensed"), "--license", "mit"])
     assert ModelCard.load(tmp_path / "licensed/README.md").data.license == "mit"
+    # A perplexity is that of a head.
+    run.metrics = {"perplexity": "perplexity"}
+    run.write(folder, {"eval_perplexity": 9.0})
+    export_sentence_encoder.main([*flags, str(tmp_path / "from_tokens")])
+    card = ModelCard.load(tmp_path / "from_tokens/README.md")
+    assert "perplexity" not in card.content and "## Training" in card.text and "## Limits" in card.text
     (folder / "README.md").unlink()
     export_sentence_encoder.main([*flags, str(tmp_path / "bare")])
     assert ModelCard.load(tmp_path / "bare/README.md").data.license is None

@@ -156,7 +156,13 @@ def check_levels_stay(model: nn.Module) -> None:
     Raises:
         RuntimeError: the first batch of a training is to set levels that FSDP2 shards.
     """
-    first = next((module for module in model.modules() if isinstance(module, SpikingNeurons)), None)
+    # PEFT keeps groups that no forward runs beside the copies that it trains.
+    groups = (
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, SpikingNeurons) and "original_module" not in name
+    )
+    first = next(groups, None)
     if first is None or first.is_calibrated or not is_sharded(first.amplitude):
         return
     first.read_calibration()

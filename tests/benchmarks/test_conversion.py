@@ -231,6 +231,12 @@ def test_students_of_another_teacher_than_the_tables_are_no_students_of_it(teach
     one = replace(given, num_teacher_seeds=1, task_name=["rte"], teacher_settings=["rte=1e-4:3"])
     choose_teachers(dense_model(one), one)
     refuse_other_teachers(dense_model(one), one)
+    # Chosen among three, and asked for one by now.
+    three = replace(one, num_teacher_seeds=3, output_dir=given.output_dir)
+    (chosen_teachers(one) / "rte").unlink()
+    choose_teachers(dense_model(three), three)
+    assert (chosen_teachers(one) / "rte").resolve().parts[-3] == "seed_2"
+    refuse_other_teachers(dense_model(one), one)
     other = replace(one, teacher_settings=["rte=5e-5:3"])
     with pytest.raises(ValueError, match=r"learn rte from, and is .*lr=0.0001.*, not a teacher of lr=5e-05,epochs=3"):
         refuse_other_teachers(dense_model(other), other)
@@ -255,10 +261,16 @@ def test_other_weights_under_the_same_path_are_another_job(given, tmp_path):
     # So it is with what it learns from, and with no weights that the job writes itself.
     teacher = chosen_teachers(given) / "rte"
     teacher.mkdir(parents=True)
-    (job.folder / "glue/model.safetensors").write_bytes(b"own")
     assert job.is_finished
     (teacher / "model.safetensors").write_bytes(b"teacher")
     assert not job.is_finished
+    (tmp_path / "one/pretrained").mkdir(parents=True)
+    two_steps = Job(
+        "one", tmp_path / "one", (("python", "b.py", "--model_name_or_path", f"{tmp_path}/one/pretrained"),)
+    )
+    before = two_steps.identity
+    (tmp_path / "one/pretrained/model.safetensors").write_bytes(b"own")
+    assert two_steps.identity == before
 
 
 def test_only_levels_that_every_step_can_have_are_measured_with_more_steps_as_they_are(given, tmp_path):

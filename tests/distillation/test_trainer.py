@@ -141,6 +141,15 @@ def test_logits_that_nobody_reads_are_not_made_of_all_tokens(make_trainer):
     assert seen == [batch["input_ids"].numel()] * 2
 
 
+def test_a_student_without_a_head_learns_from_a_teacher_that_has_one(make_trainer):
+    trainer = make_trainer("tokens", LossWeights(hidden=1.0, logits=0.0, label=0.0))
+    batch = pad([trainer.train_dataset[0]])
+    trainer.model = trainer.model.bert
+    trainer.model.calibrate([batch])
+    assert trainer.compute_loss(trainer.model.train(), batch) > 0
+    assert trainer.compute_loss(trainer.model.eval(), batch) > 0
+
+
 def test_figures_are_of_the_last_batch_of_a_logged_step(make_trainer, caplog):
     settings = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 2}
     trainer = make_trainer("tokens", rows=8, logging_steps=2, gradient_accumulation_steps=2, **settings)
@@ -152,7 +161,7 @@ def test_figures_are_of_the_last_batch_of_a_logged_step(make_trainer, caplog):
     # One epoch of fewer steps than it takes to log one.
     trainer = make_trainer("tokens", rows=8, logging_steps=500, num_train_epochs=1, save_strategy="no")
     trainer.train()
-    assert "--loss_diagnostics has shown nothing: no step was logged" in caplog.text
+    assert "--loss_diagnostics has shown nothing: no single step was logged" in caplog.text
 
 
 def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):

@@ -19,8 +19,8 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 rows = ROWS[2 * rank : 2 * rank + 2]
 mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-found = {}
 for reshards in (True, False):
+    found = {}
     model = make_model(sys.argv[2])
     for layer in model.bert.encoder.layer:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshards)

@@ -376,6 +376,11 @@ def test_validation_on_training_text_is_said(tmp_path, caplog, which):
     write(other, ["four"])
     load(own if which == "file" else tmp_path / "text", validation_file=[str(other if which == "another" else own)])
     assert ("share text; of new text a loss on it says nothing" in caplog.text) == (which != "another")
+    caplog.clear()
+    splits = {name: Dataset.from_dict({"text": [name, "more"]}) for name in ("train", "validation")}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    load(tmp_path / "saved", validation_file=[str(tmp_path / "saved")])
+    assert "share text" not in caplog.text
 
 
 def test_wrong_split_names_are_refused_with_those_there_are(tmp_path):
