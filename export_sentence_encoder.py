@@ -51,8 +51,8 @@ class ExportArguments:
     license: str | None = field(
         default=None,
         metadata={
-            "help": "For the card: the weights' licence, such as apache-2.0 (default: what the training's card says. Of "
-            "a model that began as another it says nothing: name that one's)."
+            "help": "For the card: the weights' licence, such as apache-2.0 (default: what the training's card says. "
+            "Of a model that began as another it says nothing: name that one's)."
         },
     )
     data_dir: str | None = field(

@@ -599,8 +599,8 @@ def build_task_table(
 TASKS_NOTE = (
     "Medians over the seeds that have ended. Ternary: the same student with one time step, a network with ternary "
     "activations. Examples seen: epochs times training examples of this task, texts without labels included. Minutes: "
-    "of its training, from its last start, on a share of the machine with --jobs. Of a student that is trained on, both "
-    "are what came on top."
+    "of its training, from its last start, on a share of the machine with --jobs. Of a student that is trained on, "
+    "both are what came on top."
 )
 
 
