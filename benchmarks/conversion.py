@@ -141,6 +141,11 @@ class Arguments:
             if getattr(self, name) is not None and not Path(getattr(self, name)).exists():
                 raise ValueError(f"--{name} {getattr(self, name)} does not exist; name a file or a folder that does.")
 
+    @property
+    def without(self) -> str:
+        """What an ablation leaves out, as a part of names and titles; "" if it is none."""
+        return "".join(f", without {each}" for each in ("text", "teachers") if getattr(self, f"skip_{each}"))
+
     def unlabelled_file(self, task: str) -> str | None:
         """What a student of that task learns from beside its examples."""
         if len(TASKS[task].sentence_columns) > 1:
@@ -388,13 +393,16 @@ def measure(arguments: Arguments) -> None:
     trained = [teacher, *students, *(each for each in longer if each.is_trained_on)]
     in_float32 = [InFloat32(each) for each in trained] if arguments.evaluate_in_float32 else []
 
+    # An ablation has tables of its own in a document.
+    titles = [f"{title}{arguments.without}" for title in (TABLE_TITLE, TASKS_TITLE)]
+
     def keep_table() -> list[Row]:
         rows = build_table(arguments, teacher, [*students, *longer])
         if in_float32:
             rows += build_table(arguments, in_float32[0], in_float32[1:])
         if arguments.output is not None:
-            keep("conversion", TABLE_TITLE, rows, device(), arguments.output, described(), NAMES)
-            keep("conversion", TASKS_TITLE, by_task(), device(), arguments.output, [TASKS_NOTE], NAMES)
+            keep("conversion", titles[0], rows, device(), arguments.output, described(), NAMES)
+            keep("conversion", titles[1], by_task(), device(), arguments.output, [TASKS_NOTE], NAMES)
         return rows
 
     def by_task() -> list[Row]:
@@ -415,8 +423,8 @@ def measure(arguments: Arguments) -> None:
             failed += compete(each, arguments, keep_table)
         for further in (longer, in_float32):
             failed += run_left([job for each in further for job in each.jobs(arguments)], arguments, keep_table)
-    print_table(TABLE_TITLE, keep_table(), described())
-    print_table(TASKS_TITLE, by_task(), [TASKS_NOTE])
+    print_table(titles[0], keep_table(), described())
+    print_table(titles[1], by_task(), [TASKS_NOTE])
     report_failures(failed)
 
 
@@ -503,8 +511,7 @@ def student(arguments: Arguments, variant: str) -> Contestant:
     elif not is_converted(variant):
         model = conversion(arguments, variant).folder / "student"
     is_taught = not arguments.skip_teachers
-    skipped = [each for each in ("text", "teachers") if getattr(arguments, f"skip_{each}")]
-    name += "".join(f", without {each}" for each in skipped)
+    name += arguments.without
     if is_taught and (arguments.unlabelled_pairs or arguments.unlabelled_texts):
         name += ", with other texts"
     return Contestant(

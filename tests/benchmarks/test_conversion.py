@@ -334,6 +334,7 @@ def test_a_student_learns_its_teachers_states_or_labels_alone(given):
     assert taught[taught.index("--learning_rate") + 1] == "0.0001"
     # What is not converted becomes a SpikeLM in the training.
     alone = replace(given, skip_text=True, skip_teachers=True)
+    assert (given.without, alone.without) == ("", ", without text, without teachers")
     (command,) = student(alone, "num_time_steps=1").job("rte", ONE, 0, alone).commands
     assert LABELS_RECIPE in command and command[command.index("--num_train_epochs") + 1] == "3"
     assert "--model_type" in command and "--teacher_name_or_path" not in command
