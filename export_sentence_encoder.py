@@ -159,9 +159,8 @@ def card_of(
         card.data.license = arguments.license
     # Those of a head are not this model's.
     results = card.data.eval_results or []
-    kept = [result for result in results if result.task_type in OF_ENCODERS]
-    card.data.eval_results = kept or None
-    if any(result.metric_name != HIDDEN_ERROR for result in results if result not in kept):
+    card.data.eval_results = [result for result in results if result.task_type in OF_ENCODERS] or None
+    if any(result.task_type not in OF_ENCODERS and result.metric_name != HIDDEN_ERROR for result in results):
         card.data.metrics = None
         card.text = re.sub(r"^## Results$.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
     card.data.pipeline_tag, card.data.library_name = "sentence-similarity", "sentence-transformers"

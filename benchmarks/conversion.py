@@ -586,7 +586,6 @@ def build_task_table(
             results, dense = each.results(task, arguments), teacher.results(task, arguments)
             if not results:
                 continue
-            energy = _spent(results)
             rows.append(
                 {
                     "model": each.name,
@@ -594,8 +593,8 @@ def build_task_table(
                     "score": _score(results),
                     "gap": f"{_median(dense) - _median(results):.1f}" if dense else None,
                     "firing rate": _middle([result.spikes.get("firing_rate") for result in results], ".1%"),
-                    "dense / this, energy": _middle([energy], ".2f"),
-                    "ternary / this, energy": _middle([_against_one_step(each, task, energy, arguments)], ".2f"),
+                    "dense / this, energy": _middle([_spent(results)], ".2f"),
+                    "ternary / this, energy": _middle([_against_one_step(each, task, results, arguments)], ".2f"),
                     "examples seen": _middle([_examples_seen(result) for result in results], ",.0f"),
                     "minutes": _middle([_minutes(result) for result in results], ".0f"),
                 }
@@ -618,15 +617,15 @@ def _spent(results: Sequence[Result]) -> float | None:
 
 
 def _against_one_step(
-    contestant: Contestant | WithTimeSteps, task: str, energy: float | None, arguments: Arguments
+    contestant: Contestant | WithTimeSteps, task: str, results: Sequence[Result], arguments: Arguments
 ) -> float | None:
     """The energy of a network with ternary activations and no time steps over that of this one."""
+    energy = _spent(results)
     if energy is None:
         return None
     if isinstance(contestant, WithTimeSteps):
         alone = _spent(contestant.trained.results(task, arguments))
         return energy / alone if alone else None
-    results = contestant.results(task, arguments)
     facts = {tuple(_fact(result, "config.json", name) for name in ("num_time_steps", "neuron")) for result in results}
     # Spikes of LIF neurons are binary.
     return 1.0 if len(facts) == 1 and facts.isdisjoint({(1, "lif")}) and facts.pop()[0] == 1 else None

@@ -20,9 +20,12 @@ from pathlib import Path
 from statistics import fmean
 from threading import Lock
 
+import project  # noqa: F401
 import torch
 import yaml
 from cases import list_of
+
+from experiment.models import weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the recorded command shows in the place of paths, which are of no use elsewhere.
@@ -122,21 +125,18 @@ class Job:
         another copy of the project makes no other job."""
         budget = [_values(recipe) for recipe in self.recipes]
         commands = [[Path(script).name, *flags] for _, script, *flags in self.commands]
-        weights = [_digest(*path) for path in self._models()]
-        parts = [commands, budget, *([weights] if weights else [])]
+        weights = [weights_of(folder) for folder in self._models()]
+        parts = [commands, budget, *([weights] if any(weights) else [])]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _models(self) -> Iterator[tuple[Path, int]]:
-        """Weights on this disk that the commands name, but not those that they write themselves, and when each was
-        written."""
+    def _models(self) -> Iterator[Path]:
+        """Where weights may lie on this disk that the commands name, but not those that they write themselves."""
         for command in self.commands:
-            named = [Path(value) for flag, value in pairwise(command) if flag in MODEL_FLAGS]
             tasks = [value for flag, value in pairwise(command) if flag == "--task_name"]
-            for path in named:
-                # Itself, or a folder with a teacher for every task.
-                for folder in (path, *(path / task for task in tasks)):
-                    if not folder.is_relative_to(self.folder):
-                        yield from ((file, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors")))
+            for path in (Path(value) for flag, value in pairwise(command) if flag in MODEL_FLAGS):
+                if not path.is_relative_to(self.folder):
+                    # Itself, or a folder with a teacher for every task.
+                    yield from (path, *(path / task for task in tasks))
 
     @property
     def is_finished(self) -> bool:
@@ -145,10 +145,14 @@ class Job:
         return mark.exists() and mark.read_text(encoding="utf-8") == self.identity
 
 
+def weights_of(folder: Path) -> str | None:
+    """A hash of the weights in a folder, None without any. What was not written since is not read again."""
+    return _digest(str(folder), tuple(file.stat().st_mtime_ns for file in folder.glob("*.safetensors")))
+
+
 @cache
-def _digest(file: Path, written: int) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "blake2b").hexdigest()
+def _digest(folder: str, written: tuple[int, ...]) -> str | None:
+    return weights_digest(folder)
 
 
 def job(training: Training, arguments: TrainingsArguments, corpus: Path, tasks: Sequence[str] = ()) -> Job:

@@ -117,8 +117,8 @@ class DistillationTrainer(WeightedTermsTrainer):
     def _head_at_rest(self, model: nn.Module, is_at_rest: bool) -> Iterator[None]:
         """While the context lasts, a masked-LM head sees the first token alone: the logits of all would be the largest
         tensor of all, and here nobody reads them. It is called nevertheless, by which FSDP knows the way back."""
-        head = vocabulary_head(self.accelerator.unwrap_model(model))
-        if not is_at_rest or head is None:
+        head = vocabulary_head(self.accelerator.unwrap_model(model)) if is_at_rest else None
+        if head is None:
             yield
             return
         hook = head.register_forward_pre_hook(lambda _, states: (states[0][:, :1], *states[1:]))

@@ -65,8 +65,8 @@ class WholeStepsTrainer(Trainer):
         return loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        groups = [name for name, module in model.named_modules() if isinstance(module, SpikingNeurons)]
-        levels = {f"{group}.{name}" for group in groups for name, _ in model.get_submodule(group).named_parameters()}
+        groups = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeurons)}
+        levels = {f"{group}.{name}" for group, neurons in groups.items() for name, _ in neurons.named_parameters()}
         return [name for name in super().get_decay_parameter_names(model) if name not in levels]
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:

@@ -77,13 +77,13 @@ def _report_shared(pairs: DatasetDict) -> None:
 def _of_table(table: Table, split: str, arguments: PairArguments) -> Dataset:
     name = str(table.path)
     columns = _columns(name, list(table.columns), arguments, needs_target=split != "test")
+    if columns.are_languages and table.columns[TRANSLATION]:
+        _refuse_one_language(name, table.columns[TRANSLATION][0], columns, arguments)
     texts = {}
     for kind, column in ((SOURCE, columns.source), (TARGET, columns.target)):
         if column is None:
             continue
         cells = table.columns[TRANSLATION if columns.are_languages else column]
-        if columns.are_languages and cells:
-            _refuse_one_language(name, cells[0], columns, arguments)
         if columns.are_languages:
             is_needed = kind == SOURCE or split != "test"
             cells = [_in_language(*row, column, is_needed) for row in zip(table.places, cells, strict=True)]
