@@ -7,7 +7,7 @@
    score becomes the teacher. `--teacher_settings` takes the place of a grid that has been run before, as
    `--student_settings` does of the students'.
 2. The BERT is converted, without any task, once for every variant, by run_distill.py. A variant that is a folder is a
-   student that has been converted already.
+   student that has been converted already; fields behind it (`FOLDER,spike_cost=0`) are set before it learns a task.
 3. Every student learns every task from its teacher's hidden states and attention, on a grid of the same size, with the
    same rule (recipes/conversion_states.yaml). With `--unlabelled_pairs` and `--unlabelled_texts` it learns those of
    other texts too, and the row says so.
@@ -59,7 +59,8 @@ class Arguments:
         "num_time_steps=1",
         "neuron=learned,num_time_steps=1",
         "neuron=thrifty,spike_cost=0.1,num_time_steps=1",
-        help="The students: fields of a configuration, or the folder of a SpikeLM that is converted already.",
+        help="The students: fields of a configuration, or the folder of a SpikeLM that is converted already, with "
+        "fields to change before it learns a task: checkpoints/spikelm-minilm-l6,spike_cost=0.",
     )
     teacher_learning_rates: list[float] = list_of(5e-5, 1e-4, help="Grid of the teachers.")
     student_learning_rates: list[float] = list_of(1e-4, 3e-4, help="Grid of the students, of the same size.")
@@ -169,21 +170,31 @@ class Arguments:
         return found
 
 
+def parts_of(variant: str) -> tuple[str | None, str]:
+    """The folder of a student that is converted already, None of another, and the fields that are set."""
+    head, _, rest = variant.partition(",")
+    for folder, fields in ((variant, ""), (head, rest)):
+        if Path(folder, "config.json").is_file():
+            return folder, fields
+    return None, variant
+
+
 def is_converted(variant: str) -> bool:
-    return Path(variant, "config.json").is_file()
+    return parts_of(variant)[0] is not None
 
 
 def neuron_of(variant: str) -> str:
     """Which neuron a student has."""
-    if is_converted(variant):
-        return json.loads(Path(variant, "config.json").read_text(encoding="utf-8")).get("neuron", "elastic")
-    return dict(part.split("=", 1) for part in variant.split(",")).get("neuron", "elastic")
+    folder, fields = parts_of(variant)
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")) if folder else {}
+    return (config | dict(part.split("=", 1) for part in fields.split(",") if part)).get("neuron", "elastic")
 
 
 def name_of(variant: str) -> str:
     """By which its students are called."""
+    folder, fields = parts_of(variant)
     # A link by its own name, not by that of its target.
-    return Path(variant).absolute().name if is_converted(variant) else variant
+    return ",".join(filter(None, (Path(folder).absolute().name if folder else "", fields)))
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,7 @@ class Contestant:
     Attributes:
         num_seeds: of the runs of its best setting.
         settled: tasks whose setting was found before, so that there is no grid.
-        start: flags that make a SpikeLM of `model`, where it is none.
+        start: flags that make a SpikeLM of `model`, where it is none, or set other fields of it.
         is_taught: whether it has a teacher, who has something to say of texts without labels too.
     """
 
@@ -502,14 +513,14 @@ def conversion(arguments: Arguments, variant: str) -> Job:
 
 def student(arguments: Arguments, variant: str) -> Contestant:
     """A variant that learns the tasks."""
-    name = name_of(variant)
-    model: object = variant
-    start: tuple[object, ...] = ()
-    if arguments.skip_text and not is_converted(variant):
+    name, (folder, fields) = name_of(variant), parts_of(variant)
+    model: object = folder
+    start: tuple[object, ...] = ("--config_overrides", fields) if fields else ()
+    if arguments.skip_text and folder is None:
         model = arguments.teacher_name_or_path
         start = ("--model_type", "spikelm", "--config_overrides", f"{variant},{WITHOUT_DROPOUT}")
-    elif not is_converted(variant):
-        model = conversion(arguments, variant).folder / "student"
+    elif folder is None:
+        model, start = conversion(arguments, variant).folder / "student", ()
     is_taught = not arguments.skip_teachers
     name += arguments.without
     if is_taught and (arguments.unlabelled_pairs or arguments.unlabelled_texts):

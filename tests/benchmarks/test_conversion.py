@@ -285,6 +285,17 @@ def test_only_levels_that_every_step_can_have_are_measured_with_more_steps_as_th
     assert names[1:] == [f"{each}, trained on with T = 4" for each in with_more.variants]
 
 
+def test_a_student_that_is_converted_already_can_have_other_fields(given, tmp_path):
+    (tmp_path / "config.json").write_text('{"neuron": "thrifty"}')
+    whole, changed = str(tmp_path), f"{tmp_path},spike_cost=0,neuron=learned"
+    assert neuron_of(changed) == "learned"
+    given = replace(given, variants=[whole, changed], train_file=None)
+    as_it_is, pupil = (student(given, each) for each in given.variants)
+    assert as_it_is.start == () and pupil.start == ("--config_overrides", "spike_cost=0,neuron=learned")
+    assert as_it_is.model == pupil.model == whole
+    assert pupil.name == f"{tmp_path.name},spike_cost=0,neuron=learned" and pupil.folder != as_it_is.folder
+
+
 def test_task_by_task_a_row_says_what_it_lost_spent_and_saw(teacher, given):
     given = replace(given, task_name=["rte"], student_settings=["rte=1e-4:3"])
     pupil = student(given, "num_time_steps=1")
