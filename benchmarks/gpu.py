@@ -31,7 +31,7 @@ from worker import TrainingStep
 
 from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import SpikeLMConfig, SpikeLMForPreTraining, convert_reference_state_dict, fast_paths
-from modeling_spikelm.kernels import runs_in_triton
+from modeling_spikelm.spike_kernels import runs_in_triton
 
 Work = tuple[Row, Callable[[], Row]]
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"

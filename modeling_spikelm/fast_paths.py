@@ -25,7 +25,7 @@ class FastPaths:
         cpu_neurons: elastic and bi-spiking neurons without passes that take or give bool, which torch's CPU kernels do
             one value at a time.
         triton_neurons: neurons in one kernel for all time steps, forwards and backwards, spikes unpacked in one, and
-            what lies between int8 products (int8_kernels.py), where Triton is installed and works (kernels.py).
+            what lies between int8 products (int8_kernels.py), where Triton is installed and works (spike_kernels.py).
         triton_dropout: dropout of many values at a time that keeps a seed instead of a mask, where Triton works, too
             (seeded_dropout.py).
         cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.

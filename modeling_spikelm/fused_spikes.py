@@ -7,8 +7,8 @@ import torch
 
 from .cpu_passes import emit_on_cpu, pass_back_on_cpu
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_transformed
-from .kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .packing import SpikePacking
+from .spike_kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .spiking import integrate, kept_share, spike_reference, spikes_dtype, ternary
 
 

@@ -17,7 +17,6 @@ from transformers.activations import ACT2FN
 from .configuration_spiking import SpikingConfig
 from .fast_paths import is_transformed
 from .int8_kernels import SpikeSigns, Sums, floats_of
-from .kernels import runs_in_triton
 from .neurons import SpikingNeurons
 from .quantized_neurons import (
     KINDS,
@@ -27,6 +26,7 @@ from .quantized_neurons import (
     make_quantized_neurons,
     ternary_codes,
 )
+from .spike_kernels import runs_in_triton
 
 # Activations that oneDNN applies to a product while it is in registers, as (name, variant).
 FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh"), "relu": ("relu", "")}

@@ -34,8 +34,8 @@ import torch
 
 from .cpu_passes import passed_on
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import codes_of_steps, emit, pass_back_levels, runs_in_triton
 from .packing import SpikePacking
+from .spike_kernels import codes_of_steps, emit, pass_back_levels, runs_in_triton
 from .spiking import BELOW_ONE, integrate, kept_share, spikes_dtype
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import codes_of_steps, emit, pass_back, runs_in_triton
+from .spike_kernels import codes_of_steps, emit, pass_back, runs_in_triton
 from .spiking import integrate, spikes_dtype
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .fast_paths import FAST_PATHS, is_transformed
-from .kernels import codes_of_steps, runs_in_triton, unpack
+from .spike_kernels import codes_of_steps, runs_in_triton, unpack
 from .spiking import per_step
 
 
@@ -40,7 +40,8 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
         """Tells the innermost context, if there is one, what `spikes` `(T, ..., F)` are made of.
 
         Args:
-            codes: int8, of the same shape, or of two steps in a byte (kernels.py); their sign, by 0, is the spike's.
+            codes: int8, of the same shape, or of two steps in a byte (`codes_of_steps`); their sign,
+                by 0, is the spike's.
             amplitude: `(T,)` or `(T, F)`, what a sign is multiplied by.
             shift: `(F,)`, what is added then.
         """

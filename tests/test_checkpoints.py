@@ -61,11 +61,14 @@ def test_its_card_says_what_it_is_made_of_and_how_good_it_is():
 
 
 def test_where_nobody_knows_us_both_libraries_find_what_says_the_same():
+    # In a notebook that lies in the folder its modules can be imported by name: `import kernels`, which transformers
+    # tries, must not find one.
     done = run_on_clean_machine(f"""
-import json
+import json, sys
+folder = {str(CHECKPOINT)!r}
+sys.path.insert(0, folder)
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
-folder = {str(CHECKPOINT)!r}
 assert AutoModel.from_pretrained(folder, trust_remote_code=True).config.int8_weights
 encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
 print(json.dumps(encoder.encode({SENTENCES!r}).tolist()))

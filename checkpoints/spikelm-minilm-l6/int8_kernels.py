@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import (
+from .launching import jit, readable, tl
+from .spike_kernels import (
     direction_of,
     launch_on_tiles,
     of_channels,
@@ -24,7 +25,6 @@ from .kernels import (
     threshold_of,
     tile_of,
 )
-from .launching import jit, readable, tl
 
 _jit = partial(jit, unaligned=("weight_scale", "product_amplitude", "bias", "amplitude", "scale", "shift", "cost"))
 
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 
 
 class GroupOfNeurons(NamedTuple):
-    """What neurons are, as `emit` of kernels.py has it; of the levels, amplitude, scale, shift and cost."""
+    """What neurons are, as `emit` of spike_kernels.py has it; of the levels, amplitude, scale, shift and cost."""
 
     levels: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
     decay: float

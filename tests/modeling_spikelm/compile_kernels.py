@@ -14,7 +14,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_spikelm import SpikeLMConfig, SpikeLMModel, attention, int8_modules, kernels, launching, seeded_dropout
+from modeling_spikelm import (
+    SpikeLMConfig,
+    SpikeLMModel,
+    attention,
+    int8_modules,
+    launching,
+    seeded_dropout,
+    spike_kernels,
+)
 from modeling_spikelm.fast_paths import FAST_PATHS
 
 CARD = GPUTarget("cuda", 90, 32)
@@ -74,7 +82,7 @@ def main():
     for module in (launching, attention):
         module.is_eager_on_gpu = lambda tensor: True
     launching._triton_works = lambda device: True
-    for module in (kernels, seeded_dropout, launching):
+    for module in (spike_kernels, seeded_dropout, launching):
         module.launch = compile_only
     seeded_dropout.LEAST_VALUES = 1
     int8_modules.has_tensor_cores = lambda device: True

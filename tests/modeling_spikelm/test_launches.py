@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from modeling_spikelm import SpikeLMForMaskedLM, kernels, launching
+from modeling_spikelm import SpikeLMForMaskedLM, launching, spike_kernels
 from modeling_spikelm.packing import SpikePacking
 from tests.modeling_spikelm.operations import Operations
 
@@ -25,7 +25,7 @@ def launched(monkeypatch):
 
     pytest.importorskip("triton")
     monkeypatch.setattr(launching, "is_eager_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(kernels, "launch_on_tiles", launch)
+    monkeypatch.setattr(spike_kernels, "launch_on_tiles", launch)
     return launches
 
 
@@ -49,7 +49,7 @@ def test_inference_launches_once_for_a_group_of_neurons_and_keeps_no_codes(confi
 def test_in_inference_a_group_of_neurons_is_one_allocation_beside_its_launch(config, batch, launched, monkeypatch):
     neurons = calibrated(config, batch, 1).bert.encoder.layer[0].attention.self.neurons
     inputs = torch.randn(2, 4, config.hidden_size)
-    monkeypatch.setattr(kernels, "launch_on_tiles", lambda *arguments: None)
+    monkeypatch.setattr(spike_kernels, "launch_on_tiles", lambda *arguments: None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Operations() as operations:
         neurons(inputs)
     views = {"view", "unflatten", "_unsafe_view", "flatten"}
@@ -115,7 +115,7 @@ def test_triton_is_asked_once_how_to_launch_on_tensors_of_a_kind(monkeypatch):
     def launch(shape, dtype=torch.float32, decay=0.25):
         steps = torch.zeros(shape)
         tensors = steps, None, torch.zeros(shape, dtype=dtype)
-        kernels.launch_on_tiles(kernel, steps, tensors, (decay, "reference"))
+        spike_kernels.launch_on_tiles(kernel, steps, tensors, (decay, "reference"))
         return tensors
 
     launch((2, 3, 5))
@@ -145,6 +145,6 @@ def test_the_launchers_kept_are_no_more_than_the_kinds_of_some_thousand_tensors(
     kernel = Kernel()
     for length in range(1, 9):
         steps = torch.zeros(1, length, 4)
-        kernels.launch_on_tiles(kernel, steps, (steps,), ())
+        spike_kernels.launch_on_tiles(kernel, steps, (steps,), ())
         assert len(launching._LAUNCHERS) <= 3
     assert len(kernel.compiled) == 8
