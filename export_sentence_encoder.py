@@ -24,7 +24,7 @@ from experiment.reporting import input_errors
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
-from spike_metrics.counting import count
+from spike_metrics.counting import count, spike_sizes
 from spike_metrics.evaluation import FIGURES, spike_figures
 
 CARD = "README.md"
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.teacher_name_or_path and not arguments.data_dir:
             raise ValueError("--teacher_name_or_path is measured on --data_dir; name that as well, or leave it out.")
         pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"] if arguments.data_dir else None
-        model = SpikeLMModel.from_pretrained(arguments.model_name_or_path)
+        model = load_encoder(arguments.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         # A longer text would be an error of the encoder, where the card says that it is cut.
         arguments.max_seq_length = min(arguments.max_seq_length, model.config.max_position_embeddings)
@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             trained.text = of_bare_encoder(trained.text, model)
         if not arguments.float_weights and not model.config.int8_weights:
             model.quantize_weights(embeddings=True)
+            if trained is not None:
+                trained.text = of_rounded_weights(trained.text)
     with filled(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -87,6 +89,20 @@ def main(argv: list[str] | None = None) -> None:
         card_of(arguments, trained, model, tokenizer, folder, pairs).save(folder / CARD)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {model.num_parameters():,} float parameters")
+
+
+def load_encoder(name: str) -> SpikeLMModel:
+    """The encoder, with a pooler if the checkpoint has one.
+
+    Raises:
+        ValueError: its neurons are not calibrated, so that vectors would depend on what is encoded first.
+    """
+    model, found = SpikeLMModel.from_pretrained(name, output_loading_info=True)
+    if any(key.startswith("pooler.") for key in found["missing_keys"]):
+        model = SpikeLMModel.from_pretrained(name, add_pooling_layer=False)
+    if not all(size.all() for size in spike_sizes(model).values()):
+        raise ValueError(f"{name} is not calibrated, or no SpikeLM: call model.calibrate(batches) and save it first.")
+    return model
 
 
 def write_modules(folder: Path, width: int, max_seq_length: int) -> None:
@@ -138,10 +154,18 @@ def of_bare_encoder(text: str, model: SpikeLMModel) -> str:
     loading = re.sub(r"AutoModelFor\w+", "AutoModel", loading).rstrip() + "\n"
     text = "".join([begin, heading, loading, following, others]) if heading else text
     text = re.sub(r"^\| architecture \| .*$", f"| architecture | {type(model).__name__} |", text, flags=re.MULTILINE)
+    of_heads = "|".join(re.escape(FIGURES[key][0]) for key in FIGURES if key.startswith("model_"))
+    text = re.sub(rf"^\| ({of_heads}) \| .*\n", "", text, flags=re.MULTILINE)
     if not model.config.int8_weights:
         count = f"| parameters | {model.num_parameters():,} |"
         text = re.sub(r"^\| parameters \| .*$", count, text, flags=re.MULTILINE)
     return text
+
+
+def of_rounded_weights(text: str) -> str:
+    """A card's text that says which weights its results are of, now that others are handed out."""
+    said = "## Results\n\nMeasured before the weights were rounded to int8.\n"
+    return re.sub(r"^## Results\n(?!\n*No evaluation)", said, text, flags=re.MULTILINE)
 
 
 def card_of(
@@ -197,7 +221,8 @@ def figures_of(
     found = {SPEARMAN: f"{similarity(folder, pairs):.1f}"}
     if arguments.teacher_name_or_path:
         found["the same of the dense model"] = f"{similarity(arguments.teacher_name_or_path, pairs):.1f}"
-    batch = tokenizer(list(pairs["sentence1"][:COUNTED_SENTENCES]), padding=True, return_tensors="pt")
+    texts = list(pairs["sentence1"][:COUNTED_SENTENCES])
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=arguments.max_seq_length, return_tensors="pt")
     counted = spike_figures(count(model, [batch]))
     shown = ("firing_rate", "encoder_energy_mj", "encoder_dense_energy_mj", "encoder_energy_ratio")
     return found | {FIGURES[key][0]: format(counted[key], FIGURES[key][1]) for key in shown}
@@ -227,7 +252,9 @@ def _with_section(text: str, name: str, section: str) -> str:
     """The card's text under the new name, with the section after its first paragraph, in place of one that it has."""
     lines = re.sub(rf"^{HEADING}$.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL).strip().splitlines()
     old = lines[0].removeprefix("# ")
-    renamed = "\n".join([f"# {name}", *(line.replace(f'"{old}"', f'"{name}"') for line in lines[1:])])
+    # Also where code loads it from somebody's account on the Hub.
+    quoted = re.compile(rf'"([\w.-]+/)?{re.escape(old)}"')
+    renamed = "\n".join([f"# {name}", *(quoted.sub(f'"{name}"', line) for line in lines[1:])])
     begin, heading, rest = renamed.partition("\n## ")
     return f"{begin.rstrip()}\n\n{section}{heading.lstrip()}{rest}\n" if heading else f"{begin.rstrip()}\n\n{section}"
 

@@ -7,15 +7,18 @@ arguments; so the scripts take --push_to_hub away from the Trainer (`take_over_p
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects, httpx
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .model_card import RunCard
+from .reporting import input_errors
 from .written_files import LIST_NAME, RECORD_NAME, WrittenFiles
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 # What a repository is made of: weights, configuration, tokenizer, code, card and tables. All else stays at home: the
 # Trainer's pickles (training_args.bin can hold a token), logs and checkpoints.
 PUBLISHED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja", "*.py", "*.md"]
+# Of tokenizers that are no tokenizer.json.
+PUBLISHED_FILES += ["*.model", "*.spm", "*.codes"]
 NOT_PUBLISHED_FILES = [RECORD_NAME, LIST_NAME, "trainer_state.json", f"{PREFIX_CHECKPOINT_DIR}-*", "*/*"]
 _STAGING_NAME = ".publishing"
 
@@ -31,7 +36,7 @@ class HubRepository:
     """The Hub repository that a run pushes to; created, or found, before the training starts.
 
     Raises:
-        ValueError: the Hub refuses: no token, a wrong one, or a name that belongs to somebody else.
+        ValueError: the Hub refuses (no token, a wrong one, or a name that belongs to somebody else) or does not answer.
     """
 
     def __init__(self, training: TrainingArguments):
@@ -51,6 +56,11 @@ class HubRepository:
                 f"--push_to_hub: the Hub refuses {training.hub_model_id or training.output_dir}: {error}. Log in with "
                 "`hf auth login` or set HF_TOKEN to a token that may write there."
             ) from error
+        except httpx.TransportError as error:
+            raise ValueError(
+                f"--push_to_hub: the Hub does not answer: {error or type(error).__name__}. Train without --push_to_hub "
+                "where there is no network, and upload the folder later."
+            ) from error
 
     def push_while_training(self, folder: Path, message: str) -> None:
         """Starts an upload of a checkpoint in the background; leaves it out while the one before is on its way."""
@@ -64,9 +74,19 @@ class HubRepository:
         self._running = self._upload(self._staging, message, in_background=True)
 
     def push(self, folder: Path, message: str) -> str:
-        """Uploads a finished model and returns its address."""
+        """Uploads a finished model, of its folder nothing but what runs wrote there, and returns its address.
+
+        Raises:
+            ValueError: the Hub does not answer.
+        """
         self.finish()
-        return self._upload(folder, message).commit_url
+        try:
+            return self._upload(folder, message, WrittenFiles(folder).paths(with_runs=False)).commit_url
+        except httpx.TransportError as error:
+            raise ValueError(
+                f"The model is in {folder}, but the Hub does not answer: {error or type(error).__name__}. The same "
+                "command once more pushes it."
+            ) from error
 
     def finish(self) -> None:
         """Waits for the upload in the background; one that failed is reported, for the next brings what it missed."""
@@ -79,13 +99,14 @@ class HubRepository:
             WrittenFiles(self._staging.parent).forget(_STAGING_NAME)
             self._running = None
 
-    def _upload(self, folder: Path, message: str, in_background: bool = False):
+    def _upload(self, folder: Path, message: str, names: Iterable[str] | None = None, in_background: bool = False):
+        own = None if names is None else [*filter_repo_objects(names, allow_patterns=PUBLISHED_FILES)]
         return self.api.upload_folder(
             repo_id=self.repo_id,
             folder_path=folder,
             commit_message=message,
             revision=self.revision,
-            allow_patterns=PUBLISHED_FILES,
+            allow_patterns=PUBLISHED_FILES if own is None else own,
             ignore_patterns=NOT_PUBLISHED_FILES,
             run_as_future=in_background,
         )
@@ -119,7 +140,8 @@ class Publisher(TrainerCallback):
         with WrittenFiles(folder).writing("README.md"):
             self.card.write(folder, results, trainer.state)
         if self.repository is not None:
-            address = self.repository.push(folder, "End of training")
+            with input_errors():
+                address = self.repository.push(folder, "End of training")
             logger.info("Pushed to %s", address)
 
 

@@ -75,7 +75,8 @@ class FiringRateCallback(TrainerCallback):
         self._stop()
         self._counter = SpikeCounter(model, neurons_only=True, stops_forward=False)
         self._counter.__enter__()
-        self._end_of_forward = model.register_forward_hook(self._read)
+        # Also after a forward that fails: until the counter is gone, nothing in this process runs compiled.
+        self._end_of_forward = model.register_forward_hook(self._read, always_call=True)
 
     def _read(self, *_: object) -> None:
         counter = self._counter

@@ -74,6 +74,7 @@ class NeuronCount(Located):
         amplitude: size of the spikes seen in each time step, the largest if it differs between batches; 0 where there
             was no spike.
         has_membrane: whether the neurons keep a membrane from one time step to the next.
+        is_of_source: whether they see an encoder's text, once for all that a decoder writes of it.
     """
 
     name: str
@@ -82,6 +83,7 @@ class NeuronCount(Located):
     negative: torch.Tensor
     amplitude: tuple[float, ...]
     has_membrane: bool = True
+    is_of_source: bool = False
 
     @property
     def spikes(self) -> torch.Tensor:
@@ -247,13 +249,21 @@ class SpikeCount:
 
     @property
     def writing(self) -> "SpikeCount":
-        """The same count with the products only that every further token costs: of a decoder, with its head."""
-        return replace(self, products=[product for product in self.products if not product.is_of_source])
+        """The same count with what every further token costs only: of a decoder, with its head."""
+        products = [product for product in self.products if not product.is_of_source]
+        return replace(self, products=products, neurons=[group for group in self.neurons if not group.is_of_source])
 
     def by_place(self) -> dict[str, "SpikeCount"]:
-        """The same count with the products of one place at a time, summed over the layers."""
-        places = dict.fromkeys(product.place for product in self.products)
-        return {place: replace(self, products=[p for p in self.products if p.place == place]) for place in places}
+        """The same count with the products of one place at a time, summed over the layers; neurons are in none."""
+        parts: dict[str, list[ProductCount]] = {}
+        for product in self.products:
+            parts.setdefault(product.place, []).append(product)
+        return {place: replace(self, products=products, neurons=[]) for place, products in parts.items()}
+
+    @property
+    def sees_spikes(self) -> bool:
+        """Whether every product does."""
+        return all(product.sees_spikes for product in self.products)
 
     @property
     def dense_macs(self) -> int:
@@ -312,7 +322,8 @@ def count(
 
     Args:
         model: any of our models or another encoder of Transformers, such as a BERT. One with int8 weights fires the
-            spikes of the float model that these stand for, and that one is counted.
+            spikes of the float model that these stand for, and that one is counted. One in a wrapper for several
+            processes, or compiled, is counted without it.
         batches: forward arguments, for instance a DataLoader, or a single batch; shapes may differ.
         include_padding: count padded positions like tokens, as published energies do.
 
@@ -352,6 +363,7 @@ class SpikeCounter:
         neurons_only: bool = False,
         stops_forward: bool = True,
     ):
+        model = _bare(model)
         if _has_int8_weights(model):
             raise ValueError(
                 "The neurons of a model with int8 weights emit codes, and its layers take them; to count it, give "
@@ -463,7 +475,7 @@ class SpikeCounter:
                 self._watch(module, self._skip("embedding lookups"), name)
             elif type(module).__module__ in _ACTIVATION_LIBRARIES and not children:
                 self._watch(module, self._skip("activation functions"), name)
-            elif _multiplies(module) and name not in self._groups:
+            elif (_multiplies(module) or _is_other_linear(module)) and name not in self._groups:
                 self._watch(module, self._count_unknown, f"{name} ({type(module).__name__})")
 
     def _read_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -521,7 +533,8 @@ class SpikeCounter:
             largest = tuple(map(max, largest, before.amplitude))
         positions = steps.shape[1] + (before.positions if before else 0)
         has_membrane = getattr(module, "has_membrane", True)
-        self._neurons[name] = NeuronCount(name, positions, positive, negative, largest, has_membrane)
+        of_source = self._positions.is_of_source(name)
+        self._neurons[name] = NeuronCount(name, positions, positive, negative, largest, has_membrane, of_source)
         self._not_counted["neuron updates"] = self._not_counted.get("neuron updates", 0) + steps.numel()
         for attention, operands in self._operands.items():
             for role, operand in operands.items():
@@ -633,10 +646,10 @@ def record_spikes(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Te
     Raises:
         ValueError: the batch holds no sequence or more than one.
     """
+    model = with_float_spikes(model)
     sequences = len(read_positions(model, (), batch, include_padding=True).source)
     if sequences != 1:
         raise ValueError(f"record_spikes() takes one sequence, this batch holds {sequences}.")
-    model = with_float_spikes(model)
     spikes: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -680,10 +693,24 @@ def _is_in_backward() -> bool:
 
 
 def with_float_spikes(model: nn.Module) -> nn.Module:
-    """The model, or a float copy of one with int8 weights, whose neurons emit codes, one time step after the other."""
+    """The model without a wrapper, or a float copy of one with int8 weights, whose neurons emit codes, one time step
+    after the other."""
+    model = _bare(model)
     if not _has_int8_weights(model):
         return model
     return copy.deepcopy(model).dequantize_weights()  # type: ignore[operator]  # it is one of ours
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """What a wrapper that runs a model on several devices, or compiled, has inside: the model that has a
+    configuration."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def _has_int8_weights(model: nn.Module) -> bool:
@@ -771,6 +798,11 @@ def _multiplies(module: nn.Module) -> bool:
     """Whether a module of an unknown kind may do work of its own: it is a leaf with parameters, or owns a matrix."""
     own = list(module.parameters(recurse=False))
     return bool(own) and (not any(True for _ in module.children()) or any(p.dim() > 1 for p in own))
+
+
+def _is_other_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of a library that keeps its weights otherwise, packed or in buffers."""
+    return "Linear" in type(module).__name__ and not any(isinstance(each, nn.Linear) for each in module.modules())
 
 
 def _needs_scaling(amplitude: torch.Tensor) -> int:

@@ -123,7 +123,7 @@ def energy_with_data_movement(
       reads each of them once from the large memory.
 
     Args:
-        count: what was counted.
+        count: what was counted, or a part of it; of a part without neurons (`count.by_place()`) no membrane moves.
         dense: the same network without spikes and time steps.
 
     Raises:

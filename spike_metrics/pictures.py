@@ -216,14 +216,11 @@ def _draw_bars(axis: Axes, count: SpikeCount, constants: EnergyConstants | None)
     for label, offset, values, colour in (("this model", -0.2, own, POSITIVE), ("dense network", 0.2, dense, DENSE)):
         bars = axis.barh(rows + offset, values, 0.4, label=label, color=colour)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-    axis.set_yticks(rows, [f"{place} ({_operand(part)})" for place, part in parts.items()])
+    operands = ("spikes" if part.sees_spikes else "real values" for part in parts.values())
+    axis.set_yticks(rows, [f"{place} ({operand})" for place, operand in zip(parts, operands, strict=True)])
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _operand(part: SpikeCount) -> str:
-    return "spikes" if all(product.sees_spikes for product in part.products) else "real values"
 
 
 def write_pictures(figures: dict[str, tuple[str, Figure]], folder: Path, title: str, facts: dict[str, str]) -> Path:

@@ -54,13 +54,18 @@ def read_positions(
     """Those of the forward arguments of a model.
 
     Raises:
-        ValueError: they hold no sequence, a cache with tokens in it, or a mask that does not say what is padding.
+        ValueError: they hold no sequence, a cache with tokens in it, `logits_to_keep`, or a mask that does not say what
+            is padding.
     """
     given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError(
             f"The model goes on from a cache, as in generate(), and only its new tokens run. {IN_ONE_FORWARD}"
+        )
+    if given.get("logits_to_keep"):
+        raise ValueError(
+            f"With logits_to_keep, as in generate(), the head runs on some of the tokens only. {IN_ONE_FORWARD}"
         )
     source = _places(given, "")
     if source is None and given.get("encoder_outputs") is not None:

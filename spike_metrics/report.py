@@ -131,7 +131,7 @@ def _place_table(count: SpikeCount, constants: EnergyConstants) -> str:
     def row(place: str, part: SpikeCount) -> list[str]:
         millions = [n / count.sequences / 1e6 for n in (part.dense_macs, part.macs, part.accumulates)]
         joules = [compute_energy(part, constants).convention, compute_energy(part, constants, dense=True).convention]
-        operand = "spikes" if all(product.sees_spikes for product in part.products) else "real"
+        operand = "spikes" if part.sees_spikes else "real"
         return [place, operand, *(f"{value:,.2f}" for value in millions), *(f"{value:.4f}" for value in joules)]
 
     header = ["without padding, layers summed", "operand", "dense MAC, 1e6", "MAC, 1e6", "AC, 1e6", "mJ", "dense mJ"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, TrainingArguments
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, Tr
 import export_sentence_encoder
 from experiment.model_card import RunCard
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel
+from spike_metrics.evaluation import FIGURES
 from tests.clean_machine import run_on_clean_machine
 from tests.glue_tasks.conftest import write_tasks
 
@@ -117,26 +119,33 @@ def test_of_a_head_that_stays_behind_its_card_says_nothing(bert, tmp_path):
     # As run_distill.py makes it, where the teacher has a masked-LM head.
     run = RunCard(
         model=model,
-        training=TrainingArguments(str(folder)),
+        training=TrainingArguments(str(folder), hub_model_id="someone/converted"),
         pipeline_tag="fill-mask",
         auto_class="AutoModelForMaskedLM",
         training_data="Learned from text.",
         dataset_for_results="the validation split",
         metrics={"hidden_error": "mse"},
+        figures=FIGURES,
         started_from="someone/bert",
     )
-    before = ModelCard.load(run.write(folder, {"eval_hidden_error": 0.3}))
+    results = {"eval_hidden_error": 0.3, "eval_encoder_energy_mj": 2.0, "eval_model_energy_mj": 3.0}
+    before = ModelCard.load(run.write(folder, results))
     flags = ["--model_name_or_path", str(folder), "--output_dir"]
     export_sentence_encoder.main([*flags, str(tmp_path / "mine")])
     card = ModelCard.load(tmp_path / "mine/README.md")
-    for word in ("MaskedLM", "fill-mask", "pipeline("):
+    for word in ("MaskedLM", "fill-mask", "pipeline(", "energy with pooler and heads", "someone/converted"):
         assert word in before.content and word not in card.content, word
     assert 'AutoModel.from_pretrained("mine", trust_remote_code=True)' in card.text
     assert "| architecture | SpikeLMModel |" in card.text
-    assert f"| parameters | {SpikeLMModel.from_pretrained(folder).num_parameters():,} |" in card.text
+    # There was no pooler, and a new one would be noise.
+    bare = SpikeLMModel.from_pretrained(folder, add_pooling_layer=False)
+    assert f"| parameters | {bare.num_parameters():,} |" in card.text
+    with safe_open(tmp_path / "mine/model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "pooler" in name]  # noqa: SIM118
     headings = [[line for line in each.text.splitlines() if line.startswith("## ")] for each in (before, card)]
     assert headings[1] == ["## Sentences", *headings[0]]
-    assert "| hidden_error | 0.3000 |" in card.text
+    assert "Measured before the weights were rounded to int8.\n" in card.text
+    assert "| hidden_error | 0.3000 |" in card.text and "energy of the encoder, mJ per sequence | 2 |" in card.text
     # A BERT's licence is not known here.
     assert card.data.license is None and card.data.base_model == "someone/bert"
     export_sentence_encoder.main([*flags, str(tmp_path / "licensed"), "--license", "mit"])
@@ -191,6 +200,14 @@ def test_a_similarity_is_a_cosine_of_an_encoder_that_does_not_normalise_too(bert
     )
     assert by_product != pytest.approx(by_cosine, abs=1)
     assert export_sentence_encoder.similarity(tmp_path / "bert", pairs) == pytest.approx(by_cosine)
+
+
+@pytest.mark.parametrize("flags", [[], ["--float_weights"]])
+def test_an_encoder_that_is_not_calibrated_is_refused(flags, bert, tmp_path):
+    start = ["--model_name_or_path", str(bert), "--output_dir", str(tmp_path / "mine")]
+    with pytest.raises(SystemExit, match="is not calibrated, or no SpikeLM"):
+        export_sentence_encoder.main([*start, *flags])
+    assert not (tmp_path / "mine").exists()
 
 
 def test_a_folder_with_something_in_it_and_a_teacher_without_data_are_refused(trained, tmp_path):

@@ -2,12 +2,18 @@
 
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
+from transformers import TrainingArguments
 
 import run_mlm
+from experiment import publishing
+from experiment.publishing import HubRepository
+from experiment.written_files import WrittenFiles
 from tests.carried_code import CODE
 from tests.clean_machine import run_on_clean_machine
 from tests.corpus import TINY, write_corpus
@@ -137,6 +143,40 @@ def test_a_wrong_token_is_an_error_before_the_training_starts(hub, tmp_path):
     assert "error: --push_to_hub: the Hub refuses tester/other" in done.stderr
     assert "hf_wrongwrongwrong" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def training(hub, tmp_path, monkeypatch) -> TrainingArguments:
+    """Arguments of a run that pushes, in a process whose client asks this Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint=hub.endpoint, token=hub.token))
+    return TrainingArguments(str(tmp_path / "run"), hub_model_id="tester/small")
+
+
+def test_of_a_folder_nothing_is_pushed_but_what_runs_wrote_there(hub, training):
+    folder = Path(training.output_dir)
+    with WrittenFiles(folder).writing("config.json", "source.spm", "training_args.bin"):
+        for name in ("config.json", "source.spm", "training_args.bin"):
+            (folder / name).write_text("{}")
+    for name in ("credentials.json", "notes.txt", "kept-README.md"):
+        (folder / name).write_text("mine")
+    HubRepository(training).push(folder, "End of training")
+    assert hub.commits("tester/small")[-1].files.keys() == {".gitattributes", "config.json", "source.spm"}
+
+
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line(training, monkeypatch):
+    folder = Path(training.output_dir)
+    with WrittenFiles(folder).writing("config.json"):
+        (folder / "config.json").write_text("{}")
+    repository = HubRepository(training)
+    # The client tries again a few times.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="hf_token"))
+    with pytest.raises(ValueError, match="--push_to_hub: the Hub does not answer: .*upload the folder later"):
+        HubRepository(training)
+    repository.api = publishing.HfApi()
+    with pytest.raises(ValueError, match="The model is in .*run, but the Hub does not answer: .*once more pushes it"):
+        repository.push(folder, "End of training")
 
 
 def test_strategies_that_would_push_resume_files_are_refused(tmp_path):

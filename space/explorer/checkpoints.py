@@ -1,5 +1,6 @@
 """Checkpoints, on disk or on the Hub, loaded once; what is wrong with one is said in a line for the page."""
 
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,15 +48,18 @@ def load(name: str) -> Checkpoint:
     Raises:
         Refusal: there is no such checkpoint, it is damaged, not calibrated, or of another kind of model.
     """
+    if os.environ.get("SPACE_ID") and name not in (path for _, path in offered()) and Path(name).exists():
+        raise Refusal(f"{name} is a folder of the machine that shows this page; name a model on the Hub.")
     if name.startswith((".", "/", "~")) and not Path(name, "config.json").is_file():
         raise Refusal(f"{name} is no folder with a config.json; name another one, or a model on the Hub.")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        # Never with the token of whoever shows the page: its visitors are others.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, token=False)
         if config.model_type not in MODEL_TYPES:
             raise Refusal(f"{name} is a model of type {config.model_type}; this page shows {', '.join(MODEL_TYPES)}.")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, token=False)
         model, found = auto_class_of(config).from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            name, use_safetensors=True, output_loading_info=True, trust_remote_code=False, token=False
         )
     except Refusal:
         raise

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from explorer.observing import MAX_CHARACTERS
 from gradio_client import Client
+from transformers import AutoConfig
 
 from tests.clean_machine import PROJECT_ROOT
 from tests.hub_server import HubServer
@@ -83,6 +84,15 @@ def test_so_is_a_sentence_to_compare_with(checkpoints):
 )
 def test_a_checkpoint_that_is_broken_is_refused_in_a_line(checkpoints, name, words):
     assert is_refused(app.show(TEXT, "", str(checkpoints / name), 0, PLACE, 8), name, *words)
+
+
+def test_visitors_of_a_space_see_no_folder_of_it_and_no_model_of_its_owner(checkpoints, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "somebody/space")
+    assert is_refused(app.show(TEXT, "", str(checkpoints / "not calibrated"), 0, PLACE, 8), "a folder of the machine")
+    asked = []
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: asked.append(options["token"]) or 1 / 0)
+    app.show(TEXT, "", "owner/private", 0, PLACE, 8)
+    assert asked == [False]
 
 
 def test_no_checkpoint_is_refused():

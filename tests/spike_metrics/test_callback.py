@@ -126,6 +126,22 @@ def test_it_is_sampled(model, tmp_path):
     assert runs == 2
 
 
+def test_a_forward_that_fails_leaves_no_hook_and_compiled_models_compiled(model, tmp_path):
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    failing = model.bert.encoder.layer[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        train(model, tmp_path, 1)
+    failing.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.compiler.is_compiling() is False and _stance() == "default"
+
+
+def _stance() -> str:
+    return torch._dynamo.eval_frame._stance.stance
+
+
 def test_once_an_epoch(model, tmp_path):
     _, rates, _ = train(model, tmp_path, 1, max_steps=-1, num_train_epochs=2, logging_strategy="epoch")
     assert len(rates) == 2 and None not in rates

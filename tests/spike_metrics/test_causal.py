@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -155,9 +156,23 @@ def test_a_further_token_costs_what_a_forward_of_one_token_with_a_cache_does(dec
 def test_generation_is_not_counted_token_by_token(decoder, include_padding):
     with (
         SpikeCounter(decoder, include_padding),
-        pytest.raises(ValueError, match="goes on from a cache, as in generate"),
+        pytest.raises(ValueError, match=r"as in generate\(\)"),
     ):
         decoder.generate(torch.arange(5, 12)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_in_a_wrapper_it_is_the_model_that_is_counted(wrap, decoder, llama_batch):
+    plain = count(decoder, [llama_batch])
+    assert plain.written_tokens
+    assert count(wrap(decoder), [llama_batch]).to_dict(per_neuron=True) == plain.to_dict(per_neuron=True)
+    decoder.quantize_weights()
+    assert count(wrap(decoder), [llama_batch]).accumulates > 0.9 * plain.accumulates
+
+
+def test_a_head_that_runs_on_some_tokens_is_not_counted_as_on_all(decoder, llama_batch):
+    with pytest.raises(ValueError, match="With logits_to_keep"):
+        count(decoder, [llama_batch | {"logits_to_keep": 1}])
 
 
 def test_keys_of_a_group_that_peft_trains_are_spikes_too(decoder, llama_batch):

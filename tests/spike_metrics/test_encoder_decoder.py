@@ -11,7 +11,7 @@ import measure_spikes
 from configuration_spikelm import SpikeLMBartConfig
 from modeling_spikelm import SpikeLMBartForConditionalGeneration
 from spike_metrics.counting import SpikeCounter, count, layer_and_place, record_spikes
-from spike_metrics.energy import compute_energy
+from spike_metrics.energy import compute_energy, energy_with_data_movement
 from spike_metrics.evaluation import spike_figures
 from spike_metrics.inputs import with_target
 from spike_metrics.report import energies
@@ -150,6 +150,15 @@ def test_a_written_token_costs_what_a_longer_target_adds(writer):
     figures = spike_figures(two)
     assert figures["token_energy_mj"] == energies(two)["written_token"]["convention"]
     assert figures["token_energy_ratio"] == figures["token_dense_energy_mj"] / figures["token_energy_mj"]
+
+
+def test_membranes_that_move_are_those_of_the_part(writer, pairs):
+    counted = count(writer, [pairs])
+    whole, written = (energy_with_data_movement(part).membranes for part in (counted, counted.writing))
+    assert 0 < written < whole
+    sees_source = [group for group in counted.neurons if group.is_of_source]
+    assert {group.name.split(".")[1] for group in sees_source} == {"encoder", "decoder"}
+    assert all(energy_with_data_movement(part).membranes == 0 for part in counted.by_place().values())
 
 
 def test_generation_is_not_counted_as_it_runs(writer, pairs):

@@ -147,9 +147,10 @@ def test_zero_batches_run_nothing(model, rows, make_trainer):
         SpikeArguments(spike_batches=-1)
 
 
-def test_an_unknown_module_with_weights_makes_a_count_incomplete(bert, batch):
+@pytest.mark.parametrize("kind", ["Transposed", "PackedLinear"])
+def test_an_unknown_module_with_weights_makes_a_count_incomplete(kind, bert, batch):
     count(bert, [batch]).check_is_complete()
-    bert.bert.encoder.layer[1].output.dense = Transposed(24, 16)
+    bert.bert.encoder.layer[1].output.dense = {"Transposed": Transposed, "PackedLinear": PackedLinear}[kind](24, 16)
     with pytest.raises(ValueError, match=r"no rule for the work of bert\.encoder\.layer\.1\.output\.dense"):
         count(bert, [batch]).check_is_complete()
 
@@ -163,3 +164,14 @@ class Transposed(torch.nn.Module):
 
     def forward(self, hidden):
         return hidden @ self.weight
+
+
+class PackedLinear(torch.nn.Module):
+    """As libraries for quantised weights have it: without a parameter."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(inputs, outputs, dtype=torch.int8))
+
+    def forward(self, hidden):
+        return hidden @ self.weight.to(hidden.dtype)
