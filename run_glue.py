@@ -39,7 +39,7 @@ from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
-from experiment.arguments import ModelArguments, local_inputs, parse_arguments
+from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
@@ -58,7 +58,7 @@ from experiment.models import (
 from experiment.numerics import number_errors, stop_when_not_finite
 from experiment.precision import check_evaluation
 from experiment.preemption import StopOnSigterm
-from experiment.publishing import HubRepository, Publisher, take_over_pushing
+from experiment.publishing import HubRepository, Publisher, push_target, take_over_pushing
 from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import errors_only, full_disk_errors, input_errors, set_up_logging
 from experiment.run_record import ProgressNote, RunRecord, differing_arguments, restore_state, save_metrics
@@ -191,17 +191,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 refuse_pickled_weights(checkpoint)
                 refuse_other_amplitudes(checkpoint, data.config)
         try_first_steps(ready, plans, records, tokenizer, teaching, given)
-        repositories = {run.output_dir: take_over_pushing(run) for run in runs}
+        targets = {run.output_dir: push_target(run) for run in runs}
+        left = [run for run in runs if not records[run.output_dir].has_nothing_left(targets[run.output_dir])]
+        repositories = {run.output_dir: take_over_pushing(run) for run in left}
         record.open(overwrite, training.resume_from_checkpoint)
 
     for data in ready:
         for run in plans[data.task.name]:
-            if records[run.output_dir].is_finished:
+            if run not in left:
                 logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
             else:
                 run_record, repository = records[run.output_dir], repositories[run.output_dir]
                 seed = run.seed if arguments.num_seeds > 1 else None
                 run_task(data, run, tokenizer, teaching, spikes, run_record, record, repository, seed)
+                run_record.record_end(targets[run.output_dir])
             if run.do_train:
                 record.release()
     results = finished_results(record)
@@ -259,13 +262,16 @@ def check_strategies(arguments: GlueArguments, training: GlueTrainingArguments, 
     if not training.do_train:
         return
     keeps_best = arguments.report_epoch == "best"
-    for name, value in KEEPING_BEST.items():
+    for name, value in (KEEPING_BEST | {"eval_delay": 0}).items():
         asked = given.get(name, value)
         if keeps_best and asked != value:
             raise ValueError(
                 f"--{name} {getattr(asked, 'value', asked)}, but with --report_epoch best every epoch is evaluated and "
                 f"saved, and the best one kept. Leave --{name} out, or choose --report_epoch last."
             )
+    if keeps_best:
+        reason = "with --report_epoch best every epoch is evaluated and saved; choose --report_epoch last for others"
+        say_unused(given, ["eval_steps", "save_steps"], reason)
     if not keeps_best and training.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end, but --report_epoch last; --report_epoch best keeps the best epoch.")
 
@@ -457,7 +463,6 @@ def run_task(
         content = json.dumps([asdict(result) for result in results], indent=2) + "\n"
         with WrittenFiles(run.output_dir).writing(RESULT_FILE):
             write_durably(Path(run.output_dir, RESULT_FILE), content)
-    record.record_end()
     keeper.keep_best_only(trainer)
     if "wandb" in run.report_to:
         # The Trainer leaves the W&B run open, and the next task would be logged into it.

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             splits = pack(documents, tokenizer, data_arguments, training)
         if script.prepare_only:
             if training.process_index == 0:
-                save_prepared(splits, tokenizer, training.output_dir)
+                save_prepared(splits, tokenizer, training.output_dir, data_arguments)
                 print(f"The packed corpus is in {training.output_dir}; train with --dataset_name {training.output_dir}")
             return
 

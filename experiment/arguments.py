@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -21,6 +22,8 @@ from .task_checkpoints import checkpoint_of_task, is_folder_of_tasks
 logger = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).resolve().parent.parent
+# As HfArgumentParser reads a flag.
+YES = ("true", "yes", "t", "y", "1")
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 # Fields that name what a command reads; on this disk, or elsewhere.
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
@@ -45,6 +48,7 @@ NOT_TAKEN = {
     "label_names": "each script knows its labels",
     "sortish_sampler": "it is for a kind of dataset that there is none of here",
     "generation_config": "the other flags that begin with --generation_ say it, and all else the checkpoint",
+    "save_on_each_node": "all nodes share the output folder, and the first process writes it",
     "enable_jit_checkpoint": "at a SIGTERM the scripts save and stop by themselves",
 }
 # The least value of numbers that the Trainer takes as they come, to fail on them, or do something else, later on.
@@ -135,6 +139,17 @@ class ModelArguments:
         return replace(self, model_name_or_path=checkpoint_of_task(name, task, "model_name_or_path"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as of version 1.2, where `no` is a word: a strategy of the Trainer, or Norwegian."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 class _Parser(HfArgumentParser):
     """Says what is wrong in one line, where argparse prints the usage of several hundred flags before it."""
 
@@ -147,9 +162,10 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Reads the command line, or a recipe file and then the command line.
 
-    A first argument that ends in .yaml, .yml or .json is a recipe: a mapping from flag names to values. Flags after it
-    override it. A recipe's `bf16` is left out, and that is said, where all there is is a CPU without instructions for
-    it. Without --do_train, --do_eval and --do_predict a run does all that its script can, as far as there is data.
+    A first argument that ends in .yaml, .yml or .json is a recipe: a mapping from flag names to values, which are
+    read as on a command line. Flags after it override it. A recipe's `bf16` is left out, and that is said, where
+    all there is is a CPU without instructions for it. Without --do_train, --do_eval and --do_predict a run does all
+    that its script can, as far as there is data.
 
     Args:
         dataclasses: one of them `TrainingArguments`.
@@ -177,7 +193,8 @@ def parse_arguments(
     # Under the name of its field: the parser takes --hub-token for --hub_token as well.
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     on_command_line = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names}
-    if recipe.get("bf16") and "bf16" not in on_command_line and not has_accelerator and not multiplies_bf16():
+    asks_for_bf16 = "bf16" not in on_command_line and str(recipe.get("bf16")).lower() in YES
+    if asks_for_bf16 and not has_accelerator and not multiplies_bf16():
         # A recipe is for many machines, and would take this one weeks for a night's work.
         logger.warning("The recipe's bf16 is left out: this CPU has no instructions for it, and float32 is quicker.")
         recipe["bf16"] = False
@@ -189,9 +206,7 @@ def parse_arguments(
         raise ValueError(
             "--hub_token would be written into the run's files. Log in once with `hf auth login`, or set HF_TOKEN."
         )
-    parser.set_defaults(**recipe)
-    for action in parser._actions:
-        action.required = action.required and action.dest not in recipe
+    argv = _as_flags(recipe, parser) + argv
     try:
         parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     # What a dataclass does with a wrong value is up to it: a TypeError, an ImportError, ...
@@ -285,11 +300,31 @@ def _read_recipe(name: str, parser: HfArgumentParser) -> dict[str, Any]:
     if path is None:
         raise ValueError(f"There is no recipe file {name}.")
     text = path.read_text(encoding="utf-8")
-    recipe = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    recipe = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {name} has to be a mapping from flag names to values.")
     unknown = sorted(recipe.keys() - {action.dest for action in parser._actions})
     if unknown:
         raise ValueError(f"The recipe {name} sets {', '.join(unknown)}, which this script has no flag for.")
-    # Numbers such as 2e-4 are strings in YAML 1.1; argparse converts a default that is a string, and only that.
-    return recipe
+    return {name: value for name, value in recipe.items() if value is not None}
+
+
+def _as_flags(recipe: Mapping[str, Any], parser: HfArgumentParser) -> list[str]:
+    """A recipe as a command line, so that types, choices and lists are those of flags. The parser is given what no
+    flag can say: several words where one is the rule, as to `report_to`.
+
+    Raises:
+        ValueError: several values of a flag that takes one.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    flags = []
+    for name, value in recipe.items():
+        if isinstance(value, list) and actions[name].nargs in ("+", "*"):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, list) and actions[name].type is str:
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            raise ValueError(f"The recipe sets {name} to {value}; it takes one value.")
+        else:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags

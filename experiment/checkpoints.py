@@ -215,7 +215,8 @@ class CheckpointKeeper(TrainerCallback):
         """With `--save_total_limit 1` deletes all but the best checkpoint, for a run that will not be resumed."""
         best = trainer.state.best_model_checkpoint
         if trainer.args.should_save and best and self.limit == 1:
-            self._rotate(Path(best))
+            # The state of a folder that was copied names the one it was copied from.
+            self._rotate(Path(trainer.args.output_dir, Path(best).name))
 
 
 def steps_of(checkpoint: Path) -> int:

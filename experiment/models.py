@@ -168,7 +168,8 @@ def load_config(
 
 
 def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
-    named = {part.partition("=")[0].strip() for part in overrides.split(",")}
+    parts = [part.strip() for part in overrides.split(",") if part.strip()]
+    named = {part.partition("=")[0].strip() for part in parts}
     if {"dtype", "torch_dtype"} & named:
         raise ValueError(
             f"--config_overrides {overrides}: the scripts train float32 weights; mixed precision is --bf16, evaluation "
@@ -176,7 +177,7 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
         )
     derived = _derived_fields(config) - named
     try:
-        config.update_from_string(overrides)
+        config.update_from_string(",".join(parts))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config_overrides {overrides}: {error}; write it as name=value,name=value.") from error
     # Built anew, because only a new configuration is validated as a whole and derives from its sizes what depends on

@@ -193,7 +193,7 @@ class RunRecord:
         if differences:
             raise ValueError(
                 f"The output folder {folder} holds another run: {'; '.join(differences)}. Repeat its command to resume "
-                f"it, or choose another --output_dir{self._how_to_overwrite()}."
+                f"it, or choose another --output_dir{self._how_to_go_on()}{self._how_to_overwrite()}."
             )
         self.has_begun = earlier["has_begun"]
         self.is_trained = earlier["is_trained"]
@@ -201,6 +201,10 @@ class RunRecord:
         self.pushed_to = earlier["pushed_to"]
         checkpoint = latest_complete_checkpoint(folder)
         return str(checkpoint) if checkpoint else None
+
+    def _how_to_go_on(self) -> str:
+        checkpoint = latest_complete_checkpoint(Path(self.output_dir))
+        return f"; --resume_from_checkpoint {checkpoint} goes on from there as this command says" if checkpoint else ""
 
     def _how_to_overwrite(self) -> str:
         endangered = self._endangered(overwrite=True)
@@ -264,8 +268,13 @@ def differing_arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
     return [
         name
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and (name in shared or before.get(name) or now.get(name))
+        if _plain(before.get(name)) != _plain(now.get(name)) and (name in shared or before.get(name) or now.get(name))
     ]
+
+
+def _plain(value: Any) -> Any:
+    """A path as it would be without a slash at its end."""
+    return value.rstrip("/") if isinstance(value, str) else value
 
 
 def _check_checkpoint(checkpoint: Path) -> None:

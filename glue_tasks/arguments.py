@@ -89,7 +89,8 @@ class GlueArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_length", "num_seeds", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+        counts = ("max_seq_length", "num_seeds", "max_train_samples", "max_eval_samples", "max_predict_samples")
+        for name in (*counts, "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}; it has to be 1 or more.")

@@ -1,6 +1,7 @@
 """From a task's sentences and labels to what a model takes."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from glue_tasks.loading import SENTENCES
 from glue_tasks.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 def encode(
@@ -30,8 +33,8 @@ def encode(
         The splits with only the tokenizer's columns and `label`.
 
     Raises:
-        ValueError: `max_length` is more than the model or the tokenizer takes, or the tokenizer makes ids that the
-            model has no embedding for.
+        ValueError: `max_length` is more than the model or the tokenizer takes, the tokenizer makes ids that the model
+            has no embedding for, or the training rows that are used all have the same label.
     """
     limit = min(getattr(config, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length)
     if max_length > limit:
@@ -55,7 +58,13 @@ def encode(
     splits = DatasetDict()
     for name, dataset in raw.items():
         rows = min(sample_limit(name) or len(dataset), len(dataset))
-        splits[name] = dataset.select(range(rows)).map(
+        used = dataset.select(range(rows))
+        if name == "train" and 1 < rows < len(dataset) and len(set(map(repr, used["label"]))) == 1:
+            raise ValueError(
+                f"The first {rows:,} training rows all have the same label, so there is nothing to learn: shuffle the "
+                "file, or use more of it (--max_train_samples)."
+            )
+        splits[name] = used.map(
             tokenize,
             batched=True,
             num_proc=num_workers,
@@ -97,10 +106,16 @@ class Classifier:
     def conflict(self, task: Task) -> str | None:
         """How its labels are not those of a task in their order; `None` if they are, or have no names."""
         wanted = task.labels or ("LABEL_0",)
-        if self.labels == wanted or (self.is_unnamed and len(self.labels) == len(wanted)):
+        if _folded(self.labels) == _folded(wanted) or (self.is_unnamed and len(self.labels) == len(wanted)):
             return None
         asked = "a single score" if task.labels is None else f"{list(task.labels)} in this order"
         return f"{self.name} classifies {list(self.labels)}, but {task.name} asks for {asked}"
+
+
+def _folded(labels: Sequence[str]) -> tuple[str, ...]:
+    """Names without the difference of small and capital letters, where that tells no two of them apart."""
+    folded = tuple(label.casefold() for label in labels)
+    return folded if len(set(folded)) == len(labels) else tuple(labels)
 
 
 def classifier_of(config: PreTrainedConfig) -> Classifier | None:
@@ -130,7 +145,11 @@ def check_labels(task: Task, config: PreTrainedConfig, trains: bool = True, refi
     conflict = classifier.conflict(task)
     wanted = task.labels or ("LABEL_0",)
     is_of_other_size = len(classifier.labels) != len(wanted)
-    is_reordered = sorted(classifier.labels) == sorted(wanted)
+    is_reordered = sorted(_folded(classifier.labels)) == sorted(_folded(wanted))
+    if conflict is None and classifier.is_unnamed and task.labels and not trains:
+        logger.warning(
+            "%s does not name its classes; they are taken for %s, in this order.", classifier.name, ", ".join(wanted)
+        )
     if conflict is None or (refits and not is_reordered and (trains or not is_of_other_size)):
         return
     ways = ["start from the checkpoint that it was fine-tuned from"]

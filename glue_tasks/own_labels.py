@@ -60,10 +60,18 @@ def read_labels(table: Table, column: str, problem_type: str | None) -> list[Any
         ValueError: a cell is none of these.
     """
     has_lists = problem_type != SINGLE_LABEL
-    return [
+    labels = [
         _typed(cell, place) if table.is_typed or cell is None else _parsed(cell.strip(), place, has_lists)
         for cell, place in zip(table.columns[column], table.places, strict=True)
     ]
+    if problem_type == SINGLE_LABEL and all(_is_whole(label) for label in labels if label is not None):
+        # A column of whole numbers with an empty cell in it is written with points by many programs.
+        return [None if label is None else int(label) for label in labels]
+    return labels
+
+
+def _is_whole(label: Any) -> bool:
+    return isinstance(label, int) or isinstance(label, float) and label.is_integer()
 
 
 def _typed(cell: Any, place: str) -> Any:
@@ -108,6 +116,11 @@ def looks_like(labels: LabelColumn) -> str:
     if kinds == {list}:
         return MULTI_LABEL
     if kinds <= {int, float}:
+        if float in kinds and all(float(value).is_integer() for value in labels.values):
+            raise ValueError(
+                f"{labels.describe(first_rows[float])} may be a score or, as programs write it that know an empty cell "
+                f"by a point, the number of a class. Give --problem_type {REGRESSION} or {SINGLE_LABEL}."
+            )
         return REGRESSION if float in kinds else SINGLE_LABEL
     if kinds == {str}:
         return SINGLE_LABEL
@@ -156,9 +169,12 @@ def check_variety(labels: LabelColumn) -> None:
     Raises:
         ValueError: all rows have the same label.
     """
-    if len(set(map(repr, labels.values))) == 1:
+    # Of a list the order says nothing.
+    kinds = {repr(sorted(map(str, value)) if isinstance(value, list) else value) for value in labels.values}
+    if len(kinds) == 1:
+        how = "; write the labels that a row has, not 0 and 1 for each" if isinstance(labels.values[0], list) else ""
         raise ValueError(
-            f"{labels.path}: every row has the same label, {labels.values[0]!r}, so there is nothing to learn."
+            f"{labels.path}: every row has the same label, {labels.values[0]!r}, so there is nothing to learn{how}."
         )
 
 

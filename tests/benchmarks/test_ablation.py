@@ -114,6 +114,7 @@ with ending_on_sigterm():
     with subprocess.Popen([sys.executable, "-c", code]) as command:
         log = tmp_path / "running/log.txt"
         while not (log.exists() and log.read_text()):
+            assert command.poll() is None
             time.sleep(0.1)
         command.send_signal(signal.SIGTERM)
         assert command.wait(30) == 128 + signal.SIGTERM

@@ -8,6 +8,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, S
 from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
 from distillation.encoder_decoder import EncoderDecoderTermsTrainer, check_flags
+from distillation.losses import soft_label_loss
 from distillation.teacher import load_teacher
 from modeling_spikelm import SpikeLMBartForConditionalGeneration
 
@@ -86,6 +87,14 @@ def test_every_layer_of_both_stacks_weighs_alike(teacher, tmp_path):
         errors.append(((found - target) ** 2).mean() / (centred**2).mean())
     assert len(errors) == 3
     torch.testing.assert_close(terms["hidden"], torch.stack(errors).mean())
+
+
+def test_logits_are_compared_at_the_temperature(teacher, tmp_path):
+    trainer = make_trainer(teacher, spiking(teacher), tmp_path, temperature=2.0)
+    inputs = batch(7, 5)
+    terms, outputs = trainer.loss_terms(trainer.model, inputs)
+    logits = (one.logits.flatten(0, 1) for one in (outputs, trainer.teacher(**inputs)))
+    torch.testing.assert_close(terms["logits"], soft_label_loss(*logits, 2.0))
 
 
 def test_padding_counts_nowhere(teacher, tmp_path):

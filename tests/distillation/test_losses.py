@@ -11,6 +11,7 @@ from distillation.losses import (
     attention_loss,
     first_token_error,
     hidden_state_errors,
+    next_token_losses,
     score_loss,
     sentence_error,
     soft_label_loss,
@@ -37,6 +38,15 @@ def test_a_first_tokens_error_is_in_units_of_what_differs_between_sequences():
     student = teacher + torch.tensor([[[1.0, -3.0], [50.0, 50.0]]])
     student, teacher = student.repeat(4, 1, 1), teacher.repeat(4, 1, 1)
     assert first_token_error(student, teacher).item() == pytest.approx(5 / 4)
+
+
+def test_a_sentences_error_is_that_of_the_mean_over_its_tokens():
+    # Of two tokens and of one, behind which there is padding: the means are (2, 2) and (6, 6), of variance 4.
+    is_token = torch.tensor([[True, True, False], [True, False, False]])
+    teacher = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]], [[6.0, 6.0], [9.0, 9.0], [9.0, 9.0]]])
+    wrong = torch.tensor([[[2.0, -4.0], [0.0, -2.0], [50.0, 50.0]], [[1.0, -3.0], [50.0, 50.0], [50.0, 50.0]]])
+    rows = [values.repeat(4, *(1 for _ in values.shape[1:])) for values in (teacher + wrong, teacher, is_token)]
+    assert sentence_error(*rows).item() == pytest.approx(5 / 4)
 
 
 def test_what_few_sequences_differ_by_is_no_unit():
@@ -66,6 +76,7 @@ def test_padding_is_left_out_of_every_term():
             token_logits_loss(student, teacher, head, head, is_token),
             value_relation_loss(student, teacher, is_token, num_heads=2),
             attention_loss([(student, student)], [(teacher, teacher)], is_token, num_heads=2),
+            sentence_error(student.repeat(4, 1, 1), teacher.repeat(4, 1, 1), is_token.repeat(4, 1)),
         ]
 
     assert terms(student, teacher) == terms(other_student, other_teacher)
@@ -189,6 +200,7 @@ def test_no_more_logits_exist_at_a_time_than_a_piece_has(monkeypatch):
 def test_nothing_flows_back_into_the_teacher():
     student, teacher = (torch.randn(1, 2, 4, requires_grad=True) for _ in range(2))
     head, teacher_head = nn.Linear(4, 5), nn.Linear(4, 5)
+    several = torch.arange(1.0, 1 + losses.LEAST_SEQUENCES).view(-1, 1, 1)
     total = (
         hidden_state_errors([student], [teacher], ALL).sum()
         + token_logits_loss(student, teacher, head, teacher_head, ALL)
@@ -196,6 +208,10 @@ def test_nothing_flows_back_into_the_teacher():
         + attention_loss([(student, student)], [(teacher, teacher)], ALL, num_heads=2)
         + soft_label_loss(student[0], teacher[0])
         + score_loss(student, teacher)
+        + soft_labels_loss(student[0], teacher[0])
+        + sentence_error(student * several, teacher * several, ALL.expand(len(several), -1))
+        + first_token_error(student * several, teacher * several)
+        + sum(next_token_losses(student, teacher, head, teacher_head, torch.tensor([[0, 1]]), ALL))
     )
     total.backward()
     assert student.grad is not None

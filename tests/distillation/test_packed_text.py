@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from distillation.packed_text import LONGEST_SENTENCE, ROW_LENGTHS, PackedText, pack
+from tests.test_safety import Trap
 
 WORDS = ["one", "two", "three", "four", "five", "six"]
 PAD, CLS, SEP = 0, 2, 3
@@ -96,6 +97,14 @@ def test_where_there_is_one_kind_of_text_all_batches_are_of_it(tokenizer, tmp_pa
     pack(["one two three four"] * 60, [], tokenizer, tmp_path / "running.npz")
     lengths = {PackedText(tmp_path / "running.npz", 400, 40, 1.0, 0)[n]["input_ids"].shape[1] for n in range(40)}
     assert lengths <= set(ROW_LENGTHS)
+
+
+def test_a_pickle_in_a_file_is_refused_and_runs_nothing(tmp_path):
+    mark = tmp_path / "mark"
+    np.savez(tmp_path / "trap.npz", running=np.array([Trap(mark)], dtype=object))
+    with pytest.raises(ValueError, match=r"trap.npz is not a file of packed text"):
+        PackedText(tmp_path / "trap.npz", 400, 1, 0.5, 0)
+    assert not mark.exists()
 
 
 def test_what_is_no_packed_text_is_refused_in_one_line(tokenizer, file, tmp_path):

@@ -32,6 +32,20 @@ def test_a_teacher_is_frozen_and_never_drops(save_teacher):
     assert torch.equal(teacher(**batch).last_hidden_state, teacher(**batch).last_hidden_state)
 
 
+def test_a_teacher_is_given_all_that_a_bert_reads(save_teacher):
+    teacher = load_teacher(save_teacher(""), SpikeLMConfig(**SIZES), is_classifier=False)
+    ids = torch.tensor([[2, 5, 3, 7, 3, 0]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 0]]),
+    }
+    wanted = teacher.model(**batch).last_hidden_state
+    assert torch.equal(teacher(**batch, labels=ids).last_hidden_state, wanted)
+    for name in ("attention_mask", "token_type_ids"):
+        assert not torch.allclose(teacher.model(**batch | {name: None}).last_hidden_state, wanted)
+
+
 def test_a_teacher_in_half_precision_is_loaded_in_float32(save_teacher, tmp_path):
     from transformers import AutoModel
 

@@ -14,6 +14,7 @@ from distillation.losses import (
     soft_label_loss,
     soft_labels_loss,
     token_logits_loss,
+    value_relation_loss,
 )
 from distillation.teacher import load_teacher
 from distillation.trainer import DistillationTrainer, hidden_state_metrics
@@ -38,7 +39,7 @@ def pad(rows):
 def make_trainer(save_teacher, tmp_path):
     """A trainer of a warm-started student, without dropout."""
 
-    def make(kind, weights=WEIGHTS, rows=7, num_time_steps=2, **arguments):
+    def make(kind, weights=WEIGHTS, rows=7, num_time_steps=2, temperature=1.0, **arguments):
         folder = save_teacher(kind)
         torch.manual_seed(1)
         config = SpikeLMConfig.from_pretrained(
@@ -65,6 +66,7 @@ def make_trainer(save_teacher, tmp_path):
             args=training,
             teacher=teacher,
             weights=weights,
+            temperature=temperature,
             diagnoses=diagnoses,
             data_collator=pad,
             train_dataset=dataset,
@@ -79,10 +81,15 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
     trainer = make_trainer(
         "tokens",
         LossWeights(2.0, sentence=0.5, first_token=0.7, logits=0.25, attention=0.3, value_relation=3.0, label=0.0),
+        temperature=2.0,
     )
     batch = pad([trainer.train_dataset[number % len(trainer.train_dataset)] for number in range(8)])
     model, teacher = trainer.model.train(), trainer.teacher
     model.calibrate([batch])
+    values = {}
+    for side, encoder in (("student", model.bert), ("teacher", teacher.model.bert)):
+        projection = encoder.encoder.layer[-1].attention.self.value
+        projection.register_forward_hook(lambda *call, side=side: values.update({side: call[-1]}))
     terms, _ = trainer.loss_terms(model, batch)
 
     is_token = batch["attention_mask"].bool()
@@ -91,9 +98,12 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_trainer):
     assert terms["hidden"].item() == pytest.approx(hidden_state_errors(found[1:], wished[1:], is_token).mean().item())
     assert terms["sentence"].item() == pytest.approx(sentence_error(found[-1], wished[-1], is_token).item())
     assert terms["first_token"].item() == pytest.approx(first_token_error(found[-1], wished[-1]).item())
-    logits = token_logits_loss(found[-1], wished[-1], model.cls, teacher.model.cls, is_token).item()
+    logits = token_logits_loss(found[-1], wished[-1], model.cls, teacher.model.cls, is_token, 2.0).item()
     assert terms["logits"].item() == pytest.approx(logits, rel=1e-5)
-    assert terms["value_relation"].item() > 0
+    # Of the last layer, the mean over the time steps.
+    student_values = values["student"].unflatten(0, (2, -1)).mean(0)
+    relation = value_relation_loss(student_values, values["teacher"], is_token, num_heads=2).item()
+    assert terms["value_relation"].item() == pytest.approx(relation, rel=1e-5)
     assert terms["attention"].item() > 0
     total = sum(weight * terms[name].item() for name, weight in vars(trainer.weights).items() if name in terms)
     assert trainer.compute_loss(model, batch).item() == pytest.approx(total, rel=1e-5)
@@ -182,10 +192,11 @@ def test_a_student_attends_by_the_spikes_of_its_keys(make_trainer):
     assert terms["attention"].item() == pytest.approx(torch.stack(divergences).mean().item(), rel=1e-4)
 
 
-def test_a_teacher_with_other_heads_says_nothing_of_attention(save_teacher, make_trainer):
+@pytest.mark.parametrize("term", ["attention", "value_relation"])
+def test_a_teacher_with_other_heads_says_nothing_of_attention(save_teacher, make_trainer, term):
     student = SpikeLMModel.from_pretrained(save_teacher(), num_attention_heads=1, num_time_steps=1)
     trainer = make_trainer("")
-    options = {"args": trainer.args, "teacher": trainer.teacher, "weights": LossWeights(attention=1.0)}
+    options = {"args": trainer.args, "teacher": trainer.teacher, "weights": LossWeights(**{term: 1.0})}
     with pytest.raises(ValueError, match="The teacher has num_attention_heads=2, but the student has 1"):
         DistillationTrainer(model=student, **options)
     DistillationTrainer(model=student, **options | {"weights": LossWeights()})
@@ -206,19 +217,19 @@ def test_what_attention_is_made_of_is_read_from_a_compiled_student_too(make_trai
 
 
 def test_a_classifier_learns_from_logits_and_labels(make_trainer):
-    trainer = make_trainer("labels", LossWeights(hidden=0.0, logits=1.0, label=0.1))
+    trainer = make_trainer("labels", LossWeights(hidden=0.0, logits=1.0, label=0.1), temperature=2.0)
     batch = pad([trainer.train_dataset[0], trainer.train_dataset[1]])
     model = trainer.model.train()
     terms, outputs = trainer.loss_terms(model, batch)
     wished = trainer.teacher(**batch).logits
-    assert terms["logits"].item() == pytest.approx(soft_label_loss(outputs.logits, wished).item())
+    assert terms["logits"].item() == pytest.approx(soft_label_loss(outputs.logits, wished, 2.0).item())
     assert terms["label"].item() == outputs.loss.item()
     assert set(terms) == {"logits", "label"}
     # Both could be right at once.
     model.config.problem_type = "multi_label_classification"
     batch["labels"] = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     terms, outputs = trainer.loss_terms(model, batch)
-    assert terms["logits"].item() == pytest.approx(soft_labels_loss(outputs.logits, wished).item())
+    assert terms["logits"].item() == pytest.approx(soft_labels_loss(outputs.logits, wished, 2.0).item())
 
 
 @pytest.mark.parametrize("kind", ["tokens", "labels", ""])

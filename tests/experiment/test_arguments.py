@@ -67,6 +67,41 @@ def test_recipe_fills_required_flags_and_converts_numbers(tmp_path):
     assert training.learning_rate == 2e-4
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("numbers: 3", "numbers", [3]),
+        ("save_strategy: no", "save_strategy", "no"),
+        ("bf16: no", "bf16", False),
+        ("report_to: [tensorboard, wandb]", "report_to", ["tensorboard", "wandb"]),
+        ("per_device_train_batch_size: '4'", "per_device_train_batch_size", 4),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("eval_steps: null", "eval_steps", None),
+    ],
+)
+def test_a_recipes_value_is_what_it_would_be_as_a_flag(line, name, value, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: a\n{line}\n" if name == "numbers" else f"name: a\nnumbers: [1]\n{line}\n")
+    needed, training = parse(str(recipe), "--output_dir", "x", dataclasses=(Needed, TrainingArguments))
+    assert getattr(needed, name, None) == value or getattr(training, name, None) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("train_sampling_strategy: group_by_lenght", "invalid choice: 'group_by_lenght'"),
+        ("max_steps: 2.5", "invalid int value: '2.5'"),
+        ("learning_rate: [1]", "learning_rate to .*takes one value"),
+        ("bf16: maybe", "Truthy value expected"),
+    ],
+)
+def test_a_recipes_wrong_value_is_refused_as_that_of_a_flag(line, told, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(line + "\n")
+    with pytest.raises(ValueError, match=told):
+        parse(str(recipe), "--output_dir", "x")
+
+
 def test_json_recipes_are_read_too(tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"output_dir": "y", "seed": 7}')

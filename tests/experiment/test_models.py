@@ -13,6 +13,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
@@ -190,3 +192,11 @@ def test_a_decoder_that_begins_anew_keeps_how_it_writes(tmp_path):
     arguments = ModelArguments(model_name_or_path=str(tmp_path), config_overrides="spike_cost=0.0")
     found = load_model(AutoModelForCausalLM, arguments, load_config(arguments, trains=True))
     assert found.generation_config.max_new_tokens == 7
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForPreTraining, AutoModelForSequenceClassification])
+def test_the_trainer_is_told_that_the_loss_of_a_dense_bert_is_a_mean(auto_class, tmp_path):
+    """Otherwise it leaves out the mean over accumulation steps, and gradients are N times too large."""
+    model = load_model(auto_class, ModelArguments(), BertConfig(**SIZES))
+    training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert not Trainer(model, training).model_accepts_loss_kwargs

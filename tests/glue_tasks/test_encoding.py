@@ -44,6 +44,14 @@ def test_a_limit_takes_the_first_rows_of_its_split(write_glue, tokenizer):
     assert set(splits["test"].column_names) == {"input_ids", "token_type_ids", "attention_mask"}
 
 
+def test_first_rows_that_all_have_one_label_are_refused(write_glue, tokenizer):
+    raw = load_task(TASKS["sst2"], write_glue("SST-2"))
+    raw["train"] = raw["train"].sort("label")
+    assert len(set(raw["train"]["label"])) == 2 and raw["train"]["label"][0] == raw["train"]["label"][1]
+    with pytest.raises(ValueError, match="The first 2 training rows all have the same label"):
+        encode(raw, tokenizer, BertConfig(), max_length=32, sample_limit=lambda name: 2)
+
+
 def test_inputs_longer_than_the_model_takes_are_refused(write_glue, tokenizer):
     raw = load_task(TASKS["sst2"], write_glue("SST-2"))
     with pytest.raises(ValueError, match="max_seq_length is 33, but the model takes at most 32"):
@@ -79,8 +87,9 @@ def _classifier(**fields) -> BertConfig:
         ("rte", _classifier(**label_fields(TASKS["qnli"]))),
         ("mnli", _classifier(num_labels=3)),
         ("stsb", _classifier(num_labels=1)),
+        ("rte", _classifier(id2label={0: "ENTAILMENT", 1: "NOT_ENTAILMENT"})),
     ],
-    ids=["no-classifier", "unnamed", "same-names", "three-unnamed", "regression"],
+    ids=["no-classifier", "unnamed", "same-names", "three-unnamed", "regression", "capitals"],
 )
 def test_labels_that_agree_are_accepted(task, config):
     check_labels(TASKS[task], config)
@@ -104,15 +113,23 @@ def test_labels_that_conflict_are_refused(task, config):
 
 def test_a_classifier_of_other_labels_is_taken_where_its_answers_can_be_theirs():
     number, order = _classifier(num_labels=3), _classifier(id2label={0: "not_entailment", 1: "entailment"})
+    capitals = _classifier(id2label={0: "NOT_ENTAILMENT", 1: "ENTAILMENT"})
     names = _classifier(**label_fields(TASKS["cola"]))
     for config in (number, names):
         check_labels(TASKS["rte"], config, refits=True)
     check_labels(TASKS["rte"], names, trains=False, refits=True)
     # A new one would answer at random, and one in another order would be misread.
-    for config, trains in ((number, False), (order, True), (order, False)):
+    for config, trains in ((number, False), (order, True), (order, False), (capitals, False)):
         with pytest.raises(ValueError, match="classifies .* but rte asks for") as error:
             check_labels(TASKS["rte"], config, trains, refits=True)
         assert "--ignore_mismatched_sizes" not in str(error.value)
+
+
+def test_which_class_an_unnamed_one_is_taken_for_is_said_where_nothing_is_trained(caplog):
+    check_labels(TASKS["mnli"], _classifier(num_labels=3))
+    assert not caplog.messages
+    check_labels(TASKS["mnli"], _classifier(num_labels=3), trains=False)
+    assert "taken for entailment, neutral, contradiction, in this order" in caplog.text
 
 
 def test_what_is_no_classifier_is_trained_before_it_is_evaluated():

@@ -80,6 +80,13 @@ def test_a_flag_decides_where_labels_could_be_several_things(write):
     assert load(write, *versions, problem_type="single_label_classification")[0].labels == ("1.0", "1.5", "two")
 
 
+def test_class_numbers_may_be_written_with_a_point_where_they_are_said_to_be_classes(write):
+    gap = ["one,0.0", "two,1.0", "three,"], ["four,1"]
+    task, splits = load(write, *gap, problem_type="single_label_classification")
+    assert (task.labels, splits["train"]["label"][:], splits["validation"]["label"][:]) == (("0", "1"), [0, 1], [1])
+    assert load(write, *gap, problem_type="regression")[0].labels is None
+
+
 def rows_of(name: str, rows: list[dict]) -> str:
     if name.endswith(".parquet"):
         Dataset.from_list(rows).to_parquet(name)
@@ -222,6 +229,17 @@ BAD = {
         "a.csv: every row has the same label, 'good', so there is nothing to learn.",
     ),
     "one score": (["text,label", "a,2.5", "b,2.5"], ["text,label", "c,1.0"], "every row has the same label, 2.5"),
+    "whole numbers with a point": (
+        ["text,label", "one,0.0", "two,1.0"],
+        ["text,label", "three,1"],
+        "a.csv:2: 0.0 in column 'label' may be a score or, as programs write it that know an empty cell by a point, "
+        "the number of a class. Give --problem_type regression or single_label_classification.",
+    ),
+    "two numbers for one of two": (
+        ["text,label", 'one,"[0, 1]"', 'two,"[1, 0]"'],
+        ["text,label", 'three,"[0, 1]"'],
+        "every row has the same label, [0, 1], so there is nothing to learn; write the labels that a row has, not 0",
+    ),
     "broken list": (["text,label", "one,[1"], GOOD, 'a.csv:2: \'[1\' is no list such as ["a", "b"]'),
     "vector": (
         ["text,label", 'one,"[1, 0, 0]"', "two,[1]"],

@@ -440,11 +440,14 @@ def _other_classes(data: Path, model: Path) -> list[str]:
         (lambda data, model: ["--max_seq_length", "65"], "max_seq_length is 65, but the model takes at most 64"),
         (lambda data, model: ["--task_epochs", "rte:3"], "--task_epochs rte:3: write <task>=<epochs>"),
         (lambda data, model: ["--num_seeds", "0"], "--num_seeds is 0"),
+        (lambda data, model: ["--preprocessing_num_workers", "0"], "--preprocessing_num_workers is 0"),
+        (lambda data, model: ["--eval_delay", "5"], "--eval_delay 5.*every epoch is evaluated"),
+        (lambda data, model: ["--save_on_each_node"], "--save_on_each_node is not taken here: all nodes share"),
         (lambda data, model: ["--resume_from_checkpoint", str(model)], "one task and one seed"),
     ],
     ids=[
         "task", "folder", "missing-file", "empty-file", "label", "truncated-weights", "no-amplitudes", "token-ids",
-        "classes", "too-long", "epochs", "seeds", "resume",
+        "classes", "too-long", "epochs", "seeds", "workers", "delay", "each-node", "resume",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_error_and_leaves_no_trace(spoil, message, write_glue, tiny_bert, tmp_path):
@@ -538,6 +541,13 @@ def test_every_task_is_pushed_complete_to_a_repository_of_its_own(write_glue, ti
                 split = f"validation_{score.removesuffix('_accuracy')}" if name == "mnli" else "validation"
                 origin = (result.dataset_type, result.dataset_config, result.dataset_split)
                 assert origin == ("nyu-mll/glue", name, split)
+        # What has ended is pushed once, and to another place if that is asked for.
+        commits = len(hub.commits("tester/glue-rte"))
+        for place, number in (("glue", commits), ("elsewhere", 2)):
+            again = [*argv[:-1], f"tester/{place}", "--task_name", "rte"]
+            done = run_client(hub, cache, f"import run_glue\nrun_glue.main({again!r})", OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr
+            assert len(hub.commits(f"tester/{place}" + ("-rte" if place == "glue" else ""))) == number
         loaded = run_on_clean_machine(
             "from transformers import AutoModelForSequenceClassification as Auto\n"
             "print(Auto.from_pretrained('tester/glue-rte', trust_remote_code=True).config.id2label)",

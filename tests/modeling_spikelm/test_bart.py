@@ -249,6 +249,12 @@ def test_texts_alone_calibrate_a_decoder_that_reads_them_too(batch):
     other = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 33)
     model.calibrate({"input_ids": other, "attention_mask": batch["attention_mask"]})
     torch.testing.assert_close(amplitudes(model), found)
+    # It reads a first token before them, so its last one stands a place behind the source's.
+    read = model.prepare_decoder_input_ids_from_labels(other)
+    mask = torch.nn.functional.pad(batch["attention_mask"][:, :-1], (1, 0), value=1)
+    texts = {"input_ids": other, "attention_mask": batch["attention_mask"]}
+    model.calibrate(texts | {"decoder_input_ids": read, "decoder_attention_mask": mask})
+    torch.testing.assert_close(amplitudes(model), found)
 
 
 def test_a_model_that_is_not_calibrated_says_so_once(batch, caplog):

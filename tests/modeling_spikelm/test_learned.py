@@ -10,9 +10,11 @@ from hypothesis.extra import numpy as arrays
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMForMaskedLM, SpikingNeurons
+from modeling_spikelm.fitting import AMPLITUDE_FLOOR
 from modeling_spikelm.fused_spikes import spike
 from modeling_spikelm.learned import Levels, level_spikes, level_spikes_reference
 from modeling_spikelm.packing import SpikePacking, _unpack
+from modeling_spikelm.spiking import kept_share
 
 BOTH = pytest.mark.parametrize("function", [level_spikes, level_spikes_reference])
 
@@ -180,6 +182,17 @@ def test_calibration_finds_the_levels_that_inputs_have(neuron):
 
 
 @LEARNING
+def test_amplitudes_have_a_floor(neuron):
+    floor = torch.tensor(AMPLITUDE_FLOOR)
+    group = neurons(neuron, num_time_steps=2).train()
+    group(torch.ones(2, 5, 2))
+    assert group.is_calibrated and torch.equal(group.amplitude, torch.stack((torch.tensor(1.0), floor)))
+    with torch.no_grad():
+        group.amplitude.fill_(-0.5)  # as a step of an optimizer may leave it
+    assert torch.equal(group.levels(group.calibration()).amplitude, floor.expand(2))
+
+
+@LEARNING
 def test_in_16_bits_a_silent_neuron_with_a_large_shift_has_no_sign(neuron):
     # bfloat16 has 3.296875 beside 3.3, and 3.3125 next to it.
     group = neurons(neuron, num_neurons=2, spike_cost=0.0).eval()
@@ -203,6 +216,23 @@ def test_calibration_has_the_least_error_that_scale_and_shift_can_have():
     # Without a shift a third of the alphabet idles: -a is farther from all inputs than 0 is.
     elastic = neurons("elastic", 1, amplitude_scale=1.5).train()
     assert error < 0.6 * (elastic(inputs) - inputs).square().mean().item()
+
+
+@LEARNING
+@pytest.mark.parametrize("reset", ["reference", "symmetric"])
+@pytest.mark.parametrize("has_membrane", [True, False])
+def test_the_amplitude_of_a_later_step_is_the_mean_size_of_its_membranes_that_fire(neuron, reset, has_membrane):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4000, 2)
+    config = SpikeLMConfig(neuron=neuron, num_time_steps=3, membrane_decay=0.8, membrane_reset=reset)
+    group = SpikingNeurons.kinds[neuron](config, 2, has_membrane)
+    levels = group.levels(group.batch_calibration(inputs))
+    kept, membrane = 0.0, torch.zeros(1)
+    for x, amplitude, threshold in zip(inputs, levels.amplitude, levels.thresholds(), strict=True):
+        membrane = (x - levels.shift) / levels.scale + kept * membrane
+        signs = membrane.sign() * (membrane.abs() > threshold)
+        assert ((membrane * signs).sum() / signs.abs().sum()).item() == pytest.approx(amplitude.item(), rel=0.01)
+        kept = kept_share(signs, amplitude, 0.8, reset) if has_membrane else 0.0
 
 
 @settings(max_examples=20, deadline=None)

@@ -284,6 +284,17 @@ def test_the_loss_is_that_of_the_next_token(batch):
     torch.testing.assert_close(model(**batch, logits_to_keep=4).logits, found.logits[:, -4:])
 
 
+def test_in_training_too_no_token_sees_one_behind_it():
+    """With dropout a CPU has an attention of ours, which sees all where there is no mask."""
+    model = make_model(attention_dropout=0.1).train()
+    ids = torch.randint(3, 60, (2, 7))
+    logits = []
+    for given in (ids, torch.cat((ids[:, :-1], ids[:, -1:] + 1), dim=1)):
+        torch.manual_seed(0)
+        logits.append(model(given).logits[:, :-1])
+    assert torch.equal(*logits)
+
+
 def test_checkpointing_changes_no_gradient(batch):
     gradients = []
     for checkpoints in (False, True):

@@ -60,6 +60,9 @@ def test_a_case_counted_by_hand():
     assert dense.scalings == 2 * 3  # an amplitude of 1 needs no multiplication
     assert (head.name, head.steps, head.sees_spikes) == ("head", 1, False)
     assert (head.macs, head.dense_macs, head.accumulates, head.bias_adds) == (2 * 3 * 5, 2 * 3 * 5, [], 0)
+    # What is moved: of two tokens two entries in each of two steps, and three entries once.
+    assert (dense.weights, dense.spike_inputs, dense.real_inputs) == (2 * 3, 2 * 2 * 2, 0)
+    assert (head.weights, head.spike_inputs, head.real_inputs) == (3 * 5, 0, 2 * 3)
 
 
 def test_dead_and_saturated_over_all_time_steps_by_hand():
@@ -135,7 +138,11 @@ def test_attention_agrees_with_products_of_ones(model, batch, attention):
                         additions = torch.ones(4, length, length).double() @ heads
                     expected[step] += int(additions.sum())
             assert products[f"{name}.{product}"].accumulates == expected
-            assert products[f"{name}.{product}"].dense_macs == (49 + 36 + 25) * 16
+            found = products[f"{name}.{product}"]
+            assert found.dense_macs == (49 + 36 + 25) * 16
+            # Read once in each step: queries, or a probability of every pair and head; and the keys or values.
+            assert found.real_inputs == 3 * (18 * 16 if product == "q k^T" else 4 * (49 + 36 + 25))
+            assert found.spike_inputs == 3 * 18 * 16 and found.weights == 0
 
 
 @settings(max_examples=15, deadline=None)
@@ -181,6 +188,9 @@ def test_batches_of_different_shapes_add_up(model, batch):
     assert (both.sequences, both.tokens) == (5, 18 + 8)
     assert both.accumulates == one.accumulates + other.accumulates
     assert both.macs == one.macs + other.macs
+    for product, *parts in zip(both.products, one.products, other.products, strict=True):
+        for name in ("real_inputs", "spike_inputs", "outputs"):
+            assert getattr(product, name) == sum(getattr(part, name) for part in parts), (product.name, name)
     for group, first, second in zip(both.neurons, one.neurons, other.neurons, strict=True):
         assert torch.equal(group.positive, first.positive + second.positive)
         assert torch.equal(group.negative, first.negative + second.negative)
