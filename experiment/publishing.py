@@ -156,11 +156,15 @@ def take_over_pushing(training: TrainingArguments) -> HubRepository | None:
     """The repository of `--push_to_hub`, on the main process, with the Trainer's own pushing turned off.
 
     Raises:
-        ValueError: a `--hub_strategy` that would push the Trainer's resume files, or the Hub refuses.
+        ValueError: nothing is trained, a `--hub_strategy` would push the Trainer's resume files, or the Hub refuses.
     """
     if not training.push_to_hub:
         training.hub_model_id = None  # the card then names the folder, not a repository that does not exist
         return None
+    if not training.do_train:
+        raise ValueError(
+            "--push_to_hub pushes what a training ends with, and this command trains nothing. Leave it out."
+        )
     if training.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
             f"--hub_strategy {training.hub_strategy.value} would push the optimizer's state and pickles; choose "

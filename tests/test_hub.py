@@ -179,6 +179,13 @@ def test_a_hub_that_does_not_answer_is_an_error_of_one_line(training, monkeypatc
         repository.push(folder, "End of training")
 
 
+def test_a_command_that_trains_nothing_makes_no_repository(tmp_path):
+    corpus = write_corpus(tmp_path / "topics.txt")
+    command = ["--do_eval", "--train_file", str(corpus), "--vocab_size", "600", "--config_overrides", TINY]
+    with pytest.raises(SystemExit, match="--push_to_hub pushes what a training ends with"):
+        run_mlm.main([*command, "--push_to_hub", "--output_dir", str(tmp_path / "run")])
+
+
 def test_strategies_that_would_push_resume_files_are_refused(tmp_path):
     corpus = write_corpus(tmp_path / "topics.txt")
     command = ["--train_file", str(corpus), "--vocab_size", "600", "--config_overrides", TINY, "--push_to_hub"]
