@@ -1,26 +1,35 @@
 """Energy of a SpikeLM with random weights, and of the network without spikes: `python benchmarks/energy.py --help`.
 
 Nothing is timed: operations are counted, and docs/energy.md gives each a price. Random weights have firing rates of
-their own; a trained model's are counted by measure_spikes.py.
+their own; with `--model_name_or_path` it is a trained encoder whose energy is shown, on short texts, against the same
+network without spikes: in 32 bits, in 8, and with the moving of data.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import project  # noqa: F401
 import torch
 from cases import SHAPES, list_of
 from report import Row, report
-from transformers import BertConfig, BertModel, HfArgumentParser
+from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser
 
 from modeling_spikelm import SpikeLMConfig, SpikeLMModel
 from spike_metrics import (
     DATAFLOWS,
+    EnergyConstants,
     SpikeCount,
     compute_energy,
     count,
     energy_with_data_movement,
     published_convention,
 )
+from spike_metrics.energy import Dataflow
+
+# A product of two 8-bit numbers, and an addition of 32-bit integers, in which both networks sum (Horowitz, ISSCC 2014).
+EIGHT_BITS = EnergyConstants(multiply=0.2, accumulate=0.1)
 
 
 @dataclass
@@ -28,11 +37,25 @@ class Arguments:
     shape: str = field(default="base", metadata={"help": "Sizes of the model.", "choices": list(SHAPES)})
     num_time_steps: list[int] = list_of(1, 2, 4, help="Time steps T of the SpikeLMs.")
     length: int = field(default=128, metadata={"help": "Tokens of the one sequence."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A trained encoder to show in place of those with random weights."}
+    )
+    texts: list[str] = list_of(
+        "A man plays the guitar.",
+        "Someone is playing an instrument.",
+        "It rains in Rome.",
+        help="What the trained encoder reads.",
+    )
     output: str | None = field(default=None, metadata={"help": "Folder for the tables, benchmarks/results."})
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    if arguments.model_name_or_path:
+        rows = trained_rows(arguments)
+        title = f"Energy of a trained encoder, {Path(arguments.model_name_or_path).resolve().name}"
+        report("energy", title, rows, "cpu", arguments.output)
+        return
     torch.manual_seed(0)
     setting = f"{arguments.shape}, {arguments.length} tokens"
     rows = [spiking_row(arguments, steps) for steps in arguments.num_time_steps]
@@ -68,6 +91,30 @@ def spiking_row(arguments: Arguments, steps: int) -> Row:
             f"{name}, dense / this": f"{dense / spiking:.1f}",
         }
     return row
+
+
+def trained_rows(arguments: Arguments) -> list[Row]:
+    """A trained encoder's energies in millijoules a text, a way to price them a row."""
+    name = arguments.model_name_or_path
+    batch = AutoTokenizer.from_pretrained(name)(arguments.texts, padding=True, return_tensors="pt")
+    encoder = count(SpikeLMModel.from_pretrained(name), [batch]).encoder
+    ways: dict[str, Callable[[bool], float]] = {
+        "arithmetic, 32 bits": lambda dense: compute_energy(encoder, dense=dense).convention,
+        "arithmetic, 8 bits": lambda dense: compute_energy(encoder, EIGHT_BITS, dense).convention,
+    }
+    for flow in DATAFLOWS:
+        ways[f"32 bits, {flow}"] = partial(_moved, encoder, flow)
+    rows: list[Row] = []
+    for way, energy in ways.items():
+        dense, spiking = energy(True), energy(False)
+        rows.append(
+            {"energy": way, "dense": f"{dense:.4f}", "this": f"{spiking:.4f}", "dense / this": f"{dense / spiking:.2f}"}
+        )
+    return rows
+
+
+def _moved(encoder: SpikeCount, flow: Dataflow, dense: bool) -> float:
+    return energy_with_data_movement(encoder, flow, dense=dense).total
 
 
 def dense_rows(arguments: Arguments) -> list[Row]:

@@ -147,7 +147,8 @@ def cell_text(value: Any) -> str:
 
 
 def _identity(run: dict[str, Any]) -> tuple:
-    facts = ("cpu", "cores", "threads", "wait_policy", "gpu")
+    # Two machines may have processors of one name.
+    facts = ("cpu", "cores", "threads", "wait_policy", "vector_instructions", "torch", "gpu")
     return run["title"], run["command"], *(run["machine"].get(fact) for fact in facts)
 
 
