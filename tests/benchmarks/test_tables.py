@@ -18,6 +18,7 @@ TYPED = {
     "| field | default | meaning |": "defaults of the configuration",
     "| `neuron` | spikes | amplitude | a spike where |": "the values that a spike can have",
     "| | XSUM | CNN/DailyMail |": "figures of a paper, which is named there",
+    "| model | nine | five | five, below its dense model |": "the same",
 }
 _FIGURE = re.compile(r"[\d*~<>+./,:() %-]*\d[\d*~<>+./,:() %-]*(x|mJ|ms|G|M|MB|MAC|nats|steps)?[) *]*")
 
