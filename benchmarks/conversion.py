@@ -32,7 +32,7 @@ from typing import Any
 import project  # noqa: F401
 from cases import list_of
 from report import Row, keep, print_table
-from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
+from trainings import MADE_BY, PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
 from transformers import HfArgumentParser
 
 from glue_tasks.tasks import TASKS
@@ -695,6 +695,7 @@ def notes(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -
         *fewer_seeds(arguments, contestants),
         *([precision] if arguments.evaluate_in_float32 else []),
         *precisions(arguments, contestants),
+        *made_by(arguments, contestants),
         budget_note(recipes),
     ]
 
@@ -716,6 +717,17 @@ def precisions(arguments: Arguments, contestants: Sequence[Contestant | OfTraine
     common = max(found, key=lambda name: len(found[name]))
     others = [f"{'; '.join(runs)} in {name}" for name, runs in found.items() if name != common]
     return [f"Trained and evaluated in {common}, but {', and '.join(others)}."]
+
+
+def made_by(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -> list[str]:
+    """A sentence about the commits that the trainings were made by, which may be others than that of the table."""
+    results = [
+        result for each in contestants for task in arguments.task_name for result in each.results(task, arguments)
+    ]
+    # Beside the folder that run_glue.py wrote.
+    files = {result.folder.parents[1] / MADE_BY for result in results}
+    commits = sorted({file.read_text(encoding="utf-8") for file in files if file.is_file()})
+    return [f"The trainings were made by {', '.join(commits)}."] if commits else []
 
 
 def fewer_seeds(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -> list[str]:

@@ -34,7 +34,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from experiment.checkpoints import latest_complete_checkpoint
 from experiment.models import weights_digest
 from experiment.written_files import is_output_folder
 from modeling_spikelm import SpikeLMLlamaForCausalLM
@@ -114,7 +113,8 @@ def main() -> None:
     if arguments.max_steps:
         jobs = {student: distillation(arguments, teacher, student) for student in arguments.students}
         failed = run_all(jobs.values(), 1, lambda: None)
-        curves = [row for student, job in jobs.items() for row in curve(student, job)]
+        # What lies in the folder of one that failed may be of another text or budget.
+        curves = [row for student, job in jobs.items() if job not in failed for row in curve(student, job)]
         if curves:
             show(arguments, CURVE_TITLE, curves, [notes[0], budget_note([arguments.recipe])])
         report_failures(failed)
@@ -230,15 +230,11 @@ def distillation(arguments: Arguments, teacher: str, student: str) -> Job:
 
 
 def curve(student: str, job: Job) -> list[Row]:
-    """Perplexity after so many tokens, as the training has logged it; of one that was cut off, up to its checkpoint."""
+    """Perplexity after so many tokens, as a training that has ended has logged it."""
     folder = job.folder / "student"
-    ended = (folder / "trainer_state.json").is_file()
-    state = folder if ended else latest_complete_checkpoint(folder)
-    if state is None:
-        return []
     recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))["arguments"]
     tokens = recorded["sequences_per_step"] * recorded["max_seq_length"]
-    log = json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [
         {"model": student, "tokens": f"{entry['step'] * tokens:,}", **row_of({"loss": entry["eval_loss"]})}
         for entry in log

@@ -71,7 +71,7 @@ def keep(
         "command": command(path_names or {}),
         "machine": machine(device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": project_commit(),
         "notes": list(notes),
         "rows": rows,
     }
@@ -99,10 +99,12 @@ def _kept_runs(store: Path, page: Path) -> list[dict[str, Any]]:
 
 
 def command(path_names: Mapping[str, str]) -> str:
-    """The command line to type in the project's root, without `--output`, which changes no figure."""
+    """The command line to type in the project's root, without flags that change no figure."""
     arguments: list[str] = []
     for argument in sys.argv[1:]:
         arguments += argument.split("=", 1) if argument.startswith("--") else [argument]
+    # It shows what was trained by the command without it.
+    arguments = [argument for argument in arguments if argument != "--table_only"]
     if "--output" in arguments:
         position = arguments.index("--output")
         del arguments[position : position + 2]
@@ -161,7 +163,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def project_commit() -> str:
+    """The commit that is checked out, with "-dirty" where files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

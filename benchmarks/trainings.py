@@ -19,11 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
+from typing import Any
 
 import project  # noqa: F401
 import torch
 import yaml
 from cases import list_of
+from report import project_commit
 
 from experiment.models import weights_digest
 
@@ -32,8 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data_dir": "GLUE", "--output_dir": "RUNS"}
 # What a script is told of a model on this disk or elsewhere.
 MODEL_FLAGS = ("--model_name_or_path", "--teacher_name_or_path")
-# In the folder of a training that has ended well: `Job.identity`.
-FINISHED = "finished.txt"
+# And of data.
+DATA_FLAGS = ("--train_file", "--validation_file", "--data_dir", "--unlabelled_file")
+# In the folder of a training that has ended well: `Job.identity`, and the commit that made it.
+FINISHED, MADE_BY = "finished.txt", "made_by.txt"
 
 
 @dataclass(kw_only=True)
@@ -121,12 +125,13 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """A hash of the commands, of what their recipes say now and of the weights that they begin with or learn from;
-        another copy of the project makes no other job."""
+        """A hash of the commands, of what their recipes say now, of the weights that they begin with or learn from and
+        of their data; another copy of the project makes no other job."""
         budget = [_values(recipe) for recipe in self.recipes]
         commands = [[Path(script).name, *flags] for _, script, *flags in self.commands]
         weights = [weights_of(folder) for folder in self._models()]
-        parts = [commands, budget, *([weights] if any(weights) else [])]
+        data = [_data_digest(path, _times(path)) for path in self._data()]
+        parts = [commands, budget, weights, data]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _models(self) -> Iterator[Path]:
@@ -137,6 +142,10 @@ class Job:
                 if not path.is_relative_to(self.folder):
                     # Itself, or a folder with a teacher for every task.
                     yield from (path, *(path / task for task in tasks))
+
+    def _data(self) -> Iterator[str]:
+        for command in self.commands:
+            yield from (value for flag, value in pairwise(command) if flag in DATA_FLAGS)
 
     @property
     def is_finished(self) -> bool:
@@ -153,6 +162,30 @@ def weights_of(folder: Path) -> str | None:
 @cache
 def _digest(folder: str, written: tuple[int, ...]) -> str | None:
     return weights_digest(folder)
+
+
+def _files_of(source: Path) -> list[Path]:
+    return sorted(filter(Path.is_file, [source, *source.rglob("*")]))
+
+
+def _times(source: str) -> tuple[tuple[str, int], ...]:
+    return tuple((str(path), path.stat().st_mtime_ns) for path in _files_of(Path(source)))
+
+
+@cache
+def _data_digest(source: str, written: tuple[tuple[str, int], ...]) -> str:
+    """A hash of a file or folder of data. What was not written since is not read again."""
+    digest = hashlib.sha256()
+    _add_content(digest, Path(source))
+    return digest.hexdigest()
+
+
+def _add_content(digest: Any, source: Path) -> None:
+    for path in _files_of(source):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        # The ending says how a file is read, and is no part of the path from a file to itself.
+        digest.update(f"\0{path.relative_to(source)}\0{path.suffix.lower()}\0{content}".encode())
 
 
 def job(training: Training, arguments: TrainingsArguments, corpus: Path, tasks: Sequence[str] = ()) -> Job:
@@ -193,11 +226,7 @@ def source_digest(arguments: TrainingsArguments) -> str:
     digest = hashlib.sha256(json.dumps(_values(arguments.pretrain_recipe), sort_keys=True).encode())
     for source in map(Path, filter(None, (arguments.train_file, arguments.validation_file))):
         digest.update(b"\0source")
-        for path in sorted(filter(Path.is_file, [source, *source.rglob("*")])):
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            # The ending says how a file is read, and is no part of the path from a file to itself.
-            digest.update(f"\0{path.relative_to(source)}\0{path.suffix.lower()}\0{content}".encode())
+        _add_content(digest, source)
     return digest.hexdigest()[:12]
 
 
@@ -282,6 +311,7 @@ def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None])
             options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
             is_good = all(processes.run(command, **options) for command in job.commands)
         if is_good:
+            (job.folder / MADE_BY).write_text(project_commit(), encoding="utf-8")
             mark.write_text(identity, encoding="utf-8")
         elif not processes.is_ending:
             mark.unlink(missing_ok=True)

@@ -258,7 +258,12 @@ def test_other_weights_under_the_same_path_are_another_job(given, tmp_path):
     assert not job.is_finished
     (folder / "model.safetensors").write_bytes(b"first")
     assert job.is_finished
-    # So it is with what it learns from, and with no weights that the job writes itself.
+    # So it is with its data,
+    Path(given.data_dir).write_text("other text")
+    assert not job.is_finished
+    Path(given.data_dir).write_text("text")
+    assert job.is_finished
+    # with what it learns from, and with no weights that the job writes itself.
     teacher = chosen_teachers(given) / "rte"
     teacher.mkdir(parents=True)
     assert job.is_finished
