@@ -38,7 +38,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick
 from .spike_cache import with_past
-from .steps import SpikeLMStepMean, SpikeLMSteps, repeat_mask, repeat_steps
+from .steps import SpikeLMStepMean, SpikeLMSteps, boundaries, repeat_mask, repeat_steps
 
 # Cosines and sines of every position's angles, `(N, L, d)` each.
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -296,6 +296,11 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
             masks = self.create_masks_for_generate(
                 self.config, embeddings, attention_mask, past_key_values, position_ids
             )
+        if attention_mask is None and _says_what_is_packed(self.config, position_ids, kwargs):
+            packed = boundaries(position_ids)
+            longest = int(packed.diff().max())
+            kwargs |= {"cu_seq_lens_q": packed, "cu_seq_lens_k": packed}
+            kwargs |= {"max_length_q": longest, "max_length_k": longest}
         rotary = self.rotary_emb(embeddings, _repeat_rows(position_ids, self.config.num_time_steps))
         hidden_states, _ = self.steps(embeddings)
         masks = {kind: mask_for_all_layers(mask, hidden_states, self.config) for kind, mask in masks.items()}
@@ -313,6 +318,16 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(mean), past_key_values=past_key_values if use_cache else None
         )
+
+
+def _says_what_is_packed(config: SpikeLMLlamaConfig, position_ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether positions alone tell flash attention, which takes no mask, that a row is several sequences."""
+    if "flash" not in str(config._attn_implementation) or kwargs.get("cu_seq_lens_q") is not None:
+        return False
+    if torch.compiler.is_compiling():  # what positions say is not known then
+        return False
+    is_one_row = len(position_ids) == 1 and position_ids.shape[1] > 1
+    return is_one_row and not bool((position_ids.diff() == 1).all())
 
 
 def _repeat_rows(position_ids: torch.Tensor | None, steps: int) -> torch.Tensor | None:

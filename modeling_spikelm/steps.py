@@ -19,6 +19,19 @@ def repeat_mask(mask: torch.Tensor, num_time_steps: int) -> torch.Tensor:
     return mask if mask.dim() == 4 and len(mask) == 1 else repeat_steps(mask, num_time_steps)
 
 
+def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where sequences that are packed into one row begin, and the last one ends, `(S + 1,)` int32; of positions
+    `(1, L)` that begin anew with each."""
+    starts = (position_ids[0] == position_ids.min()).nonzero().flatten()
+    return nn.functional.pad(starts, (0, 1), value=position_ids.shape[1]).int()
+
+
+def repeat_boundaries(boundaries: torch.Tensor, num_time_steps: int) -> torch.Tensor:
+    """`(S + 1,)`, where S packed sequences begin and the last one ends, to those of T steps behind one another."""
+    lengths = boundaries.diff().repeat(num_time_steps)
+    return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(boundaries.dtype)
+
+
 class _TapMean(torch.autograd.Function):
     """`x -> (x, mean over time steps)`, where the mean takes part in the backward pass as if x were mean + deviation.
 

@@ -14,7 +14,7 @@ from .configuration_spiking import SpikingConfig
 from .dropout import written_out_attention
 from .fast_paths import FAST_PATHS, is_eager_on_cpu, is_eager_on_gpu, is_transformed
 from .spiking import spikes_dtype
-from .steps import SpikeLMStepMean
+from .steps import SpikeLMStepMean, repeat_boundaries
 
 # Rows of a mask that begin at a multiple of so many values are not copied by torch's attention.
 MASK_ALIGNMENT = 8
@@ -128,7 +128,11 @@ class SpikingAttention(nn.Module):
 
         Args:
             key, value: `(N, past + L, heads * d)`, of all heads or of as many as share them.
+            kwargs: with `cu_seq_lens_q` and `cu_seq_lens_k`, where sequences packed into one row begin and end.
         """
+        if kwargs.get("cu_seq_lens_q") is not None:
+            # The attentions that know them see all rows as one, and here each time step is a row.
+            kwargs |= {name: repeat_boundaries(kwargs[name], len(query)) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
         query, key, value = self._split_heads(query), self._split_heads(key), self._split_heads(value)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation

@@ -135,8 +135,21 @@ def text_positions(batch: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def as_batches(batches: Any) -> Iterable[Any]:
-    """Batches one by one, of an iterable or of a single batch."""
+    """Batches one by one, of an iterable or of a single batch.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(batches, Mapping | Iterable):
+        raise _no_batch(batches)
     return [batches] if isinstance(batches, Mapping) else batches
+
+
+def _no_batch(found: Any) -> TypeError:
+    return TypeError(
+        "calibrate() takes a batch, that is a mapping of forward arguments such as a tokenizer makes, or an "
+        f"iterable of batches; what it got as a batch is of type {type(found).__name__}."
+    )
 
 
 def check_is_here(groups: Iterable[SpikingNeurons]) -> None:
@@ -179,11 +192,16 @@ def check_batch(batch: Any) -> None:
         TypeError: it is no mapping of names to tensors, and the message says what to do.
     """
     if not isinstance(batch, Mapping):
+        raise _no_batch(batch)
+    ids = batch.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.dim() == 1:
         raise TypeError(
-            "calibrate() takes a batch, that is a mapping of forward arguments such as a tokenizer makes, or an "
-            f"iterable of batches; what it got as a batch is of type {type(batch).__name__}."
+            "calibrate() takes batches, but input_ids are of a single row; give a DataLoader, or rows with a first "
+            "dimension for them."
         )
     lists = [name for name, value in batch.items() if isinstance(value, list)]
+    if any(isinstance(ids, torch.Tensor) and name != "input_ids" for name in lists):
+        raise TypeError(f"calibrate() takes forward arguments, and {lists[0]} is a list; leave that column out.")
     if lists:
         raise TypeError(
             f"calibrate() takes tensors, but {lists[0]} is a list; call the tokenizer with return_tensors='pt' (and "

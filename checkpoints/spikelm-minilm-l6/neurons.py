@@ -143,6 +143,11 @@ class SpikingNeurons(nn.Module):
                 "A SpikeLM cannot calibrate while torch.jit traces it or torch.func transforms it, because that would "
                 "become a part of what is traced. Call model.calibrate(batches) first."
             )
+        if not torch.is_grad_enabled():
+            logger.warning_once(
+                f"A forward in training mode without gradients, on {steps[0, ..., 0].numel()} tokens, has set this "
+                f"SpikeLM's spike amplitudes for good. Was it a test? {HOW_TO_CALIBRATE}"
+            )
         self.set_calibration(self.batch_calibration(steps, every_process=True))
         return self.calibration()
 

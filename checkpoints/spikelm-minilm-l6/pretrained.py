@@ -34,6 +34,7 @@ from .quantization import (
     check_can_quantize,
     check_is_quantized,
     check_is_quantized_whole,
+    check_says_how_weights_are,
     dequantize_layer,
     layer_stacks,
     quantize_layer,
@@ -171,8 +172,10 @@ class SpikingPreTrainedModel(PreTrainedModel):
         with a warning.
 
         Raises:
-            ValueError: a part alone has int8 weights, which no configuration can say.
+            ValueError: a part alone has int8 weights, which no configuration can say, or the configuration says
+                otherwise than the weights are.
         """
+        check_says_how_weights_are(self, self.config)
         if self.config.int8_weights:
             head = self.get_output_embeddings() if self.config.tie_word_embeddings else None
             check_is_quantized_whole([getattr(parent, name) for parent, name, _ in self._products()], head, self.config)
@@ -292,8 +295,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
                 this one's configuration says.
 
         Raises:
-            ValueError: this model has more than one step, is not calibrated, or its weights are int8; or a value is
-                impossible; or the configuration was changed since the model was built.
+            ValueError: this model has more than one step, is not calibrated, wears an adapter, or its weights are int8;
+                or a value is impossible; or the configuration was changed since the model was built.
         """
         check_configuration(self)
         if self.config.num_time_steps != 1 or self.config.int8_weights:
@@ -309,12 +312,19 @@ class SpikingPreTrainedModel(PreTrainedModel):
         fields = {name: value for name, value in asked_for.items() if value is not None}
         config = type(self.config).from_dict(self.config.to_dict() | fields | {"num_time_steps": num_time_steps})
         model = type(self)._from_config(config, attn_implementation=self.config._attn_implementation)
+        if model.state_dict().keys() != self.state_dict().keys():
+            raise ValueError(
+                "with_time_steps() is for a model as it was built, and this one has other modules; merge an adapter "
+                "into it first (PEFT: merge_and_unload())."
+            )
         model.load_state_dict(
             {
                 name: values.repeat(num_time_steps) if name in groups else values
                 for name, values in self.state_dict().items()
             }
         )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.get_parameter(name).requires_grad)
         if self.can_generate():
             model.generation_config = copy.deepcopy(self.generation_config)
         return model.to(device=self.device, dtype=self.dtype).train(self.training)
@@ -371,6 +381,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the weights are not int8.
         """
+        check_says_how_weights_are(self, self.config)
         if not self.config.int8_weights:
             raise ValueError("dequantize_weights() is for a SpikeLM with int8 weights; this one's are float already.")
         for parent, name, neurons in list(self._products()):

@@ -259,13 +259,22 @@ def quantize_layer(layer: SpikeLMLayer, config: SpikingConfig) -> QuantizedLayer
     """The int8 counterpart of a calibrated float layer, in evaluation mode, on the layer's device."""
     quantized = QuantizedLayer(config).to(layer.output.dense.weight.device)
     quantized.quantize(layer)
+    _take_checkpointing(quantized, layer)
     return quantized.eval()
+
+
+def _take_checkpointing(layer: nn.Module, from_layer: nn.Module) -> None:
+    """An int8 layer checkpoints nothing, and keeps for the float one after it whether that does."""
+    for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+        if hasattr(from_layer, name):
+            setattr(layer, name, getattr(from_layer, name))
 
 
 def dequantize_layer(layer: QuantizedLayer, config: SpikingConfig) -> SpikeLMLayer:
     """A float layer that computes what an int8 one does, in the same mode, on the same device."""
     float_layer = SpikeLMLayer(config).to(layer.output.dense.bias.device)
     layer.dequantize(float_layer)
+    _take_checkpointing(float_layer, layer)
     return float_layer.train(layer.training)
 
 
@@ -322,6 +331,21 @@ def check_is_quantized(model: nn.Module, name: Any) -> None:
         raise ValueError(
             f"{name} has no int8 weights, though int8_weights=True says so; load it as it is and call "
             "model.quantize_weights()."
+        )
+
+
+def check_says_how_weights_are(model: nn.Module, config: SpikingConfig) -> None:
+    """
+    Raises:
+        ValueError: the configuration says that the weights are int8 and they are float, or the other way round.
+    """
+    found = {True: "int8", False: "float"}
+    is_int8 = any(isinstance(module, Int8Module) for module in model.modules())
+    if is_int8 != config.int8_weights:
+        raise ValueError(
+            f"The weights of this {type(model).__name__} are {found[is_int8]}, but its configuration says "
+            f"int8_weights={config.int8_weights}. Does it share the configuration with another model? Give it its own: "
+            f"model.config = copy.deepcopy(model.config), then model.config.int8_weights = {is_int8}."
         )
 
 

@@ -366,14 +366,28 @@ def test_calibrate_takes_a_single_batch_and_a_generator(base, batch):
         ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4)}, ValueError, "token"),
         (["some text"], TypeError, "of type str"),
         ({"input_ids": [[5, 6]]}, TypeError, "return_tensors='pt'"),
+        (5, TypeError, "of type int"),
+        ([{"input_ids": torch.tensor([5, 6])}], TypeError, "input_ids are of a single row; give a DataLoader"),
+        ({"input_ids": torch.tensor([[5, 6]]), "text": ["a"]}, TypeError, "text is a list; leave that column out"),
     ],
-    ids=["nothing", "padding", "text", "lists"],
+    ids=["nothing", "padding", "text", "lists", "number", "row", "column"],
 )
 def test_what_calibrate_cannot_take_is_named_and_changes_nothing(given, error, message, base):
     before = amplitudes(base)
     with pytest.raises(error, match=message):
         base.calibrate(given or [])
     assert torch.equal(amplitudes(base), before)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_amplitudes_that_a_forward_without_a_training_sets_are_told_of(gradients, base, batch, caplog):
+    base.reset_calibration()
+    logger.warning_once.cache_clear()
+    with torch.set_grad_enabled(gradients):
+        base.train()(**batch)
+    told = [message for message in caplog.messages if "has set this SpikeLM's spike amplitudes for good" in message]
+    assert len(told) == (not gradients)
+    assert gradients or f"on {batch['input_ids'].numel()} tokens" in told[0]
 
 
 def test_calibration_leaves_every_part_in_its_mode(base, batch):

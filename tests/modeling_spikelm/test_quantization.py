@@ -664,3 +664,31 @@ def test_an_int8_checkpoint_does_not_load_as_float(config, batch, tmp_path):
     config.int8_weights = False
     with pytest.raises(ValueError, match="int8_weights"):
         SpikeLMModel.from_pretrained(tmp_path, config=config)
+
+
+def test_a_float_model_that_shares_its_configuration_with_an_int8_one_is_not_saved_as_int8(config, batch, tmp_path):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    other = SpikeLMForMaskedLM(model.config)
+    other.load_state_dict(model.state_dict())
+    model.quantize_weights()
+    told = "The weights of this SpikeLMForMaskedLM are float, but its configuration says int8_weights=True"
+    for call in (lambda: other.save_pretrained(tmp_path), other.dequantize_weights):
+        with pytest.raises(ValueError, match=told):
+            call()
+    assert not list(tmp_path.iterdir())
+    other.config = copy.deepcopy(other.config)
+    other.config.int8_weights = False
+    other.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "int8")
+    for folder, is_int8 in ((tmp_path, False), (tmp_path / "int8", True)):
+        assert SpikeLMForMaskedLM.from_pretrained(folder).config.int8_weights is is_int8
+
+
+def test_a_float_model_again_checkpoints_as_it_did(config, batch):
+    model = calibrated(SpikeLMForMaskedLM, config, batch)
+    model.gradient_checkpointing_enable()
+    model.quantize_weights().dequantize_weights()
+    assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+    ids = torch.arange(5, 17)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert model.bert.encoder.layer[0].output.dense.weight.grad is not None

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM
 
@@ -58,6 +59,16 @@ def test_what_cannot_grow_is_refused_in_one_line(one_step):
     one_step.reset_calibration()
     with pytest.raises(ValueError, match="Calibrate it first"):
         one_step.with_time_steps(4)
+
+
+def test_what_was_frozen_stays_so_and_an_adapter_is_to_be_merged_first(one_step):
+    one_step.bert.embeddings.requires_grad_(False)
+    several = one_step.with_time_steps(2)
+    for name, parameter in several.named_parameters():
+        assert parameter.requires_grad is one_step.get_parameter(name).requires_grad, name
+    adapted = get_peft_model(one_step, LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match="merge an adapter into it first"):
+        adapted.base_model.model.with_time_steps(2)
 
 
 def test_int8_weights_are_to_be_made_float_first(one_step):
