@@ -27,6 +27,7 @@ app: $(VENV)/installed
 	PYTHONPATH=. $(PYTHON) space/app.py
 
 space:
+	for part in configuration_spikelm modeling_spikelm spike_metrics checkpoints/spikelm-minilm-l6 explorer; do rm -rf "$(SPACE)/$$part"; done
 	mkdir -p $(SPACE)/checkpoints
 	cp -r space/. configuration_spikelm modeling_spikelm spike_metrics $(SPACE)
 	cp -r checkpoints/spikelm-minilm-l6 $(SPACE)/checkpoints
@@ -35,7 +36,7 @@ space:
 convert: $(VENV)/installed
 	@test -n "$(TEXT)" || { echo "Name a file or folder of text to learn from: make convert TEXT=my_texts"; exit 2; }
 	$(KEEP_MEMORY) $(PYTHON) run_distill.py recipes/convert_to_spikelm.yaml --teacher_name_or_path $(TEACHER) \
-		--train_file $(TEXT) $(if $(VALIDATION),--validation_file $(VALIDATION)) --output_dir $(CONVERTED)
+		--train_file "$(TEXT)" $(if $(VALIDATION),--validation_file "$(VALIDATION)") --output_dir "$(CONVERTED)"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

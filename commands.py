@@ -25,4 +25,7 @@ def _run(script: str) -> None:
     try:
         runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
     except ModuleNotFoundError as error:
-        sys.exit(f'error: {error}. The commands need more than the model does: pip install "spikelm[scripts]".')
+        sys.exit(
+            f"error: {error}. The commands need more than the model does: pip install '.[scripts]' in a copy of the "
+            "project, or '.[scripts,onnx]' for spikelm-export-onnx."
+        )

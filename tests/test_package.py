@@ -90,7 +90,7 @@ def test_a_command_without_its_packages_says_what_to_install(installed, tmp_path
     code += "; from spikelm.commands import run_glue; run_glue()"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and 'pip install "spikelm[scripts]"' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "pip install '.[scripts]'" in done.stderr
 
 
 def test_every_script_is_a_command_and_every_room_is_installed():
