@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import filter_repo_objects, httpx
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -56,7 +56,7 @@ class HubRepository:
                 f"--push_to_hub: the Hub refuses {training.hub_model_id or training.output_dir}: {error}. Log in with "
                 "`hf auth login` or set HF_TOKEN to a token that may write there."
             ) from error
-        except httpx.TransportError as error:
+        except HTTPError as error:
             raise ValueError(
                 f"--push_to_hub: the Hub does not answer: {error or type(error).__name__}. Train without --push_to_hub "
                 "where there is no network, and upload the folder later."
@@ -82,7 +82,9 @@ class HubRepository:
         self.finish()
         try:
             return self._upload(folder, message, WrittenFiles(folder).paths(with_runs=False)).commit_url
-        except httpx.TransportError as error:
+        except HfHubHTTPError:  # it answers, and says why not
+            raise
+        except HTTPError as error:
             raise ValueError(
                 f"The model is in {folder}, but the Hub does not answer: {error or type(error).__name__}. The same "
                 "command once more pushes it."
