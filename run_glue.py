@@ -192,14 +192,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 refuse_other_amplitudes(checkpoint, data.config)
         try_first_steps(ready, plans, records, tokenizer, teaching, given)
         targets = {run.output_dir: push_target(run) for run in runs}
-        left = [run for run in runs if not records[run.output_dir].has_nothing_left(targets[run.output_dir])]
+        # A finished run that was pushed stays so: what its repository is called depends on the tasks beside it.
+        left = [run for run in runs if not records[run.output_dir].has_ended(bool(targets[run.output_dir]))]
         repositories = {run.output_dir: take_over_pushing(run) for run in left}
         record.open(overwrite, training.resume_from_checkpoint)
 
     for data in ready:
         for run in plans[data.task.name]:
             if run not in left:
-                logger.info("%s with seed %d is finished already.", data.task.name, run.seed)
+                pushed = records[run.output_dir].pushed_to
+                where = f", and was pushed to {pushed}" if pushed else ""
+                logger.info("%s with seed %d is finished already%s.", data.task.name, run.seed, where)
             else:
                 run_record, repository = records[run.output_dir], repositories[run.output_dir]
                 seed = run.seed if arguments.num_seeds > 1 else None
@@ -390,6 +393,7 @@ def prepare(
         pad_to_max_length=arguments.pad_to_max_length,
         sample_limit=arguments.sample_limit,
         num_workers=arguments.preprocessing_num_workers,
+        learns_labels=teaching.teacher_name_or_path is None or bool(teaching.label_weight),
     )
     test_rows = {name: raw[name]["idx"][: len(splits[name])] for name in task.test_splits if name in splits}
     teacher = teaching.teacher_of(task.name)

@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         if script.prepare_only:
             if training.process_index == 0:
                 save_prepared(splits, tokenizer, training.output_dir, data_arguments)
-                print(f"The packed corpus is in {training.output_dir}; train with --dataset_name {training.output_dir}")
+                flags = f"--dataset_name {training.output_dir} --max_seq_length {data_arguments.max_seq_length}"
+                print(f"The packed corpus is in {training.output_dir}; train with {flags}")
             return
 
         config = load_config(

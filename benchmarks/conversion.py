@@ -21,6 +21,7 @@ each (`--task_name cola`) can share a folder, and one for all of them then makes
 """
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -434,6 +435,8 @@ def measure(arguments: Arguments) -> None:
             failed += compete(each, arguments, keep_table)
         for further in (longer, in_float32):
             failed += run_left([job for each in further for job in each.jobs(arguments)], arguments, keep_table)
+    if not any(each.results(task, arguments) for each in trained for task in arguments.task_name):
+        sys.exit(f"No training of this table has ended in {arguments.output_dir} with these data, weights and recipes.")
     print_table(titles[0], keep_table(), described())
     print_table(titles[1], by_task(), [TASKS_NOTE])
     report_failures(failed)
@@ -726,7 +729,8 @@ def made_by(arguments: Arguments, contestants: Sequence[Contestant | OfTrained])
     ]
     # Beside the folder that run_glue.py wrote.
     files = {result.folder.parents[1] / MADE_BY for result in results}
-    commits = sorted({file.read_text(encoding="utf-8") for file in files if file.is_file()})
+    texts = (file.read_text(encoding="utf-8") for file in files if file.is_file())
+    commits = sorted({commit for text in texts for commit in text.splitlines()})
     return [f"The trainings were made by {', '.join(commits)}."] if commits else []
 
 

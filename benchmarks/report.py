@@ -103,8 +103,11 @@ def command(path_names: Mapping[str, str]) -> str:
     arguments: list[str] = []
     for argument in sys.argv[1:]:
         arguments += argument.split("=", 1) if argument.startswith("--") else [argument]
-    # It shows what was trained by the command without it.
-    arguments = [argument for argument in arguments if argument != "--table_only"]
+    if "--table_only" in arguments:
+        # It shows what was trained by the command without it.
+        position = arguments.index("--table_only")
+        has_value = not (arguments[position + 1 :] or ["--"])[0].startswith("--")
+        del arguments[position : position + 1 + has_value]
     if "--output" in arguments:
         position = arguments.index("--output")
         del arguments[position : position + 2]

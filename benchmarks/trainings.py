@@ -36,7 +36,7 @@ PATH_NAMES = {"--train_file": "TEXT", "--validation_file": "VALIDATION", "--data
 MODEL_FLAGS = ("--model_name_or_path", "--teacher_name_or_path")
 # And of data.
 DATA_FLAGS = ("--train_file", "--validation_file", "--data_dir", "--unlabelled_file")
-# In the folder of a training that has ended well: `Job.identity`, and the commit that made it.
+# In the folder of a training that has ended well: `Job.identity`, and the commits that made it.
 FINISHED, MADE_BY = "finished.txt", "made_by.txt"
 
 
@@ -307,11 +307,12 @@ def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None])
         # Before, as the scripts read the recipes at their beginning. A finished job is run as well: whether its folder
         # holds that very run only the scripts know, and they refuse another one.
         mark, identity = job.folder / FINISHED, job.identity
+        if not job.is_finished:
+            _note_commit(job.folder / MADE_BY)
         with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
             is_good = all(processes.run(command, **options) for command in job.commands)
         if is_good:
-            (job.folder / MADE_BY).write_text(project_commit(), encoding="utf-8")
             mark.write_text(identity, encoding="utf-8")
         elif not processes.is_ending:
             mark.unlink(missing_ok=True)
@@ -331,6 +332,12 @@ def run_all(jobs: Iterable[Job], at_a_time: int, after_each: Callable[[], None])
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()
     return failed
+
+
+def _note_commit(file: Path) -> None:
+    """Adds the commit that goes on with a training to those before it, a line each."""
+    before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    file.write_text("\n".join(dict.fromkeys([*before, project_commit()])) + "\n", encoding="utf-8")
 
 
 def report_failures(failed: Sequence[Job]) -> None:

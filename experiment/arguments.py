@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 PROJECT = Path(__file__).resolve().parent.parent
 # As HfArgumentParser reads a flag.
 YES = ("true", "yes", "t", "y", "1")
+# Fields of the Trainer that take a word or a list of words.
+_ONE_OR_SEVERAL = ("report_to", "fsdp")
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 # Fields that name what a command reads; on this disk, or elsewhere.
 INPUTS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "train_file", "validation_file")
@@ -147,7 +149,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 class _Parser(HfArgumentParser):
@@ -163,9 +165,9 @@ def parse_arguments(
     """Reads the command line, or a recipe file and then the command line.
 
     A first argument that ends in .yaml, .yml or .json is a recipe: a mapping from flag names to values, which are
-    read as on a command line. Flags after it override it. A recipe's `bf16` is left out, and that is said, where
-    all there is is a CPU without instructions for it. Without --do_train, --do_eval and --do_predict a run does all
-    that its script can, as far as there is data.
+    read as on a command line; null leaves a flag at its default. Flags after it override it. A recipe's `bf16` is
+    left out, and that is said, where all there is is a CPU without instructions for it. Without --do_train,
+    --do_eval and --do_predict a run does all that its script can, as far as there is data.
 
     Args:
         dataclasses: one of them `TrainingArguments`.
@@ -310,8 +312,8 @@ def _read_recipe(name: str, parser: HfArgumentParser) -> dict[str, Any]:
 
 
 def _as_flags(recipe: Mapping[str, Any], parser: HfArgumentParser) -> list[str]:
-    """A recipe as a command line, so that types, choices and lists are those of flags. The parser is given what no
-    flag can say: several words where one is the rule, as to `report_to`.
+    """A recipe as a command line, so that types, choices and lists are those of flags. What no flag can say, several
+    words of a field that takes one or several, becomes the parser's default.
 
     Raises:
         ValueError: several values of a flag that takes one.
@@ -320,8 +322,9 @@ def _as_flags(recipe: Mapping[str, Any], parser: HfArgumentParser) -> list[str]:
     flags = []
     for name, value in recipe.items():
         if isinstance(value, list) and actions[name].nargs in ("+", "*"):
-            flags += [f"--{name}", *map(str, value)]
-        elif isinstance(value, list) and actions[name].type is str:
+            # In front: a word behind the recipe is none of theirs.
+            flags = [f"--{name}", *map(str, value), *flags]
+        elif isinstance(value, list) and name in _ONE_OR_SEVERAL:
             parser.set_defaults(**{name: value})
         elif isinstance(value, list):
             raise ValueError(f"The recipe sets {name} to {value}; it takes one value.")

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # What another run has left where --resume_from_checkpoint begins; it is kept.
 EARLIER_PREFIX = "earlier-"
 
+# Arguments that make another model, which the weights of a checkpoint may not fit.
+_OF_MODELS = {"model_name_or_path", "model_type", "config_name", "config_overrides", "tokenizer_name"}
 # Fields of a record that are not in its file: where it lies, and what lies around it.
 _NOT_IN_RECORD = {"output_dir", "inputs", "runs"}
 
@@ -117,6 +119,10 @@ class RunRecord:
         """Whether the same run, with this place to push to (`publishing.push_target`), has ended before."""
         return self.is_finished and push_target in (None, self.pushed_to)
 
+    def has_ended(self, is_pushed: bool) -> bool:
+        """Whether the same run has ended before, and was pushed to some place if this one shall be."""
+        return self.is_finished and (self.pushed_to is not None or not is_pushed)
+
     def trained_model(self, checkpoint: str | None, training: TrainingArguments) -> str | None:
         """The folder of the model, with its trainer_state.json, if nothing is left to train.
 
@@ -193,7 +199,7 @@ class RunRecord:
         if differences:
             raise ValueError(
                 f"The output folder {folder} holds another run: {'; '.join(differences)}. Repeat its command to resume "
-                f"it, or choose another --output_dir{self._how_to_go_on()}{self._how_to_overwrite()}."
+                f"it, or choose another --output_dir{self._how_to_go_on(earlier)}{self._how_to_overwrite()}."
             )
         self.has_begun = earlier["has_begun"]
         self.is_trained = earlier["is_trained"]
@@ -202,8 +208,10 @@ class RunRecord:
         checkpoint = latest_complete_checkpoint(folder)
         return str(checkpoint) if checkpoint else None
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_go_on(self, earlier: dict[str, Any]) -> str:
         checkpoint = latest_complete_checkpoint(Path(self.output_dir))
+        if _OF_MODELS.intersection(differing_arguments(earlier["arguments"], self.arguments)):
+            return ""
         return f"; --resume_from_checkpoint {checkpoint} goes on from there as this command says" if checkpoint else ""
 
     def _how_to_overwrite(self) -> str:
@@ -273,7 +281,9 @@ def differing_arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def _plain(value: Any) -> Any:
-    """A path as it would be without a slash at its end."""
+    """A path, or several, as they would be without a slash at the end."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     return value.rstrip("/") if isinstance(value, str) else value
 
 

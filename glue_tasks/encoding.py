@@ -22,12 +22,14 @@ def encode(
     pad_to_max_length: bool = False,
     sample_limit: Callable[[str], int | None] = lambda split: None,
     num_workers: int | None = None,
+    learns_labels: bool = True,
 ) -> DatasetDict:
     """Tokenise every split of `load_task`; pairs are truncated longest first.
 
     Args:
         sample_limit: from the name of a split to the number of rows used at most.
         num_workers: processes that tokenise.
+        learns_labels: whether the training learns from labels, and not from a teacher alone.
 
     Returns:
         The splits with only the tokenizer's columns and `label`.
@@ -59,7 +61,8 @@ def encode(
     for name, dataset in raw.items():
         rows = min(sample_limit(name) or len(dataset), len(dataset))
         used = dataset.select(range(rows))
-        if name == "train" and 1 < rows < len(dataset) and len(set(map(repr, used["label"]))) == 1:
+        is_cut = name == "train" and 1 < rows < len(dataset)
+        if learns_labels and is_cut and len(set(map(repr, used["label"]))) == 1:
             raise ValueError(
                 f"The first {rows:,} training rows all have the same label, so there is nothing to learn: shuffle the "
                 "file, or use more of it (--max_train_samples)."

@@ -117,10 +117,11 @@ def looks_like(labels: LabelColumn) -> str:
         return MULTI_LABEL
     if kinds <= {int, float}:
         if float in kinds and all(float(value).is_integer() for value in labels.values):
-            raise ValueError(
-                f"{labels.describe(first_rows[float])} may be a score or, as programs write it that know an empty cell "
-                f"by a point, the number of a class. Give --problem_type {REGRESSION} or {SINGLE_LABEL}."
-            )
+            told = f"{labels.describe(first_rows[float])} may be a score or, as programs write whole numbers beside an "
+            told += "empty cell, the number of a class."
+            if len(set(labels.values)) == 2:
+                raise ValueError(f"{told} Give --problem_type {REGRESSION} or {SINGLE_LABEL}.")
+            logger.warning("%s It is taken for a score; give --problem_type %s if it is none.", told, SINGLE_LABEL)
         return REGRESSION if float in kinds else SINGLE_LABEL
     if kinds == {str}:
         return SINGLE_LABEL

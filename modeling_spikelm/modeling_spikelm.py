@@ -37,7 +37,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quantization import QuantizedLayer
 from .quick_layers import quick
-from .steps import SpikeLMStepMean, repeat_mask, repeat_steps
+from .steps import SpikeLMStepMean, check_boundaries, repeat_mask, repeat_steps
 
 
 class SpikeLMEmbeddings(nn.Module):
@@ -257,6 +257,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         self.check_is_ready(self.encoder.step_mean.num_time_steps)
         steps = self.config.num_time_steps
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        check_boundaries(kwargs, embeddings.shape[0])
         hidden_states = repeat_steps(embeddings, steps)
         if attention_mask is not None:
             attention_mask = repeat_mask(attention_mask, steps)

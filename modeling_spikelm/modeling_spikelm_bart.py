@@ -49,7 +49,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick
 from .spike_cache import kept, with_past
-from .steps import SpikeLMStepMean, SpikeLMSteps, repeat_mask, repeat_steps
+from .steps import SpikeLMStepMean, SpikeLMSteps, check_boundaries, repeat_mask, repeat_steps
 
 # BART's tables of positions begin with as many rows that no position has.
 FIRST_POSITION = 2
@@ -362,6 +362,7 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
 
     def through_layers(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps; every layer gets the other arguments."""
+        check_boundaries(kwargs, hidden_states.shape[0] // self.config.num_time_steps)
         records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with packing(hidden_states, self.config.num_time_steps):
             for layer in self.layers:

@@ -38,7 +38,7 @@ from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick
 from .spike_cache import with_past
-from .steps import SpikeLMStepMean, SpikeLMSteps, boundaries, repeat_mask, repeat_steps
+from .steps import SpikeLMStepMean, SpikeLMSteps, boundaries, check_boundaries, repeat_mask, repeat_steps
 
 # Cosines and sines of every position's angles, `(N, L, d)` each.
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -286,6 +286,7 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         self.check_is_ready(self.steps.num_time_steps)
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        check_boundaries(kwargs, embeddings.shape[0])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -299,6 +299,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
                 or a value is impossible; or the configuration was changed since the model was built.
         """
         check_configuration(self)
+        check_says_how_weights_are(self, self.config)
         if self.config.num_time_steps != 1 or self.config.int8_weights:
             found = "int8 weights" if self.config.int8_weights else f"num_time_steps={self.config.num_time_steps}"
             raise ValueError(
@@ -351,6 +352,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
                 wear an adapter, the embeddings are shared, or the configuration was changed since the model was built.
         """
         check_configuration(self)
+        check_says_how_weights_are(self, self.config)
         if self.config.int8_weights:
             raise ValueError("The weights of this SpikeLM are int8 already.")
         stacks, products = layer_stacks(self), list(self._products())

@@ -1,5 +1,6 @@
 """The time steps of a tensor: how `(B, ...)` becomes `(T * B, ...)`, time step major, and how a mean is read off."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,22 @@ def boundaries(position_ids: torch.Tensor) -> torch.Tensor:
     `(1, L)` that begin anew with each."""
     starts = (position_ids[0] == position_ids.min()).nonzero().flatten()
     return nn.functional.pad(starts, (0, 1), value=position_ids.shape[1]).int()
+
+
+def check_boundaries(given: Mapping[str, Any], rows: int) -> None:
+    """
+    Args:
+        given: what a forward passes on to attention.
+        rows: B; of an exporter's tensor its `shape`, for `len()` would fix it.
+
+    Raises:
+        ValueError: they say where packed sequences begin, and there is not just one row of them.
+    """
+    if given.get("cu_seq_lens_q") is not None and (rows != 1 or given.get("cu_seq_lens_k") is None):
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k go together, and are of sequences that are packed into a single row: give "
+            f"input_ids (1, L), not ({rows}, L)."
+        )
 
 
 def repeat_boundaries(boundaries: torch.Tensor, num_time_steps: int) -> torch.Tensor:

@@ -92,11 +92,10 @@ def _check_packing(folder: Path, arguments: TextArguments) -> None:
     if not file.is_file():
         return
     packing = json.loads(file.read_text(encoding="utf-8"))
-    if (packing["objective"] == "clm") != (arguments.objective == "clm"):
-        kind = {True: "a causal model", False: "an encoder"}
+    if packing["objective"] != "clm" and arguments.objective == "clm":
         raise ValueError(
-            f"The corpus in {folder} was prepared for {kind[packing['objective'] == 'clm']}, with other tokens at the "
-            f"ends of its rows than {kind[arguments.objective == 'clm']} learns from; give the text itself."
+            f"The corpus in {folder} was prepared for an encoder, with other tokens at the ends of its rows than a "
+            "causal model learns from; give the text itself."
         )
     if packing["max_seq_length"] != arguments.max_seq_length:
         raise ValueError(

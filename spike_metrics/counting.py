@@ -322,8 +322,8 @@ def count(
 
     Args:
         model: any of our models or another encoder of Transformers, such as a BERT. One with int8 weights fires the
-            spikes of the float model that these stand for, and that one is counted. One in a wrapper for several
-            processes, or compiled, is counted without it.
+            spikes of the float model that these stand for, and that one is counted. One that is compiled, or in
+            torch's DataParallel or DistributedDataParallel, is counted without that.
         batches: forward arguments, for instance a DataLoader, or a single batch; shapes may differ.
         include_padding: count padded positions like tokens, as published energies do.
 

@@ -63,7 +63,8 @@ def read_positions(
         raise ValueError(
             f"The model goes on from a cache, as in generate(), and only its new tokens run. {IN_ONE_FORWARD}"
         )
-    if given.get("logits_to_keep"):
+    kept = given.get("logits_to_keep")
+    if kept is not None and not (isinstance(kept, int) and kept == 0):
         raise ValueError(
             f"With logits_to_keep, as in generate(), the head runs on some of the tokens only. {IN_ONE_FORWARD}"
         )

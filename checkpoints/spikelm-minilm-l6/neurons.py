@@ -143,7 +143,7 @@ class SpikingNeurons(nn.Module):
                 "A SpikeLM cannot calibrate while torch.jit traces it or torch.func transforms it, because that would "
                 "become a part of what is traced. Call model.calibrate(batches) first."
             )
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"A forward in training mode without gradients, on {steps[0, ..., 0].numel()} tokens, has set this "
                 f"SpikeLM's spike amplitudes for good. Was it a test? {HOW_TO_CALIBRATE}"

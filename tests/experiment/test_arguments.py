@@ -76,14 +76,15 @@ def test_recipe_fills_required_flags_and_converts_numbers(tmp_path):
         ("report_to: [tensorboard, wandb]", "report_to", ["tensorboard", "wandb"]),
         ("per_device_train_batch_size: '4'", "per_device_train_batch_size", 4),
         ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
-        ("eval_steps: null", "eval_steps", None),
+        ("logging_steps: null", "logging_steps", 500),
+        ("run_name: true_run", "run_name", "true_run"),
     ],
 )
 def test_a_recipes_value_is_what_it_would_be_as_a_flag(line, name, value, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: a\n{line}\n" if name == "numbers" else f"name: a\nnumbers: [1]\n{line}\n")
     needed, training = parse(str(recipe), "--output_dir", "x", dataclasses=(Needed, TrainingArguments))
-    assert getattr(needed, name, None) == value or getattr(training, name, None) == value
+    assert getattr(needed if hasattr(needed, name) else training, name) == value
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,7 @@ def test_a_recipes_value_is_what_it_would_be_as_a_flag(line, name, value, tmp_pa
         ("max_steps: 2.5", "invalid int value: '2.5'"),
         ("learning_rate: [1]", "learning_rate to .*takes one value"),
         ("bf16: maybe", "Truthy value expected"),
+        ("run_name: [a, b]", "run_name to .*takes one value"),
     ],
 )
 def test_a_recipes_wrong_value_is_refused_as_that_of_a_flag(line, told, tmp_path):

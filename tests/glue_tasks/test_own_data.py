@@ -80,11 +80,13 @@ def test_a_flag_decides_where_labels_could_be_several_things(write):
     assert load(write, *versions, problem_type="single_label_classification")[0].labels == ("1.0", "1.5", "two")
 
 
-def test_class_numbers_may_be_written_with_a_point_where_they_are_said_to_be_classes(write):
+def test_class_numbers_may_be_written_with_a_point_where_they_are_said_to_be_classes(write, caplog):
     gap = ["one,0.0", "two,1.0", "three,"], ["four,1"]
     task, splits = load(write, *gap, problem_type="single_label_classification")
     assert (task.labels, splits["train"]["label"][:], splits["validation"]["label"][:]) == (("0", "1"), [0, 1], [1])
     assert load(write, *gap, problem_type="regression")[0].labels is None
+    stars = ["one,1.0", "two,2.0", "three,5.0"], ["four,2"]
+    assert load(write, *stars)[0].labels is None and "It is taken for a score" in caplog.text
 
 
 def rows_of(name: str, rows: list[dict]) -> str:
@@ -232,8 +234,8 @@ BAD = {
     "whole numbers with a point": (
         ["text,label", "one,0.0", "two,1.0"],
         ["text,label", "three,1"],
-        "a.csv:2: 0.0 in column 'label' may be a score or, as programs write it that know an empty cell by a point, "
-        "the number of a class. Give --problem_type regression or single_label_classification.",
+        "a.csv:2: 0.0 in column 'label' may be a score or, as programs write whole numbers beside an empty cell, the "
+        "number of a class. Give --problem_type regression or single_label_classification.",
     ),
     "two numbers for one of two": (
         ["text,label", 'one,"[0, 1]"', 'two,"[1, 0]"'],

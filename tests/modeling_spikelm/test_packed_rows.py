@@ -79,6 +79,14 @@ def test_of_a_causal_decoder_positions_that_begin_anew_say_it_too(steps):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["bert", "llama"])
+def test_boundaries_of_several_rows_are_refused(form):
+    ends = torch.tensor([0, 4, 8], dtype=torch.int32)
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 4, "max_length_k": 4}
+    with pytest.raises(ValueError, match=r"packed into a single row: give input_ids \(1, L\), not \(2, L\)"):
+        make_model(form, 2)(torch.ones(2, 4, dtype=torch.long), **given)
+
+
 def test_boundaries_by_hand():
     packed = boundaries(torch.tensor([[0, 1, 2, 0, 1, 0]]))
     assert packed.tolist() == [0, 3, 5, 6] and packed.dtype == torch.int32
