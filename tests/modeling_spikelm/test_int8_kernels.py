@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configuration_spikelm import SpikeLMConfig
-from modeling_spikelm import SpikeLMModel, attention, int8_modules, kernels, launching
+from modeling_spikelm import SpikeLMModel, attention, int8_modules, launching, spike_kernels
 from modeling_spikelm.fast_paths import FAST_PATHS
 from modeling_spikelm.int8_kernels import SpikeSigns, floats_of
 from modeling_spikelm.int8_modules import QuantizedLinear, SpikesLinear
@@ -28,8 +28,8 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(int8_modules, "has_tensor_cores", lambda device: True)
     monkeypatch.setattr(int8_modules, "has_int8_kernel", lambda device: False)
     # Several tiles of a few values.
-    monkeypatch.setattr(kernels, "TILE_ROWS", 4)
-    monkeypatch.setattr(kernels, "TILE_CHANNELS", 16)
+    monkeypatch.setattr(spike_kernels, "TILE_ROWS", 4)
+    monkeypatch.setattr(spike_kernels, "TILE_CHANNELS", 16)
     torch.manual_seed(0)
 
 
@@ -126,7 +126,7 @@ def test_a_product_in_the_place_of_a_linear_layer_is_the_same_and_has_one_pass_b
         product = SpikesLinear.of(torch.nn.Linear(WIDTH, 40), neurons, config)
         found = product(spikes)
         with monkeypatch.context() as nothing_runs, Operations() as operations:
-            nothing_runs.setattr(kernels, "launch", lambda *arguments: None)
+            nothing_runs.setattr(spike_kernels, "launch", lambda *arguments: None)
             product(spikes)
         names = list(operations.names)
         assert set(names[names.index("_int_mm") + 1 :]) <= FREE
@@ -179,7 +179,7 @@ def test_torch_does_nothing_between_the_products_of_a_layer(num_time_steps, monk
     model, batch = make_model(num_time_steps=num_time_steps)
     (layer,) = model.encoder.layer
     launched = []
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *rest: launched.append(kernel.fn.__name__))
+    monkeypatch.setattr(spike_kernels, "launch", lambda kernel, *rest: launched.append(kernel.fn.__name__))
     hidden_states = torch.randn(4 * num_time_steps, 5, WIDTH)
     with Operations() as operations:
         layer(hidden_states)
@@ -193,5 +193,5 @@ def test_torch_does_nothing_between_the_products_of_a_layer(num_time_steps, monk
 @pytest.mark.parametrize("sizes", [{"intermediate_size": 36}, {"hidden_size": 12, "num_attention_heads": 3}])
 def test_sizes_that_tensor_cores_do_not_take_go_step_by_step(sizes, monkeypatch):
     model, batch = make_model(**sizes)
-    monkeypatch.setattr(kernels, "launch", None)
+    monkeypatch.setattr(spike_kernels, "launch", None)
     assert outputs(model, batch).last_hidden_state.isfinite().all()
