@@ -24,7 +24,8 @@ from experiment.reporting import input_errors
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
-from spike_metrics.counting import count, spike_sizes
+from modeling_spikelm.calibration import neuron_groups
+from spike_metrics.counting import count
 from spike_metrics.evaluation import FIGURES, spike_figures
 
 CARD = "README.md"
@@ -99,8 +100,8 @@ def load_encoder(name: str) -> SpikeLMModel:
     """
     model, found = SpikeLMModel.from_pretrained(name, output_loading_info=True)
     if any(key.startswith("pooler.") for key in found["missing_keys"]):
-        model = SpikeLMModel.from_pretrained(name, add_pooling_layer=False)
-    if not all(size.all() for size in spike_sizes(model).values()):
+        model.pooler = None
+    if not all(neurons.is_calibrated for neurons in neuron_groups(model)):
         raise ValueError(f"{name} is not calibrated, or no SpikeLM: call model.calibrate(batches) and save it first.")
     return model
 

@@ -193,13 +193,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         try_first_steps(ready, plans, records, tokenizer, teaching, given)
         targets = {run.output_dir: push_target(run) for run in runs}
         # A finished run that was pushed stays so: what its repository is called depends on the tasks beside it.
-        left = [run for run in runs if not records[run.output_dir].has_ended(bool(targets[run.output_dir]))]
-        repositories = {run.output_dir: take_over_pushing(run) for run in left}
+        finished = {
+            folder for folder, each in records.items() if each.is_finished and (each.pushed_to or not targets[folder])
+        }
+        repositories = {run.output_dir: take_over_pushing(run) for run in runs if run.output_dir not in finished}
         record.open(overwrite, training.resume_from_checkpoint)
 
     for data in ready:
         for run in plans[data.task.name]:
-            if run not in left:
+            if run.output_dir in finished:
                 pushed = records[run.output_dir].pushed_to
                 where = f", and was pushed to {pushed}" if pushed else ""
                 logger.info("%s with seed %d is finished already%s.", data.task.name, run.seed, where)

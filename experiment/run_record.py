@@ -119,10 +119,6 @@ class RunRecord:
         """Whether the same run, with this place to push to (`publishing.push_target`), has ended before."""
         return self.is_finished and push_target in (None, self.pushed_to)
 
-    def has_ended(self, is_pushed: bool) -> bool:
-        """Whether the same run has ended before, and was pushed to some place if this one shall be."""
-        return self.is_finished and (self.pushed_to is not None or not is_pushed)
-
     def trained_model(self, checkpoint: str | None, training: TrainingArguments) -> str | None:
         """The folder of the model, with its trainer_state.json, if nothing is left to train.
 

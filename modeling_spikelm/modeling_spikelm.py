@@ -249,8 +249,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         `hidden_states` `(B, L, H)` and `attentions` `(B, heads, L, L)`, if asked for, are means over the T steps.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or more tokens than position embeddings; or
-                the configuration has other time steps by now than the model was built with.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, more tokens than position embeddings, or
+                `cu_seq_lens_q` of several rows; or the configuration has other time steps by now than the model was
+                built with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

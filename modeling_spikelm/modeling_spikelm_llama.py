@@ -279,8 +279,8 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         `hidden_states` `(B, L, H)` and `attentions` `(B, heads, L, past + L)`, if asked for, are means over the steps.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; or the configuration has other time steps by
-                now than the model was built with.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; `cu_seq_lens_q` of several rows; or the
+                configuration has other time steps by now than the model was built with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -291,17 +291,17 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(embeddings, attention_mask, past_key_values)
+        elif attention_mask is None and _says_what_is_packed(self.config, position_ids, kwargs):
+            packed = boundaries(position_ids)
+            longest = int(packed.diff().max())
+            kwargs |= {"cu_seq_lens_q": packed, "cu_seq_lens_k": packed}
+            kwargs |= {"max_length_q": longest, "max_length_k": longest}
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
             masks = self.create_masks_for_generate(
                 self.config, embeddings, attention_mask, past_key_values, position_ids
             )
-        if attention_mask is None and _says_what_is_packed(self.config, position_ids, kwargs):
-            packed = boundaries(position_ids)
-            longest = int(packed.diff().max())
-            kwargs |= {"cu_seq_lens_q": packed, "cu_seq_lens_k": packed}
-            kwargs |= {"max_length_q": longest, "max_length_k": longest}
         rotary = self.rotary_emb(embeddings, _repeat_rows(position_ids, self.config.num_time_steps))
         hidden_states, _ = self.steps(embeddings)
         masks = {kind: mask_for_all_layers(mask, hidden_states, self.config) for kind, mask in masks.items()}

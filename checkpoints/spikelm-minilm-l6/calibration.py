@@ -140,8 +140,11 @@ def as_batches(batches: Any) -> Iterable[Any]:
     Raises:
         TypeError: it is neither.
     """
-    if not isinstance(batches, Mapping | Iterable):
-        raise _no_batch(batches)
+    try:
+        # A dataset with numbered rows and no more is iterable too.
+        iter(batches)
+    except TypeError:
+        raise _no_batch(batches) from None
     return [batches] if isinstance(batches, Mapping) else batches
 
 

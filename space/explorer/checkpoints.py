@@ -48,9 +48,12 @@ def load(name: str) -> Checkpoint:
     Raises:
         Refusal: there is no such checkpoint, it is damaged, not calibrated, or of another kind of model.
     """
-    if os.environ.get("SPACE_ID") and name not in (path for _, path in offered()) and Path(name).exists():
-        raise Refusal(f"{name} is a folder of the machine that shows this page; name a model on the Hub.")
-    if name.startswith((".", "/", "~")) and not Path(name, "config.json").is_file():
+    is_path = name.startswith((".", "/", "~"))
+    is_offered = name in (path for _, path in offered())
+    if os.environ.get("SPACE_ID") and not is_offered and (is_path or Path(name).exists()):
+        # Whether there is such a folder is nobody's business either.
+        raise Refusal(f"{name} names a folder of the machine that shows this page; name a model on the Hub.")
+    if is_path and not Path(name, "config.json").is_file():
         raise Refusal(f"{name} is no folder with a config.json; name another one, or a model on the Hub.")
     try:
         # Never with the token of whoever shows the page: its visitors are others.

@@ -84,6 +84,12 @@ def test_a_training_that_fails_stops_no_other_and_says_where_its_log_is(tmp_path
     assert not (tmp_path / "second").exists(), "the second command ran although the first one failed"
     assert "no disk" in (tmp_path / "bad/log.txt").read_text() and "fine" in (tmp_path / "good/log.txt").read_text()
     assert "bad FAILED" in capsys.readouterr().out
+    # Which commits a training is of, and not which one found it finished.
+    made_by = tmp_path / "good" / trainings.MADE_BY
+    assert made_by.read_text() == trainings.project_commit() + "\n"
+    made_by.write_text("an earlier one\n")
+    trainings.run_all(jobs[1:], 1, lambda: None)
+    assert made_by.read_text() == "an earlier one\n"
     with pytest.raises(SystemExit, match=r"1 of the trainings[\s\S]*bad/log.txt"):
         trainings.report_failures(failed)
 

@@ -33,6 +33,22 @@ def rows_by_side(name: str, *arguments: str, folder: Path) -> dict[str, dict]:
     return {row["side"]: row for row in result["rows"]}
 
 
+def test_the_energy_of_a_trained_encoder_is_priced_in_several_ways(tmp_path):
+    flags = ["--model_name_or_path", "checkpoints/spikelm-minilm-l6", "--output", str(tmp_path)]
+    finished = run_forked(["benchmarks/energy.py", *flags], timeout=120, OMP_NUM_THREADS="1")
+    assert finished.returncode == 0, finished.stderr
+    (result,) = results("energy", tmp_path)
+    ratios = {row["energy"]: float(row["dense / this"]) for row in result["rows"]}
+    # Fewer bits make products cheaper than sums; and weights that are moved cost both networks the same.
+    assert ratios["arithmetic, 32 bits"] > ratios["arithmetic, 8 bits"] > ratios["32 bits, layer by layer"] > 1
+
+
+@pytest.mark.parametrize("flags", [["--table_only"], ["--table_only", "True"], ["--table_only=True"]])
+def test_a_table_names_the_command_that_trained_it(flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["conversion.py", "--num_seeds", "2", *flags, "--jobs", "2", "--output", "here"])
+    assert report.command({}) == "python benchmarks/conversion.py --num_seeds 2 --jobs 2"
+
+
 def test_training_step_is_timed_and_counted_against_the_stock_bert(tmp_path):
     rows = rows_by_side("training_step", *QUICK, "--sides", "bert", "oracle", folder=tmp_path)
     assert list(rows) == ["bert", "oracle T=2"]

@@ -88,7 +88,10 @@ def test_a_checkpoint_that_is_broken_is_refused_in_a_line(checkpoints, name, wor
 
 def test_visitors_of_a_space_see_no_folder_of_it_and_no_model_of_its_owner(checkpoints, monkeypatch):
     monkeypatch.setenv("SPACE_ID", "somebody/space")
-    assert is_refused(app.show(TEXT, "", str(checkpoints / "not calibrated"), 0, PLACE, 8), "a folder of the machine")
+    assert is_refused(
+        app.show(TEXT, "", str(checkpoints / "not calibrated"), 0, PLACE, 8), "names a folder of the machine"
+    )
+    assert is_refused(app.show(TEXT, "", "/nowhere", 0, PLACE, 8), "names a folder of the machine")
     asked = []
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **options: asked.append(options["token"]) or 1 / 0)
     app.show(TEXT, "", "owner/private", 0, PLACE, 8)
