@@ -453,6 +453,8 @@ def test_int8_weights_fire_the_spikes_of_the_float_model_that_they_stand_for(neu
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model_that_has_run_is_counted_as_it_is(batch, in_place):
+    # What another test has compiled, of other sizes, would make sizes and decays variables here.
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = SpikeLMModel(SpikeLMConfig(**SIZES, num_time_steps=2)).eval()
     model.calibrate(batch)
