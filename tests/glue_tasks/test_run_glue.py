@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from experiment import precision
-from experiment.arguments import ModelArguments
 from experiment.publishing import Publisher
 from experiment.run_record import RunRecord
 from experiment.written_files import LIST_NAME, WrittenFiles
-from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS, TASKS
-from run_glue import TaskData, column_results, main
+from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, GLUE_TASKS
+from run_glue import main
 from spike_metrics.counting import count
 from spike_metrics.evaluation import spike_figures
 from tests.clean_machine import run_on_clean_machine
@@ -152,30 +150,6 @@ def test_mnli_shows_matched_from_the_best_and_mismatched_from_the_last_epoch(wri
     assert columns["MNLI-m"]["score"] == pytest.approx(100 * max(matched))
     assert (columns["MNLI-mm"]["epoch_shown"], columns["MNLI-mm"]["epochs"]) == ("last", [2.0])
     assert columns["MNLI-mm"]["score"] == pytest.approx(100 * mismatched[-1])
-
-
-@pytest.mark.parametrize(
-    ("keep_best", "mismatched", "epochs"), [(True, 0.61, [1.0, 3.0]), (False, 0.67, [3.0, 3.0])], ids=["best", "last"]
-)
-def test_each_column_of_mnli_has_the_score_of_its_epoch(keep_best, mismatched, epochs):
-    scores = {1.0: (0.75, 0.67), 2.0: (0.65, 0.63), 3.0: (0.70, 0.61)}
-    history = [
-        {f"eval_{name}_accuracy": score, "epoch": epoch, "step": int(10 * epoch)}
-        for epoch, pair in scores.items()
-        for name, score in zip(("matched", "mismatched"), pair, strict=True)
-    ]
-    splits = dict.fromkeys(["train", "validation_matched", "validation_mismatched"], [0])
-    run = SimpleNamespace(
-        do_train=True, load_best_model_at_end=keep_best, metric_for_best_model="eval_matched_accuracy", seed=1
-    )
-    trainer = SimpleNamespace(args=run, state=SimpleNamespace(best_global_step=10, epoch=3.0))
-    # The model that was kept, evaluated at the end.
-    kept = {"eval_matched_accuracy": 0.75, "eval_mismatched_accuracy": 0.67, "epoch": 3.0}
-    shown = column_results(
-        TaskData(TASKS["mnli"], ModelArguments(), None, splits, {}, "", None), trainer, kept, history, {}
-    )
-    assert [column.metrics["accuracy"] for column in shown] == [0.75, mismatched]
-    assert [column.epoch for column in shown] == epochs
 
 
 def test_the_last_epoch_is_shown_if_asked_for(write_glue, tiny_bert, tmp_path):
