@@ -24,7 +24,7 @@ from experiment.reporting import input_errors
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
-from modeling_spikelm.calibration import neuron_groups
+from modeling_spikelm.neurons import neuron_groups
 from spike_metrics.counting import count
 from spike_metrics.evaluation import FIGURES, spike_figures
 

@@ -37,7 +37,7 @@ from transformers import (
 from experiment.models import weights_digest
 from experiment.written_files import is_output_folder
 from modeling_spikelm import SpikeLMLlamaForCausalLM
-from modeling_spikelm.calibration import neuron_groups
+from modeling_spikelm.neurons import neuron_groups
 from pretraining_data.arguments import TextArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.packing import DOCUMENTS_PER_BATCH, pack_documents
@@ -147,7 +147,7 @@ def windows(
     arguments = TextArguments(train_file=[source], validation_file=[source], max_seq_length=length)
     documents = load_documents(arguments, seed=0, is_passed_over=is_output_folder)["validation"]
     # What is packed together; whatever comes after them changes none of these rows.
-    documents = documents.select(range(min(DOCUMENTS_PER_BATCH, len(documents))))
+    documents = documents.take(DOCUMENTS_PER_BATCH)
     rows = pack_documents(documents, tokenizer, length, objective)["input_ids"]
     return torch.tensor([row for row in rows if len(row) == length][:number])
 

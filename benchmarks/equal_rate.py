@@ -77,7 +77,7 @@ def main() -> None:
     teacher = arguments.teacher_name_or_path
     splits = load_task(TASKS["stsb"], arguments.data_dir)
     pairs = splits[arguments.split]
-    pairs = pairs.select(range(min(len(pairs), arguments.max_samples or len(pairs))))
+    pairs = pairs.take(arguments.max_samples or len(pairs))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     dense = measure(AutoModel.from_pretrained(teacher), tokenizer, pairs).spearman
     points, jobs = [], {setting: distillation(arguments, setting) for setting in settings(arguments)}

@@ -50,7 +50,7 @@ def main() -> None:
     splits = load_task(TASKS["stsb"], arguments.data_dir or None)
     pairs = splits[arguments.split]
     pairs = rows_without(pairs, training_texts(arguments.unseen_by, arguments.data_dir or None))
-    pairs = pairs.select(range(min(len(pairs), arguments.max_samples or len(pairs))))
+    pairs = pairs.take(arguments.max_samples or len(pairs))
     rows = []
     for name in arguments.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(name)

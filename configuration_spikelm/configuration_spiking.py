@@ -26,6 +26,9 @@ NEURONS = {
 # amplitudes of one model are none of another.
 CALIBRATION_FIELDS = ("neuron", "num_time_steps", "membrane_decay", "amplitude_scale", "membrane_reset", "spike_cost")
 
+# How weights are stored, which loading does not change.
+INT8_FIELDS = ("int8_weights", "int8_embeddings")
+
 # A subset of transformers.activations.ACT2FN, spelled out because importing that table imports torch.
 ACTIVATIONS = (
     "gelu",

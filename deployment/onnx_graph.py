@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
-from modeling_spikelm.calibration import neuron_groups
 from modeling_spikelm.modeling_spikelm import SpikeLMPreTrainedModel
+from modeling_spikelm.neurons import neuron_groups
 
 from .onnx_modules import make_exportable
 

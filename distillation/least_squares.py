@@ -28,8 +28,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from configuration_spikelm import SpikeLMBartConfig, SpikeLMConfig, SpikeLMLlamaConfig
-from modeling_spikelm.calibration import calibrated_groups, in_evaluation_mode
-from modeling_spikelm.neurons import SpikingNeurons
+from modeling_spikelm.calibration import in_evaluation_mode
+from modeling_spikelm.neurons import SpikingNeurons, calibrated_groups
 from modeling_spikelm.pretrained import SpikingPreTrainedModel
 
 from .losses import VARIANCE_FLOOR

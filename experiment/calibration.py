@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modeling_spikelm.calibration import calibrated_groups
+from modeling_spikelm.neurons import calibrated_groups
 from modeling_spikelm.pretrained import SpikingPreTrainedModel
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerState, Traini
 
 from .models import is_spiking
 from .precision import describe_precision
+from .recorded_arguments import sequences_per_step
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 # What the card calls a model of each of our families.
@@ -147,9 +148,7 @@ class RunCard:
         scheduler = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
         return {
             "learning rate, schedule": f"{training.learning_rate}, {scheduler}, {training.warmup_steps} warm-up",
-            "sequences per step": training.train_batch_size
-            * training.gradient_accumulation_steps
-            * training.world_size,
+            "sequences per step": sequences_per_step(training),
             "weight decay": training.weight_decay,
             "gradient clipping": training.max_grad_norm or "none",
             "seed": training.seed,

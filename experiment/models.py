@@ -27,8 +27,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 import modeling_spikelm  # noqa: F401  (registers SpikeLM with the Auto classes)
 from configuration_spikelm import SpikeLMConfig, calibration_differences
-from configuration_spikelm.configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
-from modeling_spikelm.calibration import INT8_FIELDS, in_words
+from configuration_spikelm.configuration_spiking import CALIBRATION_FIELDS, INT8_FIELDS, SpikingConfig
+from modeling_spikelm.calibration import in_words
 from modeling_spikelm.neurons import LearnedNeurons, SpikingNeurons
 
 from .arguments import ModelArguments

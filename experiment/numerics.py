@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
@@ -103,8 +104,7 @@ def number_errors() -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        sys.exit(f"error: {error}" if is_main else 1)
+        sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
 
 
 def check_amplitudes(model: nn.Module) -> None:

@@ -121,8 +121,6 @@ def _first(rows: Any, count: int) -> Any:
     """The first rows of a dataset, or of each in a dict; what has no end is left as it is."""
     if isinstance(rows, dict):
         return {name: _first(split, count) for name, split in rows.items()}
-    if isinstance(rows, Dataset):
-        return rows.select(range(min(count, len(rows))))
     return rows.take(count) if hasattr(rows, "take") else rows
 
 

@@ -59,13 +59,12 @@ def encode(
 
     splits = DatasetDict()
     for name, dataset in raw.items():
-        rows = min(sample_limit(name) or len(dataset), len(dataset))
-        used = dataset.select(range(rows))
-        is_cut = name == "train" and 1 < rows < len(dataset)
+        used = dataset.take(sample_limit(name) or len(dataset))
+        is_cut = name == "train" and 1 < len(used) < len(dataset)
         if learns_labels and is_cut and len(set(map(repr, used["label"]))) == 1:
             raise ValueError(
-                f"The first {rows:,} training rows all have the same label, so there is nothing to learn: shuffle the "
-                "file, or use more of it (--max_train_samples)."
+                f"The first {len(used):,} training rows all have the same label, so there is nothing to learn: "
+                "shuffle the file, or use more of it (--max_train_samples)."
             )
         splits[name] = used.map(
             tokenize,

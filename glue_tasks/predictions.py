@@ -1,8 +1,8 @@
 """Predictions for a user's test file, as a table that opens in a spreadsheet."""
 
 import csv
+import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiment.durable_files import write_durably
 from glue_tasks.scoring import predicted_values
 from glue_tasks.tasks import Task
 
@@ -25,16 +26,14 @@ def write_predictions(task: Task, rows: Sequence[int], outputs: Any, path: str |
         outputs: logits `[N, labels]`, or a tuple that starts with them.
         path: the file; its folder exists.
     """
-    path = Path(path)
     values = predicted_values(task, outputs)
     names = task.labels or ()
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["index", "prediction", *(f"probability of {name}" for name in names)])
-        for row, value, probabilities in zip(rows, values, _probabilities(task, outputs), strict=True):
-            writer.writerow([row, _as_text(task, value), *(f"{probability:.4f}" for probability in probabilities)])
-    os.replace(unfinished, path)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["index", "prediction", *(f"probability of {name}" for name in names)])
+    for row, value, probabilities in zip(rows, values, _probabilities(task, outputs), strict=True):
+        writer.writerow([row, _as_text(task, value), *(f"{probability:.4f}" for probability in probabilities)])
+    write_durably(Path(path), table.getvalue())
 
 
 def _probabilities(task: Task, outputs: Any) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Test predictions in the form that GLUE's evaluation server takes."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiment.durable_files import write_durably
 from glue_tasks.tasks import GlueTask
 
 
@@ -33,9 +33,7 @@ def write_submission(
         raise ValueError(f"{column}: {len(predictions)} predictions for {len(indices)} rows.")
     rows = [f"{index}\t{_as_text(task, value)}" for index, value in zip(indices, predictions, strict=True)]
     path = Path(output_dir) / f"{column}.tsv"
-    unfinished = path.with_suffix(".tsv.unfinished")
-    unfinished.write_text("\n".join(["index\tprediction", *rows, ""]), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_durably(path, "\n".join(["index\tprediction", *rows, ""]))
     return path
 
 

@@ -1,13 +1,13 @@
 """From the scores of single runs to one table, as Markdown for people and as JSON for programs."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from experiment.durable_files import write_durably
 from glue_tasks.tasks import GLUE_AVERAGE_COLUMNS, TASKS
 
 _METRIC_TITLES = {
@@ -182,11 +182,8 @@ def render_markdown(table: dict[str, Any]) -> str:
 def write_table(table: dict[str, Any], output_dir: str | Path, name: str) -> str:
     """Write `<name>.json` and `<name>.md` to an existing folder; return the Markdown."""
     markdown = render_markdown(table)
-    for suffix, text in ((".json", json.dumps(table, indent=2) + "\n"), (".md", markdown)):
-        path = Path(output_dir) / f"{name}{suffix}"
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+    write_durably(Path(output_dir, f"{name}.json"), json.dumps(table, indent=2) + "\n")
+    write_durably(Path(output_dir, f"{name}.md"), markdown)
     return markdown
 
 

@@ -11,24 +11,11 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_spiking import calibration_differences
-from .neurons import HOW_TO_CALIBRATE, SpikingNeurons
+from .configuration_spiking import INT8_FIELDS, calibration_differences
+from .neurons import HOW_TO_CALIBRATE, SpikingNeurons, calibrated_groups, neuron_groups
 from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
-
-# The fields that say how weights are stored, which loading does not change.
-INT8_FIELDS = ("int8_weights", "int8_embeddings")
-
-
-def neuron_groups(model: nn.Module) -> list[SpikingNeurons]:
-    """Every group of neurons, in the order of the network."""
-    return [module for module in model.modules() if isinstance(module, SpikingNeurons)]
-
-
-def calibrated_groups(model: nn.Module) -> list[SpikingNeurons]:
-    """The groups whose amplitudes are calibrated, now or later, and not fixed."""
-    return [neurons for neurons in neuron_groups(model) if neurons.fixed_amplitude is None]
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration import neuron_groups
 from .configuration_spiking import SpikingConfig
+from .neurons import neuron_groups
 
 
 @torch.compiler.nested_compile_region

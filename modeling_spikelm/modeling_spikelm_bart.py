@@ -39,12 +39,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention, mask_for_all_layers
-from .calibration import neuron_groups, text_positions
+from .calibration import text_positions
 from .compiled_layers import run_layer
 from .configuration_spikelm_bart import SpikeLMBartConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
 from .int8_modules import make_linear
-from .neurons import SpikingNeurons, make_neurons
+from .neurons import SpikingNeurons, make_neurons, neuron_groups
 from .packing import packing
 from .pretrained import SpikingPreTrainedModel
 from .quick_layers import quick

@@ -30,7 +30,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from . import json_lines
-from .arguments import DataArguments
+from .arguments import TextArguments
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ ROWS_PER_BATCH = 1000
 
 
 def load_documents(
-    arguments: DataArguments,
+    arguments: TextArguments,
     seed: int,
     needs_training: bool = True,
     is_passed_over: Callable[[Path], bool] = lambda folder: False,
@@ -136,7 +136,7 @@ def load_documents(
 def _local_sources(
     entries: list[str],
     split_name: str,
-    arguments: DataArguments,
+    arguments: TextArguments,
     is_passed_over: Callable[[Path], bool],
     needs_split: bool = True,
     rows_per_document: int = 1,
@@ -168,7 +168,7 @@ def _local_sources(
     return sources
 
 
-def _report_shared(arguments: DataArguments) -> None:
+def _report_shared(arguments: TextArguments) -> None:
     """Says which text a model is trained on and validated with."""
     for entry in arguments.validation_file or []:
         validated = Path(entry).resolve()
@@ -184,7 +184,7 @@ def _report_shared(arguments: DataArguments) -> None:
 
 
 def _named_source(
-    number: int, name: str, arguments: DataArguments, is_passed_over: Callable[[Path], bool], needs_training: bool
+    number: int, name: str, arguments: TextArguments, is_passed_over: Callable[[Path], bool], needs_training: bool
 ) -> list[Source]:
     """The dataset `name`, which is the one at `number` in the flags that have a value for each."""
     config = arguments.dataset_config_name[number] if arguments.dataset_config_name else "default"
@@ -227,7 +227,7 @@ def _named_source(
 
 
 def _require_splits(
-    name: str, available: Iterable[str], split_name: str, arguments: DataArguments, needs_split: bool
+    name: str, available: Iterable[str], split_name: str, arguments: TextArguments, needs_split: bool
 ) -> None:
     """Refuses data without what is asked for; a validation split will do where no training is to be done."""
     available = sorted(available)
@@ -242,7 +242,7 @@ def _require_splits(
 
 
 def _pick_splits(
-    name: str, splits: dict[str, AnyDataset], split_name: str, arguments: DataArguments, rows_per_document: int
+    name: str, splits: dict[str, AnyDataset], split_name: str, arguments: TextArguments, rows_per_document: int
 ) -> Source:
     """The split asked for and the validation split, where there are such."""
     names = [split_name] if arguments.validation_file else [split_name, arguments.validation_split_name]
@@ -343,7 +343,7 @@ def _rows(files: list[Path], suffix: str, text_column: str) -> IterableDataset:
     return load_dataset(loader, data_files=names, split="train", streaming=True, **options)
 
 
-def _read(files: list[Path], suffix: str, arguments: DataArguments) -> AnyDataset:
+def _read(files: list[Path], suffix: str, arguments: TextArguments) -> AnyDataset:
     text_column = arguments.text_column_name
     num_proc = None if arguments.streaming else _processes(arguments.preprocessing_num_workers, len(files))
     try:
@@ -419,7 +419,7 @@ def _check_text(name: str, column: str, features: Features, shown_as: str | None
         raise ValueError(f"Column {shown_as or column!r} of {name} holds {kind}, not text.")
 
 
-def _as_documents(name: str, dataset: AnyDataset, arguments: DataArguments, rows_per_document: int) -> AnyDataset:
+def _as_documents(name: str, dataset: AnyDataset, arguments: TextArguments, rows_per_document: int) -> AnyDataset:
     """The dataset reduced to the columns that matter, without blank rows, which are then joined."""
     if arguments.streaming and isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(dataset) // ROWS_PER_SHARD)))
@@ -491,7 +491,7 @@ class _HaveText:
         return is_kept
 
 
-def _without_blank_rows(name: str, dataset: AnyDataset, arguments: DataArguments) -> AnyDataset:
+def _without_blank_rows(name: str, dataset: AnyDataset, arguments: TextArguments) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
         # Looking for the first document is no reading of the stream, and is not counted.
         first = next(iter(dataset.filter(_have_text, batched=True)), None)
@@ -516,7 +516,7 @@ def _have_text(batch: dict[str, list[str | None]]) -> list[bool]:
     return [bool(text and text.strip()) for text in batch["text"]]
 
 
-def _join_rows(dataset: AnyDataset, rows_per_document: int, arguments: DataArguments) -> AnyDataset:
+def _join_rows(dataset: AnyDataset, rows_per_document: int, arguments: TextArguments) -> AnyDataset:
     """Every so many rows in a row as one document; the last one, of a stream that of each shard, may be shorter."""
     options = {
         "function": _joined,
@@ -564,12 +564,12 @@ def _fit_objective(name: str, dataset: AnyDataset, objective: str) -> AnyDataset
                 "train with --objective mlm or give the documents as text."
             )
     elif "next_sentence_label" in dataset.column_names:
-        logger.warning("%s: next_sentence_label is not used by objective mlm.", name)
+        logger.warning("%s: next_sentence_label is not used by objective %s.", name, objective)
         dataset = dataset.remove_columns("next_sentence_label")
     return dataset
 
 
-def _hold_out(name: str, dataset: AnyDataset, seed: int, arguments: DataArguments) -> tuple[AnyDataset, AnyDataset]:
+def _hold_out(name: str, dataset: AnyDataset, seed: int, arguments: TextArguments) -> tuple[AnyDataset, AnyDataset]:
     """Training and validation documents of a dataset without a validation split (see `load_documents`)."""
     share = arguments.validation_split_percentage / 100
     if isinstance(dataset, IterableDataset):

@@ -531,11 +531,7 @@ def _lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 def take_rows(dataset: AnyDataset, limit: int | None) -> AnyDataset:
     """The first `limit` rows, or all if there are fewer or `limit` is None."""
-    if limit is None:
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.take(limit)
-    return dataset.select(range(min(limit, len(dataset))))
+    return dataset if limit is None else dataset.take(limit)
 
 
 def numbered(dataset: AnyDataset) -> AnyDataset:

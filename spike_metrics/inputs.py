@@ -156,7 +156,7 @@ def _documents(arguments: InputArguments) -> Dataset:
     documents = load_documents(data, seed=0, is_passed_over=is_output_folder)["validation"]
     if "input_ids" in documents.column_names:
         return _without_empty_rows(documents, arguments)
-    return documents.select(range(min(arguments.max_samples, len(documents))))
+    return documents.take(arguments.max_samples)
 
 
 def _without_empty_rows(documents: Dataset, arguments: InputArguments) -> Dataset:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import run_summarization
 from experiment.arguments import parse_arguments
 from experiment.publishing import Publisher
-from modeling_spikelm.calibration import calibrated_groups
+from modeling_spikelm.neurons import calibrated_groups
 from tests.hub_server import check_card
 from tests.other_vocabulary import with_other_vocabulary
 from tests.test_run_mlm import assert_same_weights, interrupted

@@ -113,7 +113,7 @@ def _from_hub(
     for split in (split for split in splits if split in available):
         name, limit = f"{dataset.name}, {split}", arguments.sample_limit(split)
         rows = load_dataset(**where, name=dataset.config, split=split, cache_dir=cache_dir)
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        rows = rows if limit is None else rows.take(limit)
         columns = _columns(name, rows.column_names, arguments, needs_target=split != "test")
         loaded[split] = _usable_rows(name, _of_columns(name, rows, columns, split != "test", arguments), split)
     return DatasetDict(loaded)

@@ -388,3 +388,13 @@ class ThriftyNeurons(LearnedNeurons, neuron="thrifty"):
 def make_neurons(config: SpikingConfig, num_neurons: int, has_membrane: bool = True) -> SpikingNeurons:
     """A new group of the neurons that `config.neuron` names; without a membrane for keys and values."""
     return SpikingNeurons.kinds[config.neuron](config, num_neurons, has_membrane)
+
+
+def neuron_groups(model: nn.Module) -> list[SpikingNeurons]:
+    """Every group of neurons, in the order of the network."""
+    return [module for module in model.modules() if isinstance(module, SpikingNeurons)]
+
+
+def calibrated_groups(model: nn.Module) -> list[SpikingNeurons]:
+    """The groups whose amplitudes are calibrated, now or later, and not fixed."""
+    return [neurons for neurons in neuron_groups(model) if neurons.fixed_amplitude is None]

@@ -10,10 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .calibration import (
-    INT8_FIELDS,
     Calibration,
     as_batches,
-    calibrated_groups,
     check_batch,
     check_configuration,
     check_int8_fits,
@@ -22,13 +20,12 @@ from .calibration import (
     forget_amplitudes,
     in_evaluation_mode,
     keep_own_amplitudes,
-    neuron_groups,
     restore_configuration,
     text_positions,
 )
-from .configuration_spiking import CALIBRATION_FIELDS, SpikingConfig
+from .configuration_spiking import CALIBRATION_FIELDS, INT8_FIELDS, SpikingConfig
 from .int8_modules import Int8Module, QuantizedEmbedding, SpikesLinear
-from .neurons import SpikingNeurons
+from .neurons import SpikingNeurons, calibrated_groups, neuron_groups
 from .new_modules import watch_new_modules
 from .quantization import (
     check_can_quantize,
@@ -251,6 +248,9 @@ class SpikingPreTrainedModel(PreTrainedModel):
             "of all its time steps. Call generate() with a padded batch instead."
         )
 
+    # The other way to such pages.
+    init_continuous_batching = generate_batch
+
     def check_is_ready(self, built_for: int) -> None:
         """To be called by every forward, with the number of time steps that the model was built for.
 
@@ -263,9 +263,6 @@ class SpikingPreTrainedModel(PreTrainedModel):
             check_configuration(self)
         if self.training and not torch.compiler.is_compiling():
             check_levels_stay(self)
-
-    # The other way in.
-    init_continuous_batching = generate_batch
 
     def counted_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """Of every group, which positions of its sequence are no padding, `(B, L)` bool; None where a batch does not

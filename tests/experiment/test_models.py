@@ -21,7 +21,7 @@ from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
 from experiment.arguments import ModelArguments
 from experiment.models import load_config, load_model, load_tokenizer
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMLlamaForCausalLM, SpikeLMModel, SpikingNeurons
-from modeling_spikelm.calibration import neuron_groups
+from modeling_spikelm.neurons import neuron_groups
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
 BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}

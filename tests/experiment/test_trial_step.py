@@ -12,7 +12,7 @@ from configuration_spikelm import SpikeLMConfig
 from experiment.calibration import calibrate_before_training
 from experiment.trial_step import ROWS, try_first_step
 from modeling_spikelm import SpikeLMForMaskedLM
-from modeling_spikelm.calibration import calibrated_groups
+from modeling_spikelm.neurons import calibrated_groups
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 STRATEGIES = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "report_to": "none"}

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from configuration_spikelm import SpikeLMBartConfig
 from configuration_spikelm.configuration_spiking import NEURONS
 from modeling_spikelm import SpikeLMBartForConditionalGeneration, SpikeLMBartModel, SpikingNeurons, neurons
-from modeling_spikelm.calibration import neuron_groups
+from modeling_spikelm.neurons import neuron_groups
 
 SIZES = {
     "vocab_size": 61,

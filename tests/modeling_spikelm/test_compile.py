@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import BertTokenizer
 
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, SpikeLMForSequenceClassification
-from modeling_spikelm.calibration import neuron_groups
+from modeling_spikelm.neurons import neuron_groups
 from pretraining_data.masking import MaskingCollator
 from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 from tests.modeling_spikelm.test_llama import make_model as make_decoder
