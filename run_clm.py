@@ -7,18 +7,14 @@ With a teacher, a Llama, the student is a SpikeLM that starts with its weights a
 `python run_clm.py --help` lists every flag.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -38,7 +34,7 @@ from experiment.calibration import calibrate_before_training
 from experiment.model_card import RunCard
 from experiment.models import (
     CAUSAL_TOKENS,
-    is_spiking,
+    check_is_causal,
     load_config,
     load_model,
     load_tokenizer,
@@ -56,16 +52,18 @@ from experiment.written_files import is_output_folder
 from pretraining_data.arguments import TextArguments
 from pretraining_data.causal import CausalCollator
 from pretraining_data.documents import load_documents
-from pretraining_data.packing import content_fingerprint, content_numbers
 from pretraining_data.preparation import causal_data, check_fit, check_rows, pack, train_tokenizer
 from pretraining_data.prepared import prepared_tokenizer
+from pretraining_data.rows import content_fingerprint, content_numbers
+from pretraining_data.scoring import (
+    CAUSAL_LM_GREATER_IS_BETTER,
+    CAUSAL_LM_METRICS,
+    next_token_losses,
+    next_token_metrics,
+)
 from pretraining_data.streams import OrderedStream, StreamPasses
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
-
-METRICS = {"loss": "cross_entropy", "perplexity": "perplexity", "next_token_accuracy": "accuracy"}
-# Metrics that can choose the best model, and whether they are better when greater.
-GREATER_IS_BETTER = {"loss": False, "perplexity": False, "next_token_accuracy": True}
 
 
 @full_disk_errors()
@@ -137,7 +135,7 @@ def check_flags(
             "--label_smoothing_factor: the Trainer smooths labels as an encoder has them, not those of the next token; "
             "leave the flag out."
         )
-    set_direction(training, given, GREATER_IS_BETTER)
+    set_direction(training, given, CAUSAL_LM_GREATER_IS_BETTER)
 
 
 def new_tokenizer(documents, arguments: TextArguments, training: TrainingArguments) -> PreTrainedTokenizerBase:
@@ -156,25 +154,6 @@ def new_tokenizer(documents, arguments: TextArguments, training: TrainingArgumen
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     special_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {"vocab_size": len(tokenizer), **special_ids}
-
-
-@torch.no_grad()
-def check_is_causal(model: PreTrainedModel) -> None:
-    """
-    Raises:
-        ValueError: what comes behind a token changes its logits, as in a BERT with a head for the next token.
-    """
-    if is_spiking(model.config):
-        # Ours are; of one that is not calibrated yet, all tokens set the amplitudes.
-        return
-    was_training = model.training
-    logits = model.eval()(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]]), use_cache=False).logits
-    model.train(was_training)
-    if not torch.allclose(*logits[:, :2], rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"A {type(model).__name__} sees the tokens behind the one that it reads, so it would copy the next one "
-            "instead of predicting it; train an encoder with run_mlm.py."
-        )
 
 
 def make_trainer(
@@ -199,7 +178,7 @@ def make_trainer(
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=next_token_metrics,
-        preprocess_logits_for_metrics=predictions_and_losses,
+        preprocess_logits_for_metrics=next_token_losses,
         callbacks=list(callbacks),
     )
     if model_arguments.model_name_or_path:
@@ -209,43 +188,6 @@ def make_trainer(
     if spikes.spike_batches:
         log_firing_rate(trainer)
     return trainer
-
-
-def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the metrics need of each batch, in place of all logits.
-
-    Args:
-        logits: `(B, L, V)`.
-        labels: `(B, L)`, each to be predicted from those before it.
-
-    Returns:
-        "tokens": predicted ids `(B, L)`, each at the place of its label; "token_losses": their cross-entropies, 0 where
-        there is no label. Nothing predicts the first token of a row: both are 0 there.
-    """
-    scores, wanted = logits[:, :-1], labels[:, 1:]
-    # Row by row, for with a large vocabulary every copy of all logits counts.
-    losses = [
-        torch.nn.functional.cross_entropy(row.float(), tokens, reduction="none")
-        for row, tokens in zip(scores, wanted, strict=True)
-    ]
-    found = {"tokens": scores.argmax(-1), "token_losses": torch.stack(losses)}
-    return {name: torch.nn.functional.pad(values, (1, 0)) for name, values in found.items()}
-
-
-def next_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss in nats, the exact mean over all predicted tokens of the data, its exponential, and the share met.
-
-    "loss" replaces the Trainer's, a mean over batches of their means.
-    """
-    found, labels = prediction.predictions, prediction.label_ids
-    is_predicted = labels != -100
-    is_predicted[:, 0] = False
-    loss = float(found["token_losses"][is_predicted].mean(dtype=np.float64))
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "next_token_accuracy": float((found["tokens"] == labels)[is_predicted].mean()),
-    }
 
 
 def make_card(
@@ -268,10 +210,10 @@ def make_card(
             f"{data_arguments.max_seq_length} tokens."
         ),
         datasets=data_arguments.hub_datasets,
-        metrics=METRICS,
+        metrics=CAUSAL_LM_METRICS,
         figures=DECODER_FIGURES,
         dataset_for_results="the validation split",
-        **data_arguments.origin_of_results(validation.split, METRICS),
+        **data_arguments.origin_of_results(validation.split, CAUSAL_LM_METRICS),
         started_from=model_arguments.model_name_or_path,
     )
 

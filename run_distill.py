@@ -50,9 +50,9 @@ from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator
-from pretraining_data.packing import content_fingerprint, content_numbers
 from pretraining_data.preparation import check_fit, check_rows, masked_data, pack
 from pretraining_data.prepared import prepared_tokenizer
+from pretraining_data.rows import content_fingerprint, content_numbers
 from pretraining_data.streams import OrderedStream, StreamPasses
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes

@@ -8,20 +8,16 @@
 
 import inspect
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -52,33 +48,21 @@ from experiment.written_files import is_output_folder
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator
-from pretraining_data.packing import (
-    content_fingerprint,
-    content_numbers,
-)
-from pretraining_data.packing import unigram_loss as unigram_cross_entropy
 from pretraining_data.preparation import check_fit, check_rows, masked_data, pack, train_tokenizer
 from pretraining_data.prepared import check_prepared_folder, prepared_tokenizer, save_prepared
+from pretraining_data.rows import content_fingerprint, content_numbers
+from pretraining_data.scoring import (
+    MASKED_LM_GREATER_IS_BETTER,
+    MASKED_LM_METRICS,
+    masked_lm_losses,
+    masked_lm_metrics,
+    unigram_loss,
+)
 from pretraining_data.streams import OrderedStream, StreamPasses
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 
 logger = logging.getLogger(__name__)
-
-METRICS = {
-    "mlm_loss": "cross_entropy",
-    "perplexity": "perplexity",
-    "masked_accuracy": "accuracy",
-    "next_sentence_accuracy": "accuracy",
-}
-# Metrics that can choose the best model, and whether they are better when greater; the last one with two objectives.
-GREATER_IS_BETTER = {
-    "loss": False,
-    "mlm_loss": False,
-    "perplexity": False,
-    "masked_accuracy": True,
-    "next_sentence_accuracy": True,
-}
 
 
 @dataclass
@@ -174,7 +158,7 @@ def check_streaming(script: ScriptArguments, arguments: DataArguments, training:
 
 def check_objective(arguments: DataArguments, training: TrainingArguments, given: Mapping[str, Any]) -> None:
     """Refuses what the labels of the objective do not have: a metric to choose the best model by, a smoothed loss."""
-    metrics = GREATER_IS_BETTER.copy()
+    metrics = MASKED_LM_GREATER_IS_BETTER.copy()
     if arguments.objective == "mlm":
         del metrics["next_sentence_accuracy"]
     elif training.label_smoothing_factor:
@@ -208,7 +192,7 @@ def make_trainer(
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=masked_lm_metrics,
-        preprocess_logits_for_metrics=partial(predictions_and_losses, label_smoothing=training.label_smoothing_factor),
+        preprocess_logits_for_metrics=partial(masked_lm_losses, label_smoothing=training.label_smoothing_factor),
         callbacks=list(callbacks),
     )
     if model_arguments.model_name_or_path:
@@ -223,56 +207,8 @@ def unigram_baseline(splits, validation, tokenizer: PreTrainedTokenizerBase, con
     if not isinstance(splits.get("train"), Dataset):
         logger.warning("No unigram baseline: it needs training data, and not as a stream.")
         return {}
-    loss = unigram_cross_entropy(splits["train"], validation, config.vocab_size, tokenizer.all_special_ids)
+    loss = unigram_loss(splits["train"], validation, config.vocab_size, tokenizer.all_special_ids)
     return {"eval_unigram_loss": loss}
-
-
-def predictions_and_losses(logits, labels, label_smoothing: float = 0.0) -> dict[str, torch.Tensor]:
-    """What the metrics need of each batch, in place of all logits.
-
-    Returns:
-        "tokens": predicted ids `(B, L)`; "token_losses": theirs, `(B, L)`, 0 where there is no label; with label
-        smoothing also "smoothed_losses", which training minimises in their place. With a next-sentence head
-        "sentences" and "sentence_losses", `(B,)`.
-    """
-    logits, *next_sentence = logits if isinstance(logits, tuple) else (logits,)
-    labels, *next_sentence_labels = labels if isinstance(labels, tuple) else (labels,)
-    cross_entropy = partial(torch.nn.functional.cross_entropy, reduction="none")
-    scores = logits.float().transpose(1, 2)
-    found = {"tokens": logits.argmax(-1), "token_losses": cross_entropy(scores, labels)}
-    if label_smoothing:
-        found["smoothed_losses"] = cross_entropy(scores, labels, label_smoothing=label_smoothing)
-    for scores, sentence_labels in zip(next_sentence, next_sentence_labels, strict=False):
-        found["sentences"] = scores.argmax(-1)
-        found["sentence_losses"] = cross_entropy(scores.float(), sentence_labels.flatten())
-    return found
-
-
-def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Losses in nats, each the exact mean over all masked tokens (or pairs of sentences) of the data, and the share of
-    labels met.
-
-    "loss" is the loss that training minimises. It replaces the Trainer's, a mean over batches of their means: that one
-    depends on how rows fall into batches, and so on the number of processes.
-    """
-    found, labels = prediction.predictions, prediction.label_ids
-    labels, *next_sentence_labels = labels if isinstance(labels, tuple) else (labels,)
-    is_masked = labels != -100
-
-    def mean(losses: np.ndarray) -> float:
-        return float(losses.mean(dtype=np.float64))
-
-    token_loss = mean(found["token_losses"][is_masked])
-    metrics = {
-        "loss": mean(found.get("smoothed_losses", found["token_losses"])[is_masked]),
-        "mlm_loss": token_loss,
-        "perplexity": math.exp(min(token_loss, 700.0)),
-        "masked_accuracy": float((found["tokens"] == labels)[is_masked].mean()),
-    }
-    if "sentences" in found:
-        metrics["loss"] += mean(found["sentence_losses"])
-        metrics["next_sentence_accuracy"] = float((found["sentences"] == next_sentence_labels[0].reshape(-1)).mean())
-    return metrics
 
 
 def make_card(
@@ -291,10 +227,10 @@ def make_card(
         auto_class=auto_class.__name__,
         training_data=describe(data_arguments),
         datasets=data_arguments.hub_datasets,
-        metrics=METRICS,
+        metrics=MASKED_LM_METRICS,
         figures=FIGURES,
         dataset_for_results="the validation split",
-        **data_arguments.origin_of_results(validation.split, METRICS),
+        **data_arguments.origin_of_results(validation.split, MASKED_LM_METRICS),
         started_from=model_arguments.model_name_or_path,
         mask_token=tokenizer.mask_token,
     )

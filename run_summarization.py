@@ -47,7 +47,7 @@ from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
 from experiment.run_record import RunRecord, save_metrics
 from experiment.training_run import TrainingRun
-from pretraining_data.packing import content_fingerprint
+from pretraining_data.rows import content_fingerprint
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
 from text_to_text.arguments import PairArguments, WritingTrainingArguments

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -454,3 +455,22 @@ def _has_amplitudes_for(arguments: ModelArguments, config: PreTrainedConfig) -> 
     fields = _stored_fields(arguments)
     is_own = spiking_config_class(fields.get("model_type")) is not None
     return is_own and not calibration_differences(fields, config.to_dict())
+
+
+@torch.no_grad()
+def check_is_causal(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: what comes behind a token changes its logits, as in a BERT with a head for the next token.
+    """
+    if is_spiking(model.config):
+        # Ours are; of one that is not calibrated yet, all tokens set the amplitudes.
+        return
+    was_training = model.training
+    logits = model.eval()(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]]), use_cache=False).logits
+    model.train(was_training)
+    if not torch.allclose(*logits[:, :2], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"A {type(model).__name__} sees the tokens behind the one that it reads, so it would copy the next one "
+            "instead of predicting it; train an encoder with run_mlm.py."
+        )

@@ -12,7 +12,7 @@ from datasets import Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .documents import AnyDataset
-from .packing import numbered
+from .rows import numbered
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from .arguments import DataArguments, TextArguments
 from .causal import CausalCollator
 from .masking import MaskingCollator, mask_statically
-from .packing import check_token_ids, numbered, pack_documents, take_rows
+from .packing import pack_documents
+from .rows import check_token_ids, numbered, take_rows
 from .streams import OrderedStream, Prepare, StreamPasses, lanes_of, shuffled, take_over_workers
 from .tokenizers import train_byte_pairs, train_wordpiece
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -103,16 +102,6 @@ def test_the_perplexity_is_that_of_every_token_but_the_first_of_its_row(trained,
         total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     assert results(tmp_path / "run")["eval_loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def test_metrics_by_hand():
-    logits = torch.full((1, 4, 3), -1e9)
-    logits[0, [0, 1, 2, 3], [1, 2, 0, 0]] = 0.0  # says 1, 2, 0 and, of what is behind the row, 0
-    labels = torch.tensor([[2, 1, 2, -100]])
-    found = run_clm.predictions_and_losses(logits, labels)
-    assert found["tokens"].tolist() == [[0, 1, 2, 0]] and not found["token_losses"].any()
-    prediction = EvalPrediction({name: value.numpy() for name, value in found.items()}, labels.numpy())
-    assert run_clm.next_token_metrics(prediction) == {"loss": 0.0, "perplexity": 1.0, "next_token_accuracy": 1.0}
 
 
 def test_the_card_is_that_of_a_decoder(trained):

@@ -22,11 +22,9 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertTokenizer,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import LabelSmoother
 
 import run_clm
 import run_mlm
@@ -576,16 +574,6 @@ def test_the_evaluation_loss_is_the_mean_over_the_data_whatever_its_batches(corp
         run_mlm.main([*evaluate, "--per_device_eval_batch_size", size, "--output_dir", str(tmp_path / size)])
         losses[size] = results(tmp_path / size)["eval_loss"]
     assert losses["3"] == pytest.approx(losses["16"], rel=1e-6)
-
-
-def test_with_label_smoothing_the_evaluation_loss_is_the_smoothed_one():
-    logits, labels = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)), torch.full((2, 5), -100)
-    labels[0, 1], labels[1, 2:4] = 3, 7
-    found = run_mlm.predictions_and_losses(logits, labels, label_smoothing=0.2)
-    predictions = {name: values.numpy() for name, values in found.items()}
-    metrics = run_mlm.masked_lm_metrics(EvalPrediction(predictions, labels.numpy()))
-    assert metrics["loss"] == pytest.approx(LabelSmoother(0.2)({"logits": logits}, labels.clone()).item(), rel=1e-6)
-    assert metrics["mlm_loss"] == pytest.approx(LabelSmoother(0.0)({"logits": logits}, labels.clone()).item(), rel=1e-6)
 
 
 def test_a_checkpoint_of_16_bits_is_trained_and_saved_in_float32(corpus, trained, tmp_path):

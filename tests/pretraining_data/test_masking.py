@@ -25,7 +25,7 @@ from pretraining_data.masking import (
     mask_tokens,
     most_labels,
 )
-from pretraining_data.packing import numbered
+from pretraining_data.rows import numbered
 
 SETTINGS = {"seed": 0, "epoch": 0, "example_id": 0, "probability": 0.15, "mask_token_id": 4, "vocab_size": 1000}
 

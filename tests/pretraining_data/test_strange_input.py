@@ -19,7 +19,8 @@ from modeling_spikelm import SpikeLMForMaskedLM
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import MaskingCollator
-from pretraining_data.packing import check_token_ids, content_numbers, numbered, pack_documents, take_rows
+from pretraining_data.packing import pack_documents
+from pretraining_data.rows import check_token_ids, content_numbers, numbered, take_rows
 
 KINDS = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

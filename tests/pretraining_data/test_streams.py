@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import MaskingCollator
-from pretraining_data.packing import numbered, pack_documents
+from pretraining_data.packing import pack_documents
+from pretraining_data.rows import numbered
 from pretraining_data.streams import LANES, OrderedStream, StreamPasses, lanes_of, shuffled, take_over_workers
 from tests.corpus import write_corpus
 
