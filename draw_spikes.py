@@ -18,7 +18,8 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from configuration_spikelm.configuration_spiking import NEURONS, SpikingConfig
 from experiment.reporting import input_errors
 from experiment.written_files import WrittenFiles
-from spike_metrics.counting import SpikeCount, count, layer_and_place, record_spikes
+from spike_metrics.counting import count
+from spike_metrics.counts import SpikeCount, layer_and_place
 from spike_metrics.energy import compute_energy
 from spike_metrics.inputs import InputArguments, load_inputs
 from spike_metrics.pictures import (
@@ -31,6 +32,7 @@ from spike_metrics.pictures import (
 )
 from spike_metrics.positions import sees_target
 from spike_metrics.report import titles
+from spike_metrics.spikes import record_spikes
 
 
 @dataclass

@@ -14,9 +14,10 @@ import torch
 from transformers import HfArgumentParser
 
 from experiment.reporting import input_errors
-from spike_metrics.counting import SpikeCounter, with_float_spikes
+from spike_metrics.counting import SpikeCounter
 from spike_metrics.inputs import InputArguments, load_inputs
 from spike_metrics.report import energies, format_report
+from spike_metrics.spikes import with_float_spikes
 
 REPORTED = ("without_padding", "with_padding")
 

@@ -8,7 +8,8 @@ from sentence_transformers import SentenceTransformer
 from transformers.utils import logging
 
 import draw_spikes
-from spike_metrics.counting import SpikeCount, count
+from spike_metrics.counting import count
+from spike_metrics.counts import SpikeCount
 from spike_metrics.energy import compute_energy
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints/spikelm-minilm-l6"

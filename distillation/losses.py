@@ -26,7 +26,8 @@ def hidden_state_errors(
 ) -> torch.Tensor:
     """Of every layer the mean squared error, in units of the variance of the teacher's layer over tokens.
 
-    0 is the teacher itself, 1 what the mean of all tokens would score, so layers of any scale weigh alike.
+    0 is the teacher itself, 1 what the mean of all tokens would score, so layers of any scale weigh alike. Of fewer
+    than two tokens the error is 0.
 
     Args:
         student, teacher: `(B, L, H)` each, one for every layer.
@@ -36,7 +37,8 @@ def hidden_state_errors(
     """
     # Padding is weighed with 0 and not cut out: the backward pass of an index is the slowest thing of a step on a CPU.
     weights = is_token[..., None].float()
-    num_tokens = weights.sum()
+    tokens = weights.sum()
+    num_tokens = tokens.clamp(min=1)
     errors = []
     for student_states, teacher_states in zip(student, teacher, strict=True):
         target = teacher_states.detach().float()
@@ -44,7 +46,8 @@ def hidden_state_errors(
         variance = ((target - mean).square() * weights).sum((0, 1)).mean() / num_tokens
         squared_error = ((student_states.float() - target).square() * weights).sum((0, 1)).mean() / num_tokens
         errors.append(squared_error / variance.clamp(min=VARIANCE_FLOOR))
-    return torch.stack(errors)
+    # One token alone has no variance to be measured by.
+    return torch.where(tokens > 1, torch.stack(errors), 0.0)
 
 
 def token_logits_loss(
@@ -72,7 +75,7 @@ def token_logits_loss(
 
     pieces = zip(inputs.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True)
     losses = [checkpoint(summed_loss, *piece, use_reentrant=False) for piece in pieces]
-    return torch.stack(losses).sum() / len(inputs)
+    return torch.stack(losses).sum() / max(len(inputs), 1)
 
 
 def next_token_losses(
@@ -93,7 +96,7 @@ def next_token_losses(
         labels: `(B, L)` token ids, each predicted at the position before it; -100 where nothing is.
 
     Returns:
-        The means over tokens and over labels, in nats.
+        The means over tokens and over labels, in nats; 0 where there are none.
     """
     next_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[is_token]
     inputs, targets = student_states[is_token], teacher_states.detach()[is_token]
@@ -107,7 +110,7 @@ def next_token_losses(
 
     parts = (values.split(POSITIONS_AT_A_TIME) for values in (inputs, targets, next_labels))
     totals = torch.stack([checkpoint(sums, *part, use_reentrant=False) for part in zip(*parts, strict=True)]).sum(0)
-    return totals[0] / len(inputs), totals[1] / (next_labels != -100).sum()
+    return totals[0] / max(len(inputs), 1), totals[1] / (next_labels != -100).sum().clamp(min=1)
 
 
 def soft_label_loss(
@@ -124,7 +127,8 @@ def soft_label_loss(
     """
     student = nn.functional.log_softmax(student_logits.float() / temperature, -1)
     teacher = nn.functional.log_softmax(teacher_logits.detach().float() / temperature, -1)
-    return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    return divergence / max(len(student), 1) * temperature**2
 
 
 def soft_labels_loss(
@@ -146,7 +150,7 @@ def soft_labels_loss(
 
 
 def score_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the outputs of a regression, `(N, 1)` or `(N,)`: what soft labels are to classes."""
+    """Mean squared error of the outputs of a regression, `(N, num_labels)`: what soft labels are to classes."""
     return nn.functional.mse_loss(student_logits.float(), teacher_logits.detach().float())
 
 
@@ -212,7 +216,7 @@ def _relation_divergence(student: torch.Tensor, teacher: torch.Tensor, is_token:
     # A padded column is -inf in both; nothing of it may enter the sum.
     divergence = torch.where(is_token[:, None, None, :], teacher.exp() * (teacher - student), 0.0).sum(-1)
     # A boolean index would wait for the GPU to know its size.
-    return (divergence.mean(1) * is_token).sum() / is_token.sum()
+    return (divergence.mean(1) * is_token).sum() / is_token.sum().clamp(min=1)
 
 
 def first_token_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

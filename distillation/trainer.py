@@ -98,7 +98,7 @@ class DistillationTrainer(WeightedTermsTrainer):
             problem = self.accelerator.unwrap_model(model).config.problem_type
             if problem == "multi_label_classification":
                 terms["logits"] = soft_labels_loss(outputs.logits, target.logits, self.temperature)
-            elif target.logits.shape[-1] == 1:
+            elif problem == "regression" or target.logits.shape[-1] == 1:
                 terms["logits"] = score_loss(outputs.logits, target.logits)
             else:
                 terms["logits"] = soft_label_loss(outputs.logits, target.logits, self.temperature)

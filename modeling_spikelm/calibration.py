@@ -78,7 +78,8 @@ class Calibration:
         calibration = neurons.batch_calibration(steps)
         self._sums[neurons] = self._sums[neurons] + calibration.cpu().double() * steps[0].numel()
         self._weights[neurons] += steps[0].numel()
-        neurons.set_calibration(calibration)
+        if calibration.isfinite().all():  # else `means` will tell
+            neurons.set_calibration(calibration)
 
     def means(self, device: torch.device) -> list[torch.Tensor | None] | None:
         """The mean calibration of every group, over all processes (which all have to call).
@@ -89,6 +90,9 @@ class Calibration:
         Returns:
             None for a group that no forward runs, as PEFT keeps them beside the copies that it trains. None altogether
             if nothing ran, or a group that did had nothing to count.
+
+        Raises:
+            ValueError: values were not finite, on any process.
         """
         sizes = [len(group.calibration()) for group in self.groups]
         sums = torch.cat([self._sums[group].expand(size) for group, size in zip(self.groups, sizes, strict=True)])
@@ -101,6 +105,11 @@ class Calibration:
         runs, weights = numbers.unbind(1)
         if not runs.any() or (weights[runs > 0] == 0).any():
             return None
+        if not sums.isfinite().all():
+            raise ValueError(
+                "calibrate() met values that are not finite, in its batches or made by the model's weights. The "
+                "amplitudes stay what they were."
+            )
         return [
             (total / weight).float() if run else None
             for total, weight, run in zip(sums.split(sizes), weights, runs, strict=True)

@@ -52,32 +52,36 @@ class SpikePacking(torch.autograd.graph.saved_tensors_hooks):
         alive = {number: entry for number, entry in packing._announced.items() if not entry.storage.expired()}
         # As long as the weak reference lives, no other storage can have its number.
         storage = StorageWeakRef(spikes.untyped_storage())
-        packing._announced = alive | {storage.cdata: _Announcement(storage, spikes._version, codes, amplitude, shift)}
+        made_of = _MadeOf(codes, amplitude, _version(amplitude), shift)
+        packing._announced = alive | {storage.cdata: _Announcement(storage, spikes._version, made_of)}
 
     def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _PackedSpikes":
         announced = self._announced.get(tensor.untyped_storage()._cdata)
         if announced is None or tensor._version != announced.version:
             return tensor
         layout = tensor.size(), tensor.stride(), int(tensor.storage_offset())
-        return _PackedSpikes(announced.codes, announced.amplitude, announced.shift, tensor.dtype, *layout)
+        return _PackedSpikes(announced.made_of, tensor.dtype, *layout)
 
 
 # Of each thread and task its own: replicas of torch.nn.DataParallel run side by side.
 _PACKING: ContextVar[SpikePacking | None] = ContextVar("packing", default=None)
 
 
+class _MadeOf(NamedTuple):
+    codes: torch.Tensor
+    amplitude: torch.Tensor
+    amplitude_version: int
+    shift: torch.Tensor | None
+
+
 class _Announcement(NamedTuple):
     storage: StorageWeakRef
     version: int
-    codes: torch.Tensor
-    amplitude: torch.Tensor
-    shift: torch.Tensor | None
+    made_of: _MadeOf
 
 
 class _PackedSpikes(NamedTuple):
-    codes: torch.Tensor
-    amplitude: torch.Tensor
-    shift: torch.Tensor | None
+    made_of: _MadeOf
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -87,8 +91,19 @@ class _PackedSpikes(NamedTuple):
 def _unpack(saved: "torch.Tensor | _PackedSpikes") -> torch.Tensor:
     if isinstance(saved, torch.Tensor):
         return saved
-    spikes = spikes_of(saved.codes, saved.amplitude, saved.shift, saved.dtype)
+    codes, amplitude, version, shift = saved.made_of
+    if _version(amplitude) != version:
+        raise RuntimeError(
+            "The spike amplitudes were changed between a forward and its backward pass, which needs what they were: "
+            "calibrate, or load amplitudes, before or after both."
+        )
+    spikes = spikes_of(codes, amplitude, shift, saved.dtype)
     return spikes.as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written; what inference mode has made does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def spikes_of(

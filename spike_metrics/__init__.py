@@ -1,17 +1,9 @@
 """What spikes a model fires and what they cost: counted with hooks from outside, the models never import this."""
 
-from .counting import (
-    NeuronCount,
-    NotCounted,
-    ProductCount,
-    SpikeCount,
-    SpikeCounter,
-    count,
-    record_spikes,
-    spike_sizes,
-    with_float_spikes,
-)
+from .counting import SpikeCounter, count
+from .counts import NeuronCount, NotCounted, ProductCount, SpikeCount
 from .energy import DATAFLOWS, EnergyConstants, Joules, compute_energy, energy_with_data_movement, published_convention
+from .spikes import record_spikes, spike_sizes, with_float_spikes
 
 __all__ = [
     "DATAFLOWS",

@@ -8,7 +8,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .counting import SpikeCounter, spiking_modules
+from .counting import SpikeCounter
+from .spikes import spiking_modules
 
 logger = logging.getLogger(__name__)
 

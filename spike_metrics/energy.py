@@ -6,7 +6,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from .counting import SpikeCount
+from .counts import SpikeCount
 
 PICOJOULES_PER_MILLIJOULE = 1e9
 WORD_BITS = 32

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.utils import logging
 
-from .counting import SpikeCount, count
+from .counting import count
+from .counts import SpikeCount
 from .report import PARTS, energies
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .counting import SpikeCount, layer_and_place
+from .counts import SpikeCount, layer_and_place
 from .energy import EnergyConstants, compute_energy
 from .legend import DENSE, NEGATIVE, PLACES, POSITIVE, SILENT
 

@@ -57,7 +57,7 @@ def read_positions(
         ValueError: they hold no sequence, a cache with tokens in it, `logits_to_keep`, or a mask that does not say what
             is padding.
     """
-    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    given = _arguments(module, args, kwargs)
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError(
@@ -90,6 +90,28 @@ def read_positions(
         mask = (labels != -100) & (labels != module.config.pad_token_id)  # type: ignore[union-attr]
     places: Any = labels if target is None else target
     return Positions(counted, _tokens(places, mask, "decoder_attention_mask", include_padding))
+
+
+def check_is_not_packed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: several texts are packed into a row, and which tokens see each other is the attention's to say.
+    """
+    given = _arguments(module, args, kwargs)
+    positions = given.get("position_ids")
+    begins_anew = False
+    if positions is not None and given.get("attention_mask") is None:
+        begins_anew = bool(((positions == positions.amin(-1, keepdim=True)).sum(-1) > 1).any())
+    if begins_anew or given.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "Several texts are packed into a row, and how many of its tokens see each other is not known from outside. "
+            "Count the texts as rows of their own."
+        )
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Forward arguments by their names."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def _places(given: dict[str, Any], prefix: str) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from .counting import SpikeCount
+from .counts import SpikeCount
 from .energy import (
     DATAFLOWS,
     EnergyConstants,

@@ -138,6 +138,8 @@ class SpikingAttention(nn.Module):
         implementation = self.config._attn_implementation
         is_quicker = self.training and (0 < dropout < 1 or (dropout == 0 and _is_half_on_cpu(query)))
         is_torchs = FAST_PATHS.cpu_attention and implementation == "sdpa" and not self.is_causal
+        # A bias that is learned comes as a mask, and the way back that is written out has no gradient for it.
+        is_torchs &= not (isinstance(attention_mask, torch.Tensor) and attention_mask.requires_grad)
         if is_quicker and is_torchs and is_eager_on_cpu(query):
             # torch's own keeps three matrices of probabilities on a CPU when it has to drop; in 16 bits it takes
             # up to four times as long, forwards and backwards, when it has not.

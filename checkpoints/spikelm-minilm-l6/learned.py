@@ -215,7 +215,8 @@ def _pass_back(
 def level_spikes(
     inputs: torch.Tensor, levels: Levels, decay: float, reset: str, has_membrane: bool = True
 ) -> torch.Tensor:
-    """The spikes of `level_spikes_reference`, same arguments, same numbers, in less time and memory."""
+    """The spikes of `level_spikes_reference`, same arguments, same numbers and first derivatives, in less time and
+    memory."""
     if (
         not FAST_PATHS.fused_neurons
         or torch.compiler.is_compiling()

@@ -15,6 +15,7 @@ binary for LIF. So every product of an encoder layer keeps an operand of spikes,
 LIF neurons has binary spikes only, as spiking transformers do (Zhou et al., ICLR 2023, arXiv:2209.15425).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -148,7 +149,14 @@ class SpikingNeurons(nn.Module):
                 f"A forward in training mode without gradients, on {steps[0, ..., 0].numel()} tokens, has set this "
                 f"SpikeLM's spike amplitudes for good. Was it a test? {HOW_TO_CALIBRATE}"
             )
-        self.set_calibration(self.batch_calibration(steps, every_process=True))
+        values = self.batch_calibration(steps, every_process=True)
+        if not (torch.compiler.is_compiling() or values.is_meta or values.isfinite().all()):
+            logger.warning_once(
+                "A training batch without a token, or with values that are not finite, sets no spike amplitudes: this "
+                "SpikeLM stays not calibrated. Look at the data and at the weights."
+            )
+            return values
+        self.set_calibration(values)
         return self.calibration()
 
     def batch_calibration(self, steps: torch.Tensor, every_process: bool = False) -> torch.Tensor:
@@ -201,9 +209,10 @@ class SpikingNeurons(nn.Module):
         if self.fixed_amplitude is not None:
             return
         values = [0.0] if self.amplitude.is_meta else whole(self.amplitude).tolist()
-        self.is_calibrated = all(values)
+        self.is_calibrated = all(value and math.isfinite(value) for value in values)
         if any(values) and not self.is_calibrated:
-            logger.warning(f"Spike amplitudes {values} are set for some time steps only: taken as not calibrated.")
+            fault = "set for some time steps only" if all(map(math.isfinite, values)) else "not finite"
+            logger.warning(f"Spike amplitudes {values} are {fault}: taken as not calibrated.")
 
     @staticmethod
     def _leave_out_other_steps(

@@ -204,7 +204,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
             include_padding: count padding too, as the first batch of a training does (and the reference).
 
         Raises:
-            ValueError: there is no batch, or none with anything but padding (on any process); the weights are int8
+            ValueError: there is no batch, or none with anything but padding, or values are not finite (on any process);
+                the weights are int8
                 already, or the neurons' levels offloaded; or the configuration was changed since the model was built.
                 The amplitudes then stay what they were.
             TypeError: a batch is no mapping of names to tensors. The amplitudes then stay what they were.

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 import modeling_spikelm
 from configuration_spikelm import SpikeLMConfig, SpikeLMLlamaConfig
-from spike_metrics.counting import spike_sizes
 from spike_metrics.heads import auto_class_of
+from spike_metrics.spikes import spike_sizes
 
 MODEL_TYPES = (SpikeLMConfig.model_type, SpikeLMLlamaConfig.model_type, "bert")
 # Beside our packages, in the project and in a Space.

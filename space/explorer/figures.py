@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-from spike_metrics.counting import SpikeCount
+from spike_metrics.counts import SpikeCount
 from spike_metrics.energy import compute_energy
 from spike_metrics.legend import DENSE, NEGATIVE, PLACES, POSITIVE, SILENT
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers import pipeline
 
-from spike_metrics.counting import SpikeCount, count, layer_and_place, record_spikes, spike_sizes
+from spike_metrics.counting import count
+from spike_metrics.counts import SpikeCount, layer_and_place
 from spike_metrics.energy import compute_energy
+from spike_metrics.spikes import record_spikes, spike_sizes
 
 from .checkpoints import Refusal, load
 

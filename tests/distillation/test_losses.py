@@ -63,6 +63,27 @@ def test_what_few_sequences_differ_by_is_no_unit():
             error.backward()
 
 
+def test_a_batch_with_nothing_to_say_has_no_loss():
+    torch.manual_seed(0)
+    head, student, teacher = nn.Linear(4, 7), torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 4)
+    none, one = torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[True, False]])
+    states = student, teacher
+    no_labels = torch.full((1, 2), -100)
+    found = [
+        hidden_state_errors([student], [teacher], none),
+        hidden_state_errors([student], [teacher], one),  # which has no variance
+        token_logits_loss(*states, head, head, none),
+        *next_token_losses(*states, head, head, no_labels, none),
+        next_token_losses(*states, head, head, no_labels, one)[1],
+        soft_label_loss(torch.empty(0, 7), torch.empty(0, 7)),
+        value_relation_loss(*states, none, 2),
+        attention_loss([states], [states], none, 2),
+    ]
+    assert [loss.sum().item() for loss in found] == [0] * len(found)
+    sum(loss.sum() for loss in found).backward()
+    assert not student.grad.any()
+
+
 def test_padding_is_left_out_of_every_term():
     torch.manual_seed(0)
     is_token = torch.tensor([[True, True, False], [True, False, False]])

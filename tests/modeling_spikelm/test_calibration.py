@@ -379,6 +379,37 @@ def test_what_calibrate_cannot_take_is_named_and_changes_nothing(given, error, m
     assert torch.equal(amplitudes(base), before)
 
 
+@pytest.mark.parametrize("neuron", ["elastic", "learned"])
+def test_values_that_are_not_finite_and_batches_without_a_token_calibrate_nothing(neuron):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = SpikeLMModel(SpikeLMConfig(**sizes, vocab_size=50, neuron=neuron, num_time_steps=2))
+    good = {"input_ids": torch.arange(10).view(2, 5)}
+    bad = {"inputs_embeds": torch.randn(2, 5, 32)}
+    bad["inputs_embeds"][0, 1, 2] = torch.nan
+    for model_of_before in (model, copy.deepcopy(model)):
+        if model_of_before is not model:
+            model_of_before.calibrate(good)
+        before = copy.deepcopy(model_of_before.state_dict())
+        with pytest.raises(ValueError, match="not finite"):
+            model_of_before.calibrate([good, bad])
+        for name, values in model_of_before.state_dict().items():
+            assert torch.equal(values, before[name]), name
+    for batch in (bad, {"input_ids": torch.ones(0, 5, dtype=torch.long)}):
+        model.train()(**batch)
+        groups = [part for part in model.modules() if isinstance(part, SpikingNeurons)]
+        assert not any(part.is_calibrated for part in groups[1:])  # the first one's inputs may be finite
+    model(**good)
+    assert all(part.is_calibrated for part in groups) and model(**good).last_hidden_state.isfinite().all()
+
+
+def test_amplitudes_that_are_not_finite_are_none(base, notices):
+    neurons = base.bert.encoder.layer[0].intermediate.neurons
+    neurons.set_amplitude(torch.full_like(neurons.amplitude, torch.nan))
+    assert not neurons.is_calibrated
+    assert "are not finite: taken as not calibrated" in notices()[0]
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_amplitudes_that_a_forward_without_a_training_sets_are_told_of(gradients, base, batch, caplog):
     base.reset_calibration()

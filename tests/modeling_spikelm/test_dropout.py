@@ -162,6 +162,28 @@ def test_spikes_that_a_hook_has_written_are_kept_as_they_are():
     torch.testing.assert_close(found[0], neurons(inputs).sum((0, 1)))
 
 
+def test_packed_spikes_whose_amplitudes_were_changed_are_not_unpacked_as_others():
+    neurons, linear = neurons_and_linear()
+    with SpikePacking():
+        outputs = linear(neurons(torch.randn(6, 5, 8)))  # the neurons themselves have nothing to pass back
+    neurons.set_amplitude(2 * neurons.amplitude)
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward pass"):
+        outputs.sum().backward()
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_learned_bias_of_attention_has_a_gradient(dtype, probability):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = SpikeLMConfig(**sizes, vocab_size=50, attention_probs_dropout_prob=probability)
+    model = SpikeLMModel(config, add_pooling_layer=False)
+    tokens = {"input_ids": torch.arange(10).view(2, 5)}
+    model.calibrate(tokens)
+    bias = torch.zeros(1, 1, 5, 5, dtype=dtype, requires_grad=True)
+    states = model.to(dtype).train()(**tokens, attention_mask=bias).last_hidden_state
+    assert torch.autograd.grad(states.float().square().sum(), bias)[0].any()
+
+
 def test_codes_of_spikes_that_are_gone_are_not_kept():
     """As in a checkpointed layer, whose spikes nobody saves."""
     neurons, _ = neurons_and_linear()

@@ -42,7 +42,7 @@ def kept(monkeypatch):
 
     def counting_pack(self, tensor):
         packed = pack(self, tensor)
-        memory = packed.codes if isinstance(packed, _PackedSpikes) else packed
+        memory = packed.made_of.codes if isinstance(packed, _PackedSpikes) else packed
         storages[memory.untyped_storage()._cdata] = memory
         return packed
 

@@ -6,8 +6,9 @@ from explorer import figures
 from explorer.checkpoints import OURS, load
 from explorer.observing import answer, hint, observe, similarity
 
-from spike_metrics.counting import count, record_spikes, spike_sizes
+from spike_metrics.counting import count
 from spike_metrics.energy import compute_energy
+from spike_metrics.spikes import record_spikes, spike_sizes
 from tests.space.conftest import OTHER, TEXT
 
 

@@ -14,8 +14,9 @@ from transformers import (
 
 from configuration_spikelm import SpikeLMLlamaConfig
 from modeling_spikelm import SpikeLMLlamaForCausalLM
-from spike_metrics.counting import SpikeCounter, count, record_spikes
+from spike_metrics.counting import SpikeCounter, count
 from spike_metrics.energy import compute_energy
+from spike_metrics.spikes import record_spikes
 
 HIDDEN, WIDE, HEADS, SHARED, LAYERS, WORDS = 16, 24, 4, 2, 2, 60
 SIZES = {
@@ -185,3 +186,18 @@ def test_keys_of_a_group_that_peft_trains_are_spikes_too(decoder, llama_batch):
     for product in plain.products:
         if product.name.endswith("q k^T"):
             assert (counted[product.name].macs, counted[product.name].accumulates) == (0, product.accumulates)
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens"])
+def test_texts_packed_into_a_row_are_not_counted_as_one(decoder, how):
+    packed = {"input_ids": torch.arange(5, 11)[None], "use_cache": False}
+    if how == "position_ids":
+        packed["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    else:
+        packed |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 3, 6], dtype=torch.int32))
+    with pytest.raises(ValueError, match="Several texts are packed into a row"):
+        count(decoder, packed)
+    if how == "position_ids":
+        with SpikeCounter(decoder, neurons_only=True) as counter, torch.no_grad():
+            decoder(**packed)
+        assert 0 < counter.result().firing_rate < 1

@@ -10,7 +10,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMForMultipleChoice, SpikeLMModel, SpikingNeurons
-from spike_metrics.counting import SpikeCounter, count, record_spikes, spike_amplitude, spike_sizes, spiking_modules
+from spike_metrics.counting import SpikeCounter, count
+from spike_metrics.spikes import record_spikes, spike_amplitude, spike_sizes, spiking_modules
 from tests.spike_metrics.conftest import SIZES
 
 STEPS = 2

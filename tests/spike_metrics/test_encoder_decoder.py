@@ -10,11 +10,13 @@ import draw_spikes
 import measure_spikes
 from configuration_spikelm import SpikeLMBartConfig
 from modeling_spikelm import SpikeLMBartForConditionalGeneration
-from spike_metrics.counting import SpikeCounter, count, layer_and_place, record_spikes
+from spike_metrics.counting import SpikeCounter, count
+from spike_metrics.counts import layer_and_place
 from spike_metrics.energy import compute_energy, energy_with_data_movement
 from spike_metrics.evaluation import spike_figures
 from spike_metrics.inputs import with_target
 from spike_metrics.report import energies
+from spike_metrics.spikes import record_spikes
 
 WIDTH, ENCODER_WIDE, DECODER_WIDE, WORDS, LAYERS = 16, 24, 20, 60, 2
 SIZES = {

@@ -4,7 +4,8 @@ from transformers import BertConfig, BertModel
 
 from configuration_spikelm import SpikeLMConfig
 from modeling_spikelm import SpikeLMModel
-from spike_metrics.counting import NeuronCount, ProductCount, SpikeCount, count
+from spike_metrics.counting import count
+from spike_metrics.counts import NeuronCount, ProductCount, SpikeCount
 from spike_metrics.energy import (
     EnergyConstants,
     compute_energy,
