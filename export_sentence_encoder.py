@@ -241,6 +241,7 @@ def section(name: str, arguments: ExportArguments, config: SpikeLMConfig, figure
     table = "".join(f"| {title} | {value} |\n" for title, value in figures.items())
     return (
         f"{HEADING}\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        "# the name on the Hub, or the folder\n"
         f'encoder = SentenceTransformer("{name}", trust_remote_code=True)\n'
         'vectors = encoder.encode(["A man is playing a guitar.", "Someone plays an instrument."])\n'
         "print(encoder.similarity(vectors, vectors))\n```\n\n"

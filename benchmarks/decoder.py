@@ -144,8 +144,8 @@ def windows(
     source: str, tokenizer: PreTrainedTokenizerBase, length: int, number: int, objective: str = "clm"
 ) -> torch.Tensor:
     """The first rows that run_clm.py (or with "mlm" run_mlm.py) makes of a text, `(number, length)`."""
-    arguments = TextArguments(train_file=[source], validation_file=[source], max_seq_length=length)
-    documents = load_documents(arguments, seed=0, is_passed_over=is_output_folder)["validation"]
+    arguments = TextArguments(validation_file=[source], max_seq_length=length)
+    documents = load_documents(arguments, seed=0, needs_training=False, is_passed_over=is_output_folder)["validation"]
     # What is packed together; whatever comes after them changes none of these rows.
     documents = documents.take(DOCUMENTS_PER_BATCH)
     rows = pack_documents(documents, tokenizer, length, objective)["input_ids"]

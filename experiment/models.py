@@ -70,12 +70,14 @@ def load_tokenizer(arguments: ModelArguments, needed: Sequence[str] = ENCODER_TO
             revision=arguments.model_revision if arguments.tokenizer_name is None else None,
             trust_remote_code=arguments.trust_remote_code,
         )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         if is_absent(name):
             raise ValueError(f"{name} does not exist; name a folder with a model, or a model of the Hub.") from error
-        raise ValueError(
-            f"{name} has no tokenizer that can be loaded; name one with --tokenizer_name. ({error})"
-        ) from error
+        advice = "save one there (tokenizer.save_pretrained), or name one with --tokenizer_name"
+        # Of a folder without one transformers speaks of packages that would help to read it.
+        is_without = Path(name).is_dir() and not any(Path(name).glob("*token*"))
+        reason = "" if is_without else f" ({error})"
+        raise ValueError(f"{name} has no tokenizer that can be loaded: {advice}.{reason}") from error
     if not knows_words(tokenizer):
         raise ValueError(f"{name} has no tokenizer, or one without a single word; name one with --tokenizer_name.")
     missing = [kind for kind in needed if getattr(tokenizer, f"{kind}_token_id") is None]

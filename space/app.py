@@ -18,8 +18,9 @@ SENTENCES = [
     ["How do I get my money back?", "I would like a refund, please."],
 ]
 ABOUT = """# SpikeLM at work
-The encoder of a SpikeLM multiplies its weights by spikes: -1, 0 or +1. Type a sentence and see which neurons fire, how
-often, and what the arithmetic costs. Energies are counted by the field's convention, not measured on a chip."""
+The encoder of a SpikeLM reads spikes: -1, 0 or +1, so a weight is added, subtracted or skipped. Type a sentence and see
+which neurons fire, how often, and what the arithmetic costs. Energies are counted by the field's convention, not
+measured on a chip."""
 NEURONS = 64
 # The page asks nobody for a font.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -143,17 +143,16 @@ def _documents(arguments: InputArguments) -> Dataset:
     """At most `--max_samples` rows of column "text" or, where the data is tokenised, "input_ids"."""
     if arguments.text:
         return Dataset.from_dict({"text": arguments.text[: arguments.max_samples]})
-    # One set of rows is wanted, so the same one is named as training and as validation data and nothing is held out.
+    # One set of rows is wanted: without training data nothing is held out, and of a dataset one split is both.
     data = DataArguments(
         dataset_name=[arguments.dataset_name] if arguments.dataset_name else None,
         dataset_config_name=[arguments.dataset_config_name] if arguments.dataset_config_name else None,
-        train_file=arguments.text_file,
         validation_file=arguments.text_file,
         train_split_name=arguments.split,
         validation_split_name=arguments.split,
         text_column_name=arguments.text_column_name,
     )
-    documents = load_documents(data, seed=0, is_passed_over=is_output_folder)["validation"]
+    documents = load_documents(data, seed=0, needs_training=False, is_passed_over=is_output_folder)["validation"]
     if "input_ids" in documents.column_names:
         return _without_empty_rows(documents, arguments)
     return documents.take(arguments.max_samples)

@@ -183,6 +183,13 @@ def test_a_folder_without_a_tokenizer_gets_none_of_special_tokens_alone(tmp_path
         load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
+def test_a_folder_without_a_tokenizer_asks_for_one_and_not_for_packages(tmp_path):
+    SpikeLMModel(SpikeLMConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"save one there \(tokenizer.save_pretrained\), or name one with") as raised:
+        load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    assert "sentencepiece" not in str(raised.value)
+
+
 def test_a_decoder_that_begins_anew_keeps_how_it_writes(tmp_path):
     model = SpikeLMLlamaForCausalLM(SpikeLMLlamaConfig(**SIZES, neuron="thrifty", spike_cost=0.1))
     model.calibrate({"input_ids": torch.randint(5, 50, (2, 8))})
