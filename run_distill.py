@@ -134,8 +134,6 @@ def check_flags(
         raise ValueError("--teacher_name_or_path is missing: the BERT to learn from, a folder or a name on the Hub.")
     data.check_stream(training)
     teaching.check_training(training)
-    if training.label_smoothing_factor:
-        raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
     set_direction(training, given, {"loss": False, "hidden_error": False})
 
 

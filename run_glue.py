@@ -58,10 +58,7 @@ from glue_tasks.card import make_card
 from glue_tasks.plan import check_strategies, plan_runs
 from glue_tasks.preparing import TaskData, find_tasks, load_task_model, load_task_teacher, prepare
 from glue_tasks.results import column_results, finished_results, predict_test_splits, write_results
-from glue_tasks.scoring import (
-    make_compute_metrics,
-    metric_key,
-)
+from glue_tasks.scoring import make_compute_metrics, metric_key
 from glue_tasks.table import build_table, write_table
 from glue_tasks.unlabelled import training_rows, with_unlabelled
 from spike_metrics.callback import log_firing_rate
@@ -81,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
         teaching.check_training(training)
-        if training.do_train and training.label_smoothing_factor and teaching.teacher_name_or_path:
-            raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
         arguments.check_unlabelled(teaching.teacher_name_or_path, teaching.label_weight, training.do_train)
         tasks, load = find_tasks(model_arguments, arguments, teaching, training, given)
         models = {task.name: model_arguments.for_task(task.name) for task in tasks}

@@ -27,7 +27,6 @@ from transformers import (
 
 from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
-from distillation.encoder_decoder import check_flags
 from distillation.first_fit import fit_before_training
 from distillation.teacher import Teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     with input_errors():
         model_arguments, arguments, teaching, spikes, training, given = parse_arguments(ARGUMENTS, argv)
         set_up_logging(training)
-        check_flags(teaching, given, training.label_smoothing_factor)
+        teaching.check_flags_of_a_writer(given)
         teaching.check_training(training)
         set_direction(training, given, directions(arguments.translates, training.predict_with_generate))
         set_seed(training.seed)

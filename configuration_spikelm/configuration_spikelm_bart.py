@@ -10,6 +10,7 @@ from .configuration_spiking import ACTIVATIONS, SpikingConfig
 AUTO_MAP = {
     "AutoConfig": "configuration_spikelm_bart.SpikeLMBartConfig",
     "AutoModel": "modeling_spikelm_bart.SpikeLMBartModel",
+    "AutoModelForMaskedLM": "modeling_spikelm_bart.SpikeLMBartForConditionalGeneration",
     "AutoModelForSeq2SeqLM": "modeling_spikelm_bart.SpikeLMBartForConditionalGeneration",
 }
 

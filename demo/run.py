@@ -4,12 +4,12 @@ python -m demo.run --output_dir .demo
 """
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scipy.stats import binomtest
 from transformers import HfArgumentParser
 
 from demo.show import dense_model, show
@@ -65,20 +65,13 @@ def run(*command: str | Path) -> None:
         sys.exit("The demo ends here; the command says why above.")
 
 
-def wilson_lower_bound(share: float, count: int, z: float = 1.96) -> float:
-    """Lower end of the 95 % Wilson interval of a share that was seen in `count` independent trials."""
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (centre - spread) / (1 + z * z / count)
-
-
 def report(data: Path, pretrained: Path, finetuned: Path, guesses: str) -> bool:
     """Prints both scores beside their baselines; whether both are clear of them."""
     masked = json.loads((pretrained / "all_results.json").read_text(encoding="utf-8"))
     table = json.loads((finetuned / "glue_results.json").read_text(encoding="utf-8"))
     probe = table["columns"]["BigramShift"]
     accuracy, count = probe["score"] / 100, probe["validation_examples"]
-    lower = wilson_lower_bound(accuracy, count)
+    lower = binomtest(round(accuracy * count), count).proportion_ci(0.95, method="wilson").low
     labels = [row.rpartition("\t")[2] for row in (data / "glue/BigramShift/dev.tsv").read_text().splitlines()[1:]]
     majority = max(labels.count(label) for label in set(labels)) / len(labels)
     loss, unigram = masked["eval_mlm_loss"], masked["eval_unigram_loss"]

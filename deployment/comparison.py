@@ -41,9 +41,9 @@ class Comparison:
         return f"{self.name}: {median(self.errors):.1e} for half of the sentences, {max(self.errors):.1e} at most"
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, max_length: int, sentences: Sequence[str] = SENTENCES) -> list[Batch]:
+def batches(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Batch]:
     """All sentences side by side, padded, then each of them alone."""
-    groups = [list(sentences), *([sentence] for sentence in sentences)]
+    groups = [list(SENTENCES), *([sentence] for sentence in SENTENCES)]
     return [_encode(tokenizer, group, max_length) for group in groups]
 
 

@@ -193,11 +193,13 @@ class DistillationArguments:
     def check_training(self, training: TrainingArguments) -> None:
         """
         Raises:
-            ValueError: a device's batch is too small for a term in units of what sequences differ by; a term would
-                have no gradient; or what it logs would be of no step.
+            ValueError: labels are to be smoothed; a device's batch is too small for a term in units of what sequences
+                differ by; a term would have no gradient; or what it logs would be of no step.
         """
         if self.teacher_name_or_path is None or not training.do_train:
             return
+        if training.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")
         size = training.per_device_train_batch_size
         for name in ("sentence_weight", "first_token_weight"):
             if getattr(self, name) and size < LEAST_SEQUENCES:

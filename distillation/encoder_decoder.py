@@ -1,12 +1,10 @@
 """What a student with an encoder and a decoder is told by its teacher: hidden states of both, logits, labels."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .arguments import DistillationArguments
 from .losses import hidden_state_errors, soft_label_loss
 from .weighted_terms import Batch, WeightedTermsTrainer
 
@@ -40,13 +38,3 @@ class EncoderDecoderTermsTrainer(WeightedTermsTrainer):
         if self.weights.label:
             terms["label"] = outputs.loss
         return terms, outputs
-
-
-def check_flags(teaching: DistillationArguments, given: Mapping[str, Any], label_smoothing: float) -> None:
-    """
-    Raises:
-        ValueError: a flag was given that says nothing to a student that writes.
-    """
-    teaching.check_flags_of_a_writer(given)
-    if teaching.teacher_name_or_path and label_smoothing:
-        raise ValueError("--label_smoothing_factor: a teacher's logits are smooth as they are; leave the flag out.")

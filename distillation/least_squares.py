@@ -39,6 +39,8 @@ MUST_AGREE = (
     *("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads", "head_dim"),
     *("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"),
 )
+# What a change of a weight costs, see above.
+RIDGE = 0.1
 # Levels need less text than weights.
 CALIBRATION_BATCHES = 8
 
@@ -182,7 +184,6 @@ def fit_to_teacher(
     student: SpikingPreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    ridge: float = 0.1,
 ) -> None:
     """Fits the layers of a student, in place.
 
@@ -191,7 +192,6 @@ def fit_to_teacher(
         teacher: the dense model, in evaluation mode, with layers of the same number and sizes.
         batches: forward arguments of both. Of several processes, which all have to call, each has its own, and all are
             fitted to together. Hidden states are kept: of every token one vector for each time step, and the teacher's.
-        ridge: what a change of a weight costs, see above.
 
     Raises:
         ValueError: there is no text.
@@ -200,7 +200,7 @@ def fit_to_teacher(
         raise ValueError("There is no batch to fit the student to its teacher with; give some text.")
     with in_evaluation_mode(student):
         for stack in STACKS[student.config.model_type]:
-            _fit_stack(stack, student, teacher, batches, ridge)
+            _fit_stack(stack, student, teacher, batches)
 
 
 def _fit_stack(
@@ -208,7 +208,6 @@ def _fit_stack(
     student: SpikingPreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    ridge: float,
 ) -> None:
     """Fits the layers of a stack, when the stacks before it are fitted."""
     texts = [_Text(len(batch["input_ids"]), student.counted_positions(batch)) for batch in batches]
@@ -241,7 +240,7 @@ def _fit_stack(
             for name in stage.neurons:
                 runs = [partial(call.outputs, layer) for call in calls[some]]
                 _calibrate(layer.get_submodule(name), texts[some], runs)
-            _fit(layer, dense_layer, stage, texts, calls, dense_calls, ridge)
+            _fit(layer, dense_layer, stage, texts, calls, dense_calls)
 
 
 def _run_of(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
@@ -339,7 +338,6 @@ def _fit(
     texts: Sequence[_Text],
     calls: Sequence[_Call],
     dense_calls: Sequence[_Call],
-    ridge: float,
 ) -> None:
     """Adds D and c to the weights and biases of a stage."""
     products = [layer.get_submodule(name) for name in stage.products]
@@ -356,7 +354,7 @@ def _fit(
         x, r, w = (text.steps(each, group).flatten(0, 1).float() for each in (inputs, lacking, counts))
         moments = moments or _Moments(x, r, is_centred=products[0].bias is not None)
         moments.add(x, r, w)
-    change, shift = moments.solve(ridge)
+    change, shift = moments.solve(RIDGE)
     sizes = [product.out_features for product in products]
     for product, weight, bias in zip(products, change.split(sizes), shift.split(sizes), strict=True):
         product.weight += weight

@@ -232,9 +232,6 @@ def parse_arguments(
     _check_numbers(training)
     check_precision(training)
     refuse_inexact_resuming(training)
-    if training.torch_compile:
-        # So that one compiled layer serves all in training, too: see modeling_spikelm/compiled_layers.py.
-        torch._functorch.config.donated_buffer = False
     return *parsed, {name: value for name, value in values.items() if name in given}
 
 

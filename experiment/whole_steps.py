@@ -52,6 +52,12 @@ class WholeStepsTrainer(Trainer):
 
     _by_length: "_ByLength | None" = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.torch_compile:
+            # So that one compiled layer serves all in training, too: see modeling_spikelm/compiled_layers.py.
+            torch._functorch.config.donated_buffer = False
+
     def get_train_dataloader(self) -> DataLoader:
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(

@@ -45,6 +45,7 @@ for _config_class, _auto_class, _model_class in (
     (SpikeLMConfig, AutoModelForQuestionAnswering, SpikeLMForQuestionAnswering),
     (SpikeLMConfig, AutoModelForMultipleChoice, SpikeLMForMultipleChoice),
     (SpikeLMBartConfig, AutoModel, SpikeLMBartModel),
+    (SpikeLMBartConfig, AutoModelForMaskedLM, SpikeLMBartForConditionalGeneration),
     (SpikeLMBartConfig, AutoModelForSeq2SeqLM, SpikeLMBartForConditionalGeneration),
     (SpikeLMLlamaConfig, AutoModel, SpikeLMLlamaModel),
     (SpikeLMLlamaConfig, AutoModelForCausalLM, SpikeLMLlamaForCausalLM),

@@ -11,7 +11,7 @@ from .spiking import BELOW_ONE, kept_share, per_step, spikes_dtype
 def emit_on_cpu(
     inputs: torch.Tensor, amplitude: torch.Tensor, decay: float, reset: str, has_membrane: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_emit` in passes that are vectorised on a CPU, as those that give or take bool are not."""
+    """`_emit` of `fused_spikes.py` in passes that are vectorised on a CPU, as those that give or take bool are not."""
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = torch.empty_like(inputs, dtype=torch.int8)
     # Whatever has cast the buffer since: the threshold is a neighbour of its half in float32.
@@ -65,7 +65,7 @@ def pass_back_on_cpu(
     has_membrane: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`_pass_back` in passes that are vectorised on a CPU."""
+    """`_pass_back` of `fused_spikes.py` in passes that are vectorised on a CPU."""
     if not has_membrane or len(codes) == 1:
         return passed_on(spikes_gradient, codes).to(dtype)
     gradient = torch.empty_like(spikes_gradient, dtype=dtype)

@@ -217,6 +217,7 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeLMBartConfig
     base_model_prefix = "model"
     _no_split_modules = ["SpikeLMBartEncoderLayer", "SpikeLMBartDecoderLayer"]
+    _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
     # The first BARTs have them.
     _keys_to_ignore_on_load_unexpected = ["encoder.version", "decoder.version"]

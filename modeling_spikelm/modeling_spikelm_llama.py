@@ -191,6 +191,7 @@ class SpikeLMLlamaPreTrainedModel(SpikingPreTrainedModel):
     config: SpikeLMLlamaConfig
     base_model_prefix = "model"
     _no_split_modules = ["SpikeLMLlamaLayer"]
+    _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {
         # The embeddings are the state before the first layer; both recorders see `(B, L, H)`, never the T copies.
@@ -333,7 +334,7 @@ def _says_what_is_packed(config: SpikeLMLlamaConfig, position_ids: torch.Tensor,
 
 def _repeat_rows(position_ids: torch.Tensor | None, steps: int) -> torch.Tensor | None:
     """Positions of T * B sequences; a single row serves all as it is."""
-    return position_ids if position_ids is None or len(position_ids) == 1 else repeat_steps(position_ids, steps)
+    return position_ids if position_ids is None or position_ids.shape[0] == 1 else repeat_steps(position_ids, steps)
 
 
 def _positions(embeddings: torch.Tensor, attention_mask: Any, past_key_values: Cache | None) -> torch.Tensor:
@@ -346,7 +347,7 @@ def _positions(embeddings: torch.Tensor, attention_mask: Any, past_key_values: C
     positions = torch.arange(embeddings.shape[1], device=embeddings.device) + past
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         length = attention_mask.shape[1]
-        if isinstance(past, int) and length < past + len(positions):
+        if isinstance(past, int) and length < past + positions.shape[0]:
             raise ValueError(
                 f"attention_mask is of {length} tokens, but there are {past} in past_key_values and {len(positions)} "
                 "new ones; it has to be of all of them."

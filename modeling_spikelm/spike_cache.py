@@ -92,8 +92,13 @@ def _at_hand(neurons: SpikingNeurons, read: Callable[..., torch.Tensor], *args: 
 
 def _check_holds(cache: Cache, layer: int, codes: bool) -> None:
     """Refuses a cache of codes where there should be spikes, and the other way round."""
-    held = getattr(cache.layers[layer], "keys", None) if layer < len(cache.layers) else None
+    held_layer: Any = cache.layers[layer] if layer < len(cache.layers) else None
+    held = getattr(held_layer, "keys", None)
     if held is None or not held.numel() or (held.dtype == torch.int8) == codes:
+        return
+    if held_layer.is_compileable and not torch.compiler.is_compiling() and not held_layer.get_seq_length():
+        # Of a fixed length, allocated before anybody knew of codes, and empty: the first tokens allocate it anew.
+        held_layer.is_initialized = False
         return
     raise ValueError(
         f"past_key_values holds {held.dtype}, not the {'codes' if codes else 'spikes'} of this SpikeLM: it was filled "

@@ -17,7 +17,7 @@ def repeat_steps(x: torch.Tensor, num_time_steps: int) -> torch.Tensor:
 
 def repeat_mask(mask: torch.Tensor, num_time_steps: int) -> torch.Tensor:
     """A mask of B sequences as one of T * B; one of four dimensions that serves all sequences, as it is."""
-    return mask if mask.dim() == 4 and len(mask) == 1 else repeat_steps(mask, num_time_steps)
+    return mask if mask.dim() == 4 and mask.shape[0] == 1 else repeat_steps(mask, num_time_steps)
 
 
 def boundaries(position_ids: torch.Tensor) -> torch.Tensor:

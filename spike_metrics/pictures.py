@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .counts import SpikeCount, layer_and_place
-from .energy import EnergyConstants, compute_energy
+from .energy import compute_energy
 from .legend import DENSE, NEGATIVE, PLACES, POSITIVE, SILENT
 
 LEGEND = {"+ spike": POSITIVE, "- spike": NEGATIVE, "silent": SILENT}
@@ -182,7 +182,7 @@ def _draw_steps(values: dict[str, list[float]], title: str, form: str, largest: 
     return figure
 
 
-def draw_energy(count: SpikeCount, constants: EnergyConstants | None = None) -> Figure:
+def draw_energy(count: SpikeCount) -> Figure:
     """Energy per sequence of every kind of product, beside that of the dense network.
 
     The layers and what follows them (pooler, heads) are panels of their own scale: a decoder over the whole
@@ -199,8 +199,8 @@ def draw_energy(count: SpikeCount, constants: EnergyConstants | None = None) -> 
     figure = Figure(figsize=(9, 1.2 + 0.5 * sum(sizes)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=sizes)[:, 0]
     for axis, (title, part) in zip(axes, panels.items(), strict=True):
-        _draw_bars(axis, part, constants)
-        own, dense = (compute_energy(part, constants, dense=is_dense).convention for is_dense in (False, True))
+        _draw_bars(axis, part)
+        own, dense = (compute_energy(part, dense=is_dense).convention for is_dense in (False, True))
         axis.set_title(f"{title}: {own:.3g} mJ, dense {dense:.3g} mJ", fontsize=10, loc="left")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     axes[-1].set_xlabel("energy of the arithmetic, mJ per sequence")
@@ -208,10 +208,10 @@ def draw_energy(count: SpikeCount, constants: EnergyConstants | None = None) -> 
     return figure
 
 
-def _draw_bars(axis: Axes, count: SpikeCount, constants: EnergyConstants | None) -> None:
+def _draw_bars(axis: Axes, count: SpikeCount) -> None:
     parts = count.by_place()
-    own = [compute_energy(part, constants).convention for part in parts.values()]
-    dense = [compute_energy(part, constants, dense=True).convention for part in parts.values()]
+    own = [compute_energy(part).convention for part in parts.values()]
+    dense = [compute_energy(part, dense=True).convention for part in parts.values()]
     rows = np.arange(len(parts))
     for label, offset, values, colour in (("this model", -0.2, own, POSITIVE), ("dense network", 0.2, dense, DENSE)):
         bars = axis.barh(rows + offset, values, 0.4, label=label, color=colour)

@@ -166,7 +166,7 @@ class _LevelSpikes(torch.autograd.Function):
 def _emit(
     inputs: torch.Tensor, levels: Levels, decay: float, reset: str, has_membrane: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spikes and their int8 codes, as `_Spike` has them."""
+    """Spikes and their int8 codes, as in `fused_spikes.py`."""
     spikes = torch.empty_like(inputs, dtype=spikes_dtype(inputs))
     codes = torch.empty_like(inputs, dtype=torch.int8)
     sizes, begins, ends = levels.sizes(), next_above(levels.thresholds()), next_above(levels.limits())
@@ -229,7 +229,7 @@ def level_spikes(
 
 
 def _fire(membrane: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Writes the codes of float32 membranes, as `_Spike` has them, and returns the signs of their spikes as floats.
+    """Writes the codes of float32 membranes, as in `fused_spikes.py`, and returns the signs of their spikes as floats.
 
     A quotient by `begin`, or `end`, the numbers next above threshold and limit, reaches 1 just where the membrane is
     above these. So a code is two quotients cut to whole numbers, without the passes that give or take bool.

@@ -3,11 +3,17 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import BartConfig, BartForConditionalGeneration, BertConfig, Seq2SeqTrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
 
 from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
-from distillation.encoder_decoder import EncoderDecoderTermsTrainer, check_flags
+from distillation.encoder_decoder import EncoderDecoderTermsTrainer
 from distillation.losses import soft_label_loss
 from distillation.teacher import load_teacher
 from modeling_spikelm import SpikeLMBartForConditionalGeneration
@@ -146,13 +152,18 @@ def test_a_teacher_that_writes_nothing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, smoothing, message",
+    "flags, message",
     [
-        ({"sentence_weight": 1.0}, 0.0, "--sentence_weight is about an encoder alone"),
-        ({"value_relation_weight": 1.0}, 0.0, "--value_relation_weight is about an encoder alone"),
-        ({}, 0.1, "--label_smoothing_factor"),
+        ({"sentence_weight": 1.0}, "--sentence_weight is about an encoder alone"),
+        ({"value_relation_weight": 1.0}, "--value_relation_weight is about an encoder alone"),
     ],
 )
-def test_terms_that_there_are_none_of_here_are_refused(flags, smoothing, message):
+def test_terms_that_there_are_none_of_here_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        check_flags(DistillationArguments(teacher_name_or_path="x", **flags), flags, smoothing)
+        DistillationArguments(teacher_name_or_path="x", **flags).check_flags_of_a_writer(flags)
+
+
+def test_labels_that_are_smoothed_are_refused_beside_a_teacher(tmp_path):
+    training = TrainingArguments(str(tmp_path), do_train=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="--label_smoothing_factor: a teacher's logits are smooth"):
+        DistillationArguments(teacher_name_or_path="x").check_training(training)

@@ -35,6 +35,15 @@ def epochs(tmp_path):
     return epochs
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_training_that_is_compiled_keeps_what_layers_that_share_a_graph_still_need(compiles, tmp_path):
+    before = torch._functorch.config.donated_buffer
+    assert before, "torch has it on, and then compiles every layer for itself"
+    settings = {"use_cpu": True, "report_to": "none", "torch_compile": compiles}
+    WholeStepsTrainer(model=torch.nn.Linear(1, 1), args=TrainingArguments(str(tmp_path), **settings))
+    assert torch._functorch.config.donated_buffer is not compiles
+
+
 def test_levels_of_neurons_do_not_decay(tmp_path):
     config = SpikeLMConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, neuron="thrifty"

@@ -151,6 +151,17 @@ def test_a_static_cache_writes_by_one_graph():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_an_empty_static_cache_that_is_allocated_already_is_allocated_anew():
+    model = make_model()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    sizes = {"num_heads": model.config.num_key_value_heads, "head_dim": model.config.head_dim}
+    cache.early_initialization(batch_size=len(PROMPT), dtype=torch.float32, device="cpu", **sizes)
+    options = GOES_ON
+    wanted = model.generate(PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, past_key_values=cache, **options), wanted)
+    assert cache.layers[0].keys.dtype == torch.int8
+
+
 def test_training_behind_a_cache_keeps_the_gradient():
     gradients = []
     for use_cache in (False, True):

@@ -9,8 +9,14 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
+from configuration_spikelm import SpikeLMLlamaConfig
 from configuration_spikelm.configuration_spiking import NEURONS
-from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForSequenceClassification, SpikeLMModel
+from modeling_spikelm import (
+    SpikeLMForMaskedLM,
+    SpikeLMForSequenceClassification,
+    SpikeLMLlamaForCausalLM,
+    SpikeLMModel,
+)
 from modeling_spikelm.learned import Levels, level_spikes
 from tests.modeling_spikelm.old_transformers import takes_masks_unseen
 
@@ -98,6 +104,51 @@ def test_the_exporter_to_onnx_that_traces_takes_every_operation(neuron, config, 
         torch.onnx.export(
             model, (), io.BytesIO(), kwargs=batch, dynamo=False, input_names=list(batch), dynamic_axes=sizes
         )
+
+
+@pytest.mark.parametrize("four_dimensions", [False, True])
+def test_an_exported_encoder_takes_masks_of_other_sizes(four_dimensions, config, batch, other_batch):
+    model = calibrated(SpikeLMModel, config, batch)
+
+    def inputs(tokens):
+        mask = torch.ones_like(tokens)
+        return {"input_ids": tokens, "attention_mask": _seen(mask) if four_dimensions else mask}
+
+    assert_exported_takes_other_sizes(model, inputs, batch["input_ids"], other_batch["input_ids"])
+
+
+@pytest.mark.parametrize("given", ["attention_mask", "position_ids", "four_dimensions"])
+def test_an_exported_decoder_takes_masks_and_positions_of_other_sizes(given):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = SpikeLMLlamaForCausalLM(SpikeLMLlamaConfig(**sizes, vocab_size=64, num_time_steps=2)).eval()
+    first, other = torch.randint(3, 64, (2, 7)), torch.randint(3, 64, (3, 11))
+    model.calibrate({"input_ids": first})
+
+    def inputs(tokens):
+        mask = torch.ones_like(tokens)
+        more = {"attention_mask": mask, "position_ids": mask.cumsum(1) - 1, "four_dimensions": _seen(mask).tril()}
+        name = "attention_mask" if given == "four_dimensions" else given
+        return {"input_ids": tokens, name: more[given], "use_cache": False}
+
+    assert_exported_takes_other_sizes(model, inputs, first, other)
+
+
+def _seen(mask):
+    return (mask[:, None, :, None] * mask[:, None, None, :]).bool()
+
+
+def assert_exported_takes_other_sizes(model, inputs, first, other):
+    rows, length = torch.export.Dim("rows", min=2, max=8), torch.export.Dim("length", min=4, max=30)
+    sizes = {
+        name: {0: rows} | dict.fromkeys(range(values.dim())[-1 if values.dim() == 2 else -2 :], length)
+        if isinstance(values, torch.Tensor)
+        else None
+        for name, values in inputs(first).items()
+    }
+    exported = torch.export.export(model, (), inputs(first), dynamic_shapes=sizes, strict=False).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**inputs(other))[0], model(**inputs(other))[0])
 
 
 def loss_of(model, batch):
