@@ -7,9 +7,11 @@ It needs torch, transformers, accelerate and this project, and neither `datasets
 text elsewhere. The learning rate falls to 0 by the clock, so that it is done when the minutes are over.
 """
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -26,12 +30,14 @@ from transformers import (
 )
 
 from distillation.packed_text import ROW_LENGTHS, PackedText
-from distillation.teacher import load_teacher, take_real_valued_parts
+from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
 from distillation.weighted_terms import LossWeights
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.models import load_config, load_model, load_tokenizer
-from experiment.reporting import input_errors
+from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.reporting import full_disk_errors, input_errors
+from experiment.trial_step import try_first_step
 
 WARM_UP = 100
 # How many steps several processes make by one look at the clock.
@@ -105,6 +111,7 @@ class TimedTrainer(DistillationTrainer):
         return self.lr_scheduler
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         arguments, training, given = parse_arguments((PackedArguments, TrainingArguments), argv, phases=("do_train",))
@@ -119,10 +126,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--{name}: the rate follows a clock, from the beginning; leave the flag out.")
         if training.eval_strategy != "no":
             raise ValueError("--eval_strategy: there is no data to evaluate on here; leave the flag out.")
+        if training.eval_on_start:
+            raise ValueError("--eval_on_start: there is no data to evaluate on here; leave the flag out.")
+        if Path(training.output_dir).is_file():
+            raise ValueError(f"--output_dir {training.output_dir} is a file; name a folder.")
         if Path(training.output_dir, "config.json").exists():
             raise ValueError(
                 f"--output_dir {training.output_dir} holds a model, which would be overwritten; name another folder."
             )
+        training.do_eval = False
         # A "row" of the data is a whole batch.
         training.per_device_train_batch_size = 1
         if training.max_steps < 0:
@@ -153,7 +165,26 @@ def main(argv: list[str] | None = None) -> None:
         # A student that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
         take_real_valued_parts(model, teacher)
         text.check_vocabulary(tokenizer)
-    trainer = TimedTrainer(
+        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+        make = partial(make_trainer, arguments, text, teacher, tokenizer)
+        try_first_step(make, copy.deepcopy(model), training, given)
+    trainer = make(model, training)
+    stop_when_not_finite(trainer)
+    with number_errors():
+        trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def make_trainer(
+    arguments: PackedArguments,
+    text: PackedText,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    training: TrainingArguments,
+) -> TimedTrainer:
+    return TimedTrainer(
         model=model,
         args=training,
         teacher=teacher,
@@ -165,9 +196,6 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         clock=Clock(60 * arguments.minutes),
     )
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
 
 
 def the_batch(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, HfArgumentParser
 
 from configuration_spikelm import SpikeLMConfig
 from deployment.folders import filled, refuse_used
-from experiment.reporting import input_errors
+from experiment.reporting import full_disk_errors, input_errors
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMForPreTraining, convert_reference_state_dict
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             if arguments.tokenizer_name:
                 raise
             tokenizer = None
-    with filled(output_dir) as folder:
+    with input_errors(), full_disk_errors(), filled(output_dir) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -66,13 +67,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name in WEIGHTS:
-        if (folder / name).is_file():
-            if name.endswith(".safetensors"):
-                return load_file(folder / name)
+        path = folder / name
+        if path.is_file():
             try:
-                return torch.load(folder / name, map_location="cpu", weights_only=True)
+                is_safe = name.endswith(".safetensors")
+                weights = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
             except UnpicklingError as error:
-                raise ValueError(f"{folder / name} holds more than tensors and is not read: {error}") from error
+                # torch's own advice would be to let it run.
+                raise ValueError(f"{path} holds more than tensors, or is damaged, and is not read.") from error
+            except (SafetensorError, EOFError, RuntimeError) as error:
+                raise ValueError(f"{path} is damaged: {error}") from error
+            if not isinstance(weights, dict):
+                raise ValueError(f"{path} holds a {type(weights).__name__}, and not weights by their names.")
+            return weights
     raise ValueError(
         f"{folder} holds none of {', '.join(WEIGHTS)}; --reference has to be a folder the reference saved."
     )
@@ -84,8 +91,9 @@ def read_config(folder: Path, state_dict: dict[str, torch.Tensor]) -> SpikeLMCon
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json.")
     fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.get("model_type", "bert") != "bert":
-        raise ValueError(f"{path} is of model type {fields['model_type']!r}; the reference saves 'bert'.")
+    kind = fields.get("model_type", "bert") if isinstance(fields, dict) else None
+    if kind != "bert":
+        raise ValueError(f"{path} is of model type {kind!r}; the reference saves 'bert'.")
     steps = {name.rpartition(".")[2] for name in state_dict if ".intermediate.dense.act_clip_val." in name}
     if not steps:
         raise ValueError(f"The weights in {folder} have no spike amplitudes (act_clip_val): no SpikeLM run saved them.")

@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from configuration_spikelm.configuration_spiking import NEURONS, SpikingConfig
-from experiment.reporting import input_errors
+from experiment.reporting import full_disk_errors, input_errors
 from experiment.written_files import WrittenFiles
 from spike_metrics.counting import count
 from spike_metrics.counts import SpikeCount, layer_and_place
@@ -53,6 +53,7 @@ class PictureArguments:
             raise ValueError(f"--output_dir {self.output_dir} is a file; name a folder.")
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         parser = HfArgumentParser([InputArguments, PictureArguments], allow_abbrev=False)  # type: ignore[list-item]
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         files = [f"{name}.png" for name in (*by_side, "firing_rates", "amplitudes", "energy")] + ["index.html"]
         written.refuse_others(*files)
+        written.claim(*files)
     first = only_first(next(iter(batches)))
     spikes = record_spikes(model, first)
     figures = {}

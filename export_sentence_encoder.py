@@ -11,16 +11,18 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from configuration_spikelm import SpikeLMConfig
 from deployment.folders import filled, refuse_used
-from experiment.reporting import input_errors
+from experiment.reporting import full_disk_errors, input_errors
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
@@ -71,9 +73,19 @@ def main(argv: list[str] | None = None) -> None:
         refuse_used(output)
         if arguments.teacher_name_or_path and not arguments.data_dir:
             raise ValueError("--teacher_name_or_path is measured on --data_dir; name that as well, or leave it out.")
+        if arguments.teacher_name_or_path:
+            try:
+                AutoConfig.from_pretrained(arguments.teacher_name_or_path)  # its weights are read at the very end
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--teacher_name_or_path {arguments.teacher_name_or_path}: {error}") from error
         pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"] if arguments.data_dir else None
         model = load_encoder(arguments.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+        least = tokenizer.num_special_tokens_to_add() + 1
+        if arguments.max_seq_length < least:
+            raise ValueError(
+                f"--max_seq_length {arguments.max_seq_length} leaves no room for text; give {least} or more."
+            )
         # A longer text would be an error of the encoder, where the card says that it is cut.
         arguments.max_seq_length = min(arguments.max_seq_length, model.config.max_position_embeddings)
         trained = card_of_training(arguments.model_name_or_path)
@@ -83,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             model.quantize_weights(embeddings=True)
             if trained is not None:
                 trained.text = of_rounded_weights(trained.text)
-    with filled(output) as folder:
+    with input_errors(), full_disk_errors(), filled(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_modules(folder, model.config.hidden_size, arguments.max_seq_length)
@@ -96,9 +108,13 @@ def load_encoder(name: str) -> SpikeLMModel:
     """The encoder, with a pooler if the checkpoint has one.
 
     Raises:
-        ValueError: its neurons are not calibrated, so that vectors would depend on what is encoded first.
+        ValueError: its weights are damaged, or its neurons not calibrated, so that vectors would depend on what is
+            encoded first.
     """
-    model, found = SpikeLMModel.from_pretrained(name, output_loading_info=True)
+    try:
+        model, found = SpikeLMModel.from_pretrained(name, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} are damaged ({error}); copy the checkpoint again.") from error
     if any(key.startswith("pooler.") for key in found["missing_keys"]):
         model.pooler = None
     if not all(neurons.is_calibrated for neurons in neuron_groups(model)):
@@ -137,7 +153,10 @@ def card_of_training(name: str) -> ModelCard | None:
     """The card that lies beside an encoder, on disk or on the Hub; None if there is none."""
     if Path(name).exists():
         path = Path(name, CARD)
-        return ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try:
+            return ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is no model card: {error}") from error
     try:
         return ModelCard.load(name)
     except EntryNotFoundError:

@@ -7,13 +7,15 @@
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
-from experiment.reporting import input_errors
+from experiment.durable_files import write_durably
+from experiment.reporting import full_disk_errors, input_errors
 from spike_metrics.counting import SpikeCounter
 from spike_metrics.inputs import InputArguments, load_inputs
 from spike_metrics.report import energies, format_report
@@ -36,12 +38,15 @@ class OutputArguments:
             raise ValueError("--per_neuron writes into --output_file; name one.")
         if self.output_file and not Path(self.output_file).resolve().parent.is_dir():
             raise ValueError(f"The folder of --output_file {self.output_file} does not exist.")
+        if self.output_file and not os.access(Path(self.output_file).resolve().parent, os.W_OK):
+            raise ValueError(f"The folder of --output_file {self.output_file} cannot be written into.")
         if self.output_file and not _can_be_replaced(Path(self.output_file)):
             raise ValueError(
                 f"--output_file {self.output_file} is there and is no report of this command; name another."
             )
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     with input_errors():
         parser = HfArgumentParser([InputArguments, OutputArguments], allow_abbrev=False)  # type: ignore[list-item]
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             name: {"energy_mj_per_sequence": energies(count), "counts": count.to_dict(output.per_neuron)}
             for name, count in counts.items()
         }
-        Path(output.output_file).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        write_durably(Path(output.output_file), json.dumps(report, indent=2))
 
 
 def _can_be_replaced(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, HfArgumentParser
 
 from distillation.packed_text import pack
-from experiment.reporting import input_errors
+from experiment.reporting import full_disk_errors, input_errors
 
 
 @dataclass
@@ -24,15 +24,18 @@ class PackArguments:
     )
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(PackArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
     output = Path(arguments.output)
     with input_errors():
         if output.suffix != ".npz" or output.exists():
             raise ValueError(f"--output {output}: name a file that ends in .npz and does not exist yet.")
+        if not output.resolve().parent.is_dir():
+            raise ValueError(f"The folder of --output {output} does not exist.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"--tokenizer_name {arguments.tokenizer_name} has no tokenizer: {error}") from error
         texts, sentences = lines(arguments.text_files), lines(arguments.sentence_files)
         count = pack(texts, sentences, tokenizer, output, pairs(arguments.pair_files))

@@ -31,6 +31,7 @@ from distillation.teacher import Teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
+from experiment.folder_lock import unlocking_folders
 from experiment.model_card import RunCard
 from experiment.models import (
     CAUSAL_TOKENS,
@@ -48,7 +49,7 @@ from experiment.reporting import full_disk_errors, input_errors, set_up_logging
 from experiment.run_record import RunRecord
 from experiment.training_run import TrainingRun
 from experiment.whole_steps import WholeStepsTrainer
-from experiment.written_files import is_output_folder
+from experiment.written_files import is_output_folder, refuse_foreign
 from pretraining_data.arguments import TextArguments
 from pretraining_data.causal import CausalCollator
 from pretraining_data.documents import load_documents
@@ -67,6 +68,7 @@ from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_s
 
 
 @full_disk_errors()
+@unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.
     with input_errors():
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             phases=("do_train", "do_eval"),
         )
         set_up_logging(training)
+        refuse_foreign(training.output_dir)
         check_flags(data_arguments, teaching, training, given)
         if teaching.teacher_name_or_path:
             model_arguments = teaching.student(model_arguments, SpikeLMLlamaConfig.model_type)

@@ -36,6 +36,7 @@ from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.calibration import calibrate_before_training
 from experiment.checkpoints import CheckpointKeeper, save_finished_model
+from experiment.folder_lock import unlocking_folders
 from experiment.models import (
     load_tokenizer,
     refuse_other_amplitudes,
@@ -52,7 +53,7 @@ from experiment.reporting import errors_only, full_disk_errors, input_errors, se
 from experiment.run_record import ProgressNote, RunRecord, restore_state, save_metrics
 from experiment.trial_step import try_first_step
 from experiment.whole_steps import WholeStepsTrainer
-from experiment.written_files import WrittenFiles
+from experiment.written_files import WrittenFiles, refuse_foreign
 from glue_tasks.arguments import GlueArguments, GlueTrainingArguments
 from glue_tasks.card import make_card
 from glue_tasks.plan import check_strategies, plan_runs
@@ -68,6 +69,7 @@ logger = logging.getLogger(__name__)
 
 
 @full_disk_errors()
+@unlocking_folders()
 def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found in here, before anything is written.
     with input_errors():
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (ModelArguments, GlueArguments, DistillationArguments, SpikeArguments, GlueTrainingArguments), argv
         )
         set_up_logging(training)
+        refuse_foreign(training.output_dir)
         check_strategies(arguments, training, given)
         teaching.check_flags(given)
         teaching.check_training(training)
@@ -89,10 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if tokenizer is None:
             raise ValueError("A model from scratch needs --tokenizer_name.")
         files = arguments.unlabelled_file
+        loaded = {task.name: load(task) for task in tasks}  # all of them before any is tokenised
         ready = [
             prepare(
                 task,
-                with_unlabelled(load(task), files) if files else load(task),
+                with_unlabelled(loaded[task.name], files) if files else loaded[task.name],
                 tokenizer,
                 models[task.name],
                 arguments,

@@ -29,6 +29,7 @@ from transformers import (
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
+from experiment.folder_lock import unlocking_folders
 from experiment.model_card import RunCard
 from experiment.models import (
     load_config,
@@ -44,7 +45,7 @@ from experiment.reporting import full_disk_errors, input_errors, set_up_logging
 from experiment.run_record import RunRecord
 from experiment.training_run import TrainingRun
 from experiment.whole_steps import WholeStepsTrainer
-from experiment.written_files import is_output_folder
+from experiment.written_files import is_output_folder, refuse_foreign
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
 from pretraining_data.masking import EpochCallback, MaskingCollator
@@ -74,6 +75,7 @@ class ScriptArguments:
 
 
 @full_disk_errors()
+@unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.
     with input_errors():
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             phases=("do_train", "do_eval"),
         )
         set_up_logging(training)
+        refuse_foreign(training.output_dir)
         check_streaming(script, data_arguments, training)
         check_objective(data_arguments, training, given)
         if script.prepare_only:

@@ -32,6 +32,7 @@ from distillation.teacher import Teacher, take_real_valued_parts
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
+from experiment.folder_lock import unlocking_folders
 from experiment.model_card import RunCard
 from experiment.models import (
     load_config,
@@ -46,6 +47,7 @@ from experiment.recorded_arguments import recorded_arguments
 from experiment.reporting import full_disk_errors, input_errors, set_up_logging
 from experiment.run_record import RunRecord, save_metrics
 from experiment.training_run import TrainingRun
+from experiment.written_files import refuse_foreign
 from pretraining_data.rows import content_fingerprint
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
@@ -63,11 +65,13 @@ NEEDED_TOKENS = ("pad", "eos")
 
 
 @full_disk_errors()
+@unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.
     with input_errors():
         model_arguments, arguments, teaching, spikes, training, given = parse_arguments(ARGUMENTS, argv)
         set_up_logging(training)
+        refuse_foreign(training.output_dir)
         teaching.check_flags_of_a_writer(given)
         teaching.check_training(training)
         set_direction(training, given, directions(arguments.translates, training.predict_with_generate))

@@ -6,11 +6,13 @@ network there, and compresses to about 1.1 bytes a token.
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from zipfile import BadZipFile
 
 import numpy as np
@@ -61,16 +63,20 @@ def pack(
     if not count:
         raise ValueError("There is no token in the text; name files that hold some.")
     starts, pair_starts = (np.cumsum([0, *map(len, each)]) for each in (of_sentences, of_pairs))
-    np.savez_compressed(
-        file,
-        running=running,
-        sentences=flat,
-        starts=starts,
-        pairs=flat_pairs,
-        pair_starts=pair_starts,
-        special=np.asarray(special),
-        vocabulary=np.asarray(_digest_of_vocabulary(tokenizer)),
-    )
+    arrays = {
+        "running": running,
+        "sentences": flat,
+        "starts": starts,
+        "pairs": flat_pairs,
+        "pair_starts": pair_starts,
+        "special": np.asarray(special),
+        "vocabulary": np.asarray(_digest_of_vocabulary(tokenizer)),
+    }
+    file = Path(file)
+    with TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as place:
+        whole = Path(place, file.name)
+        np.savez_compressed(whole, **arrays)
+        os.replace(whole, file)
     return count
 
 

@@ -142,7 +142,11 @@ class ModelArguments:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as of version 1.2, where `no` is a word: a strategy of the Trainer, or Norwegian."""
+    """YAML as of version 1.2, where `no` is a word: a strategy of the Trainer, or Norwegian. A name stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _refuse_twice([self.construct_object(name, deep=True) for name, _ in node.value])
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -298,14 +302,29 @@ def _read_recipe(name: str, parser: HfArgumentParser) -> dict[str, Any]:
     path = next((path for path in (Path(name), PROJECT / name) if path.is_file()), None)
     if path is None:
         raise ValueError(f"There is no recipe file {name}.")
-    text = path.read_text(encoding="utf-8")
-    recipe = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = json.loads(text, object_pairs_hook=_as_mapping) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {name} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {name} has to be a mapping from flag names to values.")
-    unknown = sorted(recipe.keys() - {action.dest for action in parser._actions})
+    unknown = sorted(str(key) for key in recipe.keys() - {action.dest for action in parser._actions})
     if unknown:
-        raise ValueError(f"The recipe {name} sets {', '.join(unknown)}, which this script has no flag for.")
+        hint = " Names of flags have underscores here." if any("-" in key for key in unknown) else ""
+        raise ValueError(f"The recipe {name} sets {', '.join(unknown)}, which this script has no flag for.{hint}")
     return {name: value for name, value in recipe.items() if value is not None}
+
+
+def _as_mapping(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[Any]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is in it twice.")
 
 
 def _as_flags(recipe: Mapping[str, Any], parser: HfArgumentParser) -> list[str]:

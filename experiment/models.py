@@ -277,6 +277,8 @@ def load_model(
     except OSError as error:
         refuse_pickled_weights(name)
         raise ValueError(f"{name} has no weights in safetensors files that can be loaded: {error}") from error
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be loaded as asked for (--attn_implementation, say): {error}") from error
     except RuntimeError as error:
         raise ValueError(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"

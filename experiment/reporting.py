@@ -67,11 +67,14 @@ def input_errors() -> Iterator[None]:
     """Around the part of a script that reads its input: what is wrong with it ends the program with one line.
 
     Raises:
-        SystemExit: code 1, instead of a ValueError, OSError or what the Hub and the configuration raise.
+        SystemExit: code 1, instead of a ValueError, OSError or what the Hub and the configuration raise; a disk that is
+            full is left to `full_disk_errors`.
     """
     try:
         yield
     except INPUT_ERRORS as error:
+        if _is_for_want_of_space(error):
+            raise  # `full_disk_errors` has the advice
         sys.exit(f"error: {one_line(error)}")
 
 

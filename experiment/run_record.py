@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -22,8 +24,9 @@ from .checkpoints import (
     steps_of,
 )
 from .durable_files import write_durably
+from .folder_lock import lock_folder
 from .recorded_arguments import EXPLANATIONS
-from .written_files import RECORD_NAME, REPLACED_PREFIX, WrittenFiles, described, is_new
+from .written_files import RECORD_NAME, REPLACED_PREFIX, WrittenFiles, described, read_json, refuse_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +83,18 @@ class RunRecord:
 
         Raises:
             ValueError: the folder holds another run (the message names the difference) or files that no run wrote,
-                the checkpoint to resume from does not exist, or an input would be deleted.
+                the checkpoint to resume from does not exist, an input would be deleted, or another command is running
+                in the folder.
         """
         folder, state = Path(self.output_dir), PartialState()
         checkpoint = self.check(overwrite, resume_from_checkpoint)
         state.wait_for_everyone()
+        (holder,) = broadcast_object_list([self._lock() if state.is_main_process else None])
+        if holder:
+            raise ValueError(
+                f"Another command is running in the output folder {folder} ({holder}). Wait for its end, or choose "
+                "another --output_dir."
+            )
         if state.is_main_process:
             self._clear(overwrite, resume_from_checkpoint)
             if not resume_from_checkpoint:
@@ -95,6 +105,12 @@ class RunRecord:
         self.is_finished = False
         self._write()
         return checkpoint
+
+    def _lock(self) -> str | None:
+        """Who has the folder, if another process does; from now on, otherwise, this one."""
+        folder = Path(self.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock_folder(folder)
 
     def _clear(self, overwrite: bool, resume_from_checkpoint: str | None) -> None:
         written = WrittenFiles(self.output_dir)
@@ -166,11 +182,7 @@ class RunRecord:
         self.has_begun, self.is_trained, self.is_finished, self.pushed_to = False, False, False, None
         if resume_from_checkpoint:
             _check_checkpoint(Path(resume_from_checkpoint))
-        if not is_new(folder) and not written.is_there:
-            found = "is a file" if folder.is_file() else f"is not empty: it holds {_some_names(folder)}"
-            raise ValueError(
-                f"The output folder {folder} {found}, and it holds no run of this script. Choose another --output_dir."
-            )
+        refuse_foreign(folder)
         endangered = self._endangered(overwrite, resume_from_checkpoint)
         if endangered:
             raise ValueError(
@@ -221,7 +233,7 @@ class RunRecord:
         """The record of the run in the folder."""
         path = Path(self.output_dir, RECORD_NAME)
         is_there = RECORD_NAME in WrittenFiles(self.output_dir) and path.is_file()
-        return json.loads(path.read_text(encoding="utf-8")) if is_there else None
+        return read_json(path, {"arguments", "data_fingerprint", "has_begun"}) if is_there else None
 
     def _in_the_way(self, overwrite: bool, resume_from_checkpoint: str | None = None) -> list[str]:
         """What an earlier run wrote and this one cannot begin beside, as paths from the folder."""
@@ -277,10 +289,10 @@ def differing_arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def _plain(value: Any) -> Any:
-    """A path, or several, as they would be without a slash at the end."""
+    """A path, or several, as they would be without a dot before them or a slash behind."""
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
-    return value.rstrip("/") if isinstance(value, str) else value
+    return os.path.normpath(value) if isinstance(value, str) and "/" in value else value
 
 
 def _check_checkpoint(checkpoint: Path) -> None:
@@ -297,12 +309,6 @@ def _check_checkpoint(checkpoint: Path) -> None:
             "--save_only_model?), so training would begin anew with its weights. For that, leave the flag out and give "
             f"--model_name_or_path {checkpoint} and another --output_dir."
         )
-
-
-def _some_names(folder: Path, limit: int = 5) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _said(name: str, change: str) -> str:

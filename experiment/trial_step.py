@@ -20,7 +20,6 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -89,7 +88,7 @@ def _for_trial(training: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 def _try(trainer: Trainer, training: TrainingArguments, trains: bool) -> None:
-    if trains and isinstance(trainer.train_dataset, Dataset):
+    if trains and hasattr(trainer.train_dataset, "__len__"):
         rows_of_an_epoch(len(trainer.train_dataset), training)  # of all rows; the trial sees a few
     args = trainer.args
     # Here and not in `_for_trial`: how these go together is checked as the trainer is made.

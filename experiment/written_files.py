@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from .durable_files import UNFINISHED_SUFFIX, file_digest, sync, write_durably
+from .folder_lock import LOCK_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +148,9 @@ class WrittenFiles:
         for run, inner in runs.items():
             if inner:
                 WrittenFiles(self.folder / run)._move(inner, target / run)
-                if all(path.name == LIST_NAME for path in (self.folder / run).iterdir()):
-                    (self.folder / run / LIST_NAME).unlink()
+                if all(path.name in (LIST_NAME, LOCK_NAME) for path in (self.folder / run).iterdir()):
+                    for name in (LIST_NAME, LOCK_NAME):
+                        (self.folder / run / name).unlink(missing_ok=True)
                     self._remove_if_empty(self.folder / run)
         self.forget(*own, *(run for run in runs if not (self.folder / run).exists()))
 
@@ -166,7 +169,7 @@ class WrittenFiles:
     def _read(self) -> dict[str, str | None]:
         """Of each name the SHA-256 of the file; None of a folder, and of a file that may be half written."""
         path = self.folder / LIST_NAME
-        listed = json.loads(path.read_text(encoding="utf-8")) if self.is_there else {}
+        listed = read_json(path) if self.is_there else {}
         outside = [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]
         if outside:
             raise ValueError(f"{path} lists {outside[0]}, which is not in its folder, so no run wrote that list.")
@@ -184,8 +187,40 @@ def is_output_folder(folder: str | Path) -> bool:
 def is_new(folder: str | Path) -> bool:
     """Whether there is nothing in a folder, or no folder; what a kill has left of a run's first file is nothing."""
     folder = Path(folder)
-    leftovers = {name + UNFINISHED_SUFFIX for name in (LIST_NAME, RECORD_NAME)}
+    leftovers = {LOCK_NAME, *(name + UNFINISHED_SUFFIX for name in (LIST_NAME, RECORD_NAME))}
     return not folder.exists() or folder.is_dir() and all(path.name in leftovers for path in folder.iterdir())
+
+
+def refuse_foreign(folder: str | Path) -> None:
+    """
+    Raises:
+        ValueError: a run cannot have the folder: it is a file, or holds files and no list of ours.
+    """
+    folder = Path(folder)
+    if is_new(folder) or is_output_folder(folder):
+        return
+    found = "is a file"
+    if folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir())
+        rest = [f"{len(names) - _NAMES_SHOWN} more"] if len(names) > _NAMES_SHOWN else []
+        found = f"is not empty: it holds {' and '.join([', '.join(names[:_NAMES_SHOWN]), *rest])}"
+    raise ValueError(
+        f"The output folder {folder} {found}, and it holds no run of this script. Choose another --output_dir."
+    )
+
+
+def read_json(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file does not hold a mapping with these names: a run did not write it so.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Choose another --output_dir.") from error
+    if not isinstance(content, dict) or not content.keys() >= set(needed):
+        raise ValueError(f"{path} is damaged: it is not what a run writes. Choose another --output_dir.")
+    return content
 
 
 def described(folder: str | Path, names: Iterable[str]) -> str:

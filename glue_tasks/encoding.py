@@ -36,11 +36,18 @@ def encode(
 
     Raises:
         ValueError: `max_length` is more than the model or the tokenizer takes, the tokenizer makes ids that the model
-            has no embedding for, or the training rows that are used all have the same label.
+            has no embedding for, `max_length` has no room for text, or the training rows that are used all have the
+            same label.
     """
     limit = min(getattr(config, "max_position_embeddings", tokenizer.model_max_length), tokenizer.model_max_length)
     if max_length > limit:
         raise ValueError(f"--max_seq_length is {max_length}, but the model takes at most {limit} tokens.")
+    texts = max(sum(name in split.column_names for name in SENTENCES) for split in raw.values())
+    least = tokenizer.num_special_tokens_to_add(pair=texts > 1) + texts
+    if max_length < least:
+        raise ValueError(
+            f"--max_seq_length {max_length} leaves no room for text beside the special tokens; give {least} or more."
+        )
 
     def tokenize(batch: dict[str, list[str]]) -> Any:
         encoded = tokenizer(

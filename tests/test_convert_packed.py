@@ -167,6 +167,36 @@ def test_a_wrong_command_is_one_line(inputs, tmp_path, flags, message, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim", "adamw_8bit"], "The first step was tried on a few rows and fails"),
+        (["--learning_rate", "1e30"], "The training stopped in step"),
+        (["--output_dir", "FILE"], "--output_dir FILE is a file"),
+        (["--eval_on_start", "True"], "--eval_on_start: there is no data"),
+    ],
+)
+def test_what_only_a_step_shows_is_one_line_too_and_no_model_is_saved(inputs, tmp_path, flags, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    argv = command(inputs, tmp_path / "out", "--minutes", "1", "--max_steps", "9", *flags)
+    with pytest.raises(SystemExit, match=message):
+        convert_packed.main([str(ROOT / "recipes/convert_packed.yaml"), *argv[1:]])
+    assert not list(tmp_path.rglob("out/model.safetensors"))
+
+
+def test_a_file_of_packed_text_is_there_as_a_whole_or_not_at_all(inputs, tmp_path):
+    start = ["--tokenizer_name", str(inputs / "bert"), "--text_files", str(inputs / "running.txt")]
+    code = f"""
+import resource, pack_text
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+pack_text.main({[*start, "--output", str(tmp_path / "text.npz")]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "error: the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_packing_refuses_what_is_no_text_and_replaces_nothing(inputs, tmp_path):
     (tmp_path / "there.npz").write_text("mine")
     start = ["--tokenizer_name", str(inputs / "bert"), "--text_files"]
@@ -176,6 +206,7 @@ def test_packing_refuses_what_is_no_text_and_replaces_nothing(inputs, tmp_path):
     for files, output, message in (
         (str(inputs / "running.txt"), "there.npz", "does not exist yet"),
         (str(inputs / "running.txt"), "text.bin", "ends in .npz"),
+        (str(inputs / "running.txt"), "nowhere/text.npz", "The folder of --output .*nowhere/text.npz does not exist"),
         ("nowhere.txt", "new.npz", "nowhere.txt cannot be read as text"),
     ):
         with pytest.raises(SystemExit, match=message):

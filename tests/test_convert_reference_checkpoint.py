@@ -67,6 +67,11 @@ def test_a_pickle_that_would_run_code_is_refused(reference, tmp_path, monkeypatc
         (lambda folder: (folder / "pytorch_model.bin").unlink(), "holds none of"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin"), "no spike amplitudes"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is damaged"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"no pickle"), "or is damaged, and is not read"),
+        (lambda folder: torch.save([torch.ones(1)], folder / "pytorch_model.bin"), "holds a list, and not weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "model.safetensors is damaged"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "is of model type None"),
     ],
 )
 def test_folders_the_reference_did_not_save_are_refused(reference, tmp_path, damage, message):

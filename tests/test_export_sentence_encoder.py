@@ -210,6 +210,26 @@ def test_an_encoder_that_is_not_calibrated_is_refused(flags, bert, tmp_path):
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "damage", "message"),
+    [
+        (["--max_seq_length", "2"], None, "--max_seq_length 2 leaves no room for text; give 3 or more"),
+        (["--teacher_name_or_path", "nowhere", "--data_dir", "GLUE"], None, "nowhere"),
+        ([], ("model.safetensors", b"no weights"), "The weights of .* are damaged"),
+        ([], ("README.md", b"---\ntags: [\n---\n"), "README.md is no model card"),
+        ([], ("README.md", b"---\n\xff"), "README.md is no model card"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_leaves_nothing(flags, damage, message, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "trained")
+    if damage:
+        (tmp_path / "trained" / damage[0]).write_bytes(damage[1])
+    command = ["--model_name_or_path", str(tmp_path / "trained"), "--output_dir", str(tmp_path / "out"), *flags]
+    with pytest.raises(SystemExit, match=message):
+        export_sentence_encoder.main(command)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_something_in_it_and_a_teacher_without_data_are_refused(trained, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     start = ["--model_name_or_path", str(trained), "--output_dir"]

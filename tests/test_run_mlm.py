@@ -379,6 +379,12 @@ def test_training_in_the_folder_of_its_own_model_is_refused_and_no_flag_recommen
     assert snapshot(trained) == before
 
 
+def test_a_folder_that_is_no_run_is_refused_before_a_text_is_read(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is not empty: it holds notes.txt"):
+        run_mlm.main(["--train_file", "nowhere.txt", "--output_dir", str(tmp_path)])
+
+
 def test_a_folder_that_is_no_run_is_refused_even_if_it_may_be_overwritten(trained, corpus, tmp_path):
     project = tmp_path / "project"
     # A model that was downloaded, say.

@@ -118,6 +118,25 @@ def test_recipe_has_to_be_a_mapping(tmp_path, content):
         parse(str(recipe), "--output_dir", "x")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "\tmax_steps: 2\n", "a.yaml cannot be read: while scanning"),
+        ("a.yaml", "max_steps: [2\n", "a.yaml cannot be read"),
+        ("a.yaml", "max_steps: 2\nmax_steps: 3\n", "a.yaml cannot be read: max_steps is in it twice"),
+        ("a.yaml", "1: 2\n", "sets 1, which this script has no flag for.$"),
+        ("a.yaml", "max-steps: 2\n", "sets max-steps, .* Names of flags have underscores here"),
+        ("a.json", "{'max_steps': 2}", "a.json cannot be read: Expecting property name"),
+        ("a.json", '{"max_steps": 2, "max_steps": 3}', "a.json cannot be read: max_steps is in it twice"),
+        ("a.yaml", "\udcff", "a.yaml cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        parse(str(tmp_path / name), "--output_dir", "x")
+
+
 def test_missing_recipe_and_missing_output_dir_are_named():
     with pytest.raises(ValueError, match="no recipe file absent.yaml"):
         parse("absent.yaml", "--output_dir", "x")

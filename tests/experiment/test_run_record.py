@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from experiment.checkpoints import MANIFEST_NAME, seal
+from experiment.folder_lock import LOCK_NAME
 from experiment.recorded_arguments import recorded_arguments
 from experiment.run_record import RunRecord
 from experiment.written_files import LIST_NAME, RECORD_NAME, WrittenFiles
@@ -17,7 +18,7 @@ def record(folder, fingerprint="f", **arguments):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != LIST_NAME)
+    return sorted(path.name for path in folder.iterdir() if path.name not in (LIST_NAME, LOCK_NAME))
 
 
 def checkpoint(folder, step):
@@ -343,3 +344,27 @@ def test_a_checkpoint_that_a_user_put_there_is_not_gone_on_from(tmp_path):
     shutil.copytree(ours, tmp_path / "checkpoint-90")
     assert record(tmp_path).open() == str(ours)
     assert (tmp_path / "checkpoint-90").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"arguments"'])
+@pytest.mark.parametrize("name", [RECORD_NAME, LIST_NAME])
+def test_a_record_that_is_damaged_is_named(name, content, tmp_path):
+    a_finished_run(tmp_path)
+    (tmp_path / name).write_text(content)
+    if name == LIST_NAME and content == "{}":
+        return  # a list of nothing is a list
+    if name == RECORD_NAME:
+        with WrittenFiles(tmp_path).writing(name):
+            pass
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        record(tmp_path).open()
+
+
+def test_a_path_is_the_same_with_a_dot_before_it_and_a_slash_behind(tmp_path):
+    record(tmp_path, model_name_or_path="models/spike").open()
+    record(tmp_path, model_name_or_path="./models/spike/").open()
+    with pytest.raises(ValueError, match="model_name_or_path was 'models/spike' and is 'models/other'"):
+        run = record(tmp_path, model_name_or_path="models/spike")
+        run.open()
+        run.record_beginning()
+        record(tmp_path, model_name_or_path="models/other").open()

@@ -58,6 +58,15 @@ def test_inputs_longer_than_the_model_takes_are_refused(write_glue, tokenizer):
         encode(raw, tokenizer, BertConfig(max_position_embeddings=32), max_length=33)
 
 
+@pytest.mark.parametrize(("folder", "task", "least"), [("SST-2", "sst2", 3), ("RTE", "rte", 5)])
+def test_rows_without_room_for_text_are_refused(folder, task, least, write_glue, tokenizer):
+    raw = load_task(TASKS[task], write_glue(folder))
+    with pytest.raises(ValueError, match=f"max_seq_length {least - 1} leaves no room for text .* give {least} or more"):
+        encode(raw, tokenizer, BertConfig(), max_length=least - 1)
+    rows = encode(raw, tokenizer, BertConfig(), max_length=least)["train"]["input_ids"]
+    assert {len(ids) for ids in rows} == {least}
+
+
 def test_ids_outside_the_vocabulary_are_refused(write_glue, tokenizer):
     raw = load_task(TASKS["sst2"], write_glue("SST-2"))
     splits = encode(raw, tokenizer, BertConfig(), max_length=32)
