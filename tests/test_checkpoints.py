@@ -8,8 +8,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModel
 
-import export_sentence_encoder
 import run_glue
+from deployment.sentence_encoder import similarity
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from tests.carried_code import CHECKPOINT, CODE
@@ -92,5 +92,5 @@ def test_run_glue_trains_on_from_it(tmp_path):
 def test_it_is_as_good_as_its_card_says():
     card = ModelCard.load(CHECKPOINT / "README.md")
     pairs = load_task(TASKS["stsb"], str(GLUE))["validation"]
-    found = export_sentence_encoder.similarity(CHECKPOINT, pairs)
+    found = similarity(CHECKPOINT, pairs)
     assert found == pytest.approx(card.data.eval_results[0].metric_value, abs=0.2)

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, TrainingArguments
 
 import export_sentence_encoder
+from deployment.sentence_encoder import similarity, write_modules
 from experiment.model_card import RunCard
 from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel
 from spike_metrics.evaluation import FIGURES
@@ -33,7 +34,7 @@ def bert(tmp_path_factory) -> Path:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)).save_pretrained(folder)
     BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}).save_pretrained(folder)
-    export_sentence_encoder.write_modules(folder, 32, 32)
+    write_modules(folder, 32, 32)
     return folder
 
 
@@ -199,7 +200,7 @@ def test_a_similarity_is_a_cosine_of_an_encoder_that_does_not_normalise_too(bert
         for values in (products, products / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1))
     )
     assert by_product != pytest.approx(by_cosine, abs=1)
-    assert export_sentence_encoder.similarity(tmp_path / "bert", pairs) == pytest.approx(by_cosine)
+    assert similarity(tmp_path / "bert", pairs) == pytest.approx(by_cosine)
 
 
 @pytest.mark.parametrize("flags", [[], ["--float_weights"]])
