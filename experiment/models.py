@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,8 @@ def load_model(
         options["attn_implementation"] = arguments.attn_implementation
     name = arguments.model_name_or_path
     if name is None:
-        model = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
+        with _loading_errors("A new model"):
+            model = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
         return _with_mean_loss(auto_class, model)
     refuse_quantised(name, config)
     # Weights are loaded as they were stored, and what is to be trained is made float then.
@@ -259,7 +261,7 @@ def load_model(
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
         options["trust_remote_code"] = arguments.trust_remote_code
-    try:
+    with _loading_errors(name):
         model, loaded = model_class.from_pretrained(
             name,
             config=config,
@@ -270,6 +272,25 @@ def load_model(
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **options,
         )
+    _check_loaded(name, model, loaded, arguments, config)
+    report_stored_dtypes(name, _weight_files(arguments))
+    if is_float_wanted:
+        model.dequantize_weights()
+    if to_calibrate is not None:
+        model = _with_other_neurons(model, to_calibrate)
+    if of_one_step:
+        model = model.with_time_steps(**steps_asked_for)
+    return _with_mean_loss(auto_class, model)
+
+
+@contextmanager
+def _loading_errors(name: str) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: in place of what is raised where weights are missing, damaged or of another size.
+    """
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {name} are damaged ({error}); copy or download the checkpoint again."
@@ -278,11 +299,23 @@ def load_model(
         refuse_pickled_weights(name)
         raise ValueError(f"{name} has no weights in safetensors files that can be loaded: {error}") from error
     except ImportError as error:
-        raise ValueError(f"{name} cannot be loaded as asked for (--attn_implementation, say): {error}") from error
+        raise ValueError(f"{name} cannot be had as asked for (--attn_implementation, say): {error}") from error
     except RuntimeError as error:
         raise ValueError(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"
         ) from error
+
+
+def _check_loaded(
+    name: str, model: PreTrainedModel, loaded: Mapping[str, Any], arguments: ModelArguments, config: PreTrainedConfig
+) -> None:
+    """
+    Args:
+        loaded: what transformers says of it (`output_loading_info`).
+
+    Raises:
+        ValueError: what was loaded are not the weights of such a model.
+    """
     of_another_size = sorted(key for key, *_ in loaded["mismatched_keys"])
     body = [key for key in of_another_size if key.startswith(f"{model.base_model_prefix}.")]
     if body:
@@ -310,14 +343,6 @@ def load_model(
             "missing), so it was not saved by a SpikeLM model. Load it in Python, call model.calibrate(batches) and "
             "save it again."
         )
-    report_stored_dtypes(name, _weight_files(arguments))
-    if is_float_wanted:
-        model.dequantize_weights()
-    if to_calibrate is not None:
-        model = _with_other_neurons(model, to_calibrate)
-    if of_one_step:
-        model = model.with_time_steps(**steps_asked_for)
-    return _with_mean_loss(auto_class, model)
 
 
 def _with_new_head(

@@ -207,3 +207,13 @@ def test_the_trainer_is_told_that_the_loss_of_a_dense_bert_is_a_mean(auto_class,
     model = load_model(auto_class, ModelArguments(), BertConfig(**SIZES))
     training = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     assert not Trainer(model, training).model_accepts_loss_kwargs
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_attention_whose_package_is_missing_is_one_error_that_names_its_flag(is_new, tmp_path):
+    SpikeLMModel(SpikeLMConfig(**SIZES)).save_pretrained(tmp_path)
+    arguments = ModelArguments(
+        model_name_or_path=None if is_new else str(tmp_path), attn_implementation="flash_attention_2"
+    )
+    with pytest.raises(ValueError, match=r"cannot be had as asked for \(--attn_implementation, say\): .*[Ff]lash"):
+        load_model(AutoModel, arguments, SpikeLMConfig(**SIZES))
