@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             documents = load_documents(data_arguments, training.seed, training.do_train, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments, CAUSAL_TOKENS))
         if tokenizer is None:
-            tokenizer = new_tokenizer(documents, data_arguments, training)
+            tokenizer = train_tokenizer(documents, data_arguments, training)
         else:
             say_unused(given, ("vocab_size",), "there is a tokenizer already")
         fields = {} if model_arguments.model_name_or_path else vocabulary(tokenizer)
@@ -139,19 +139,6 @@ def check_flags(
             "leave the flag out."
         )
     set_direction(training, given, CAUSAL_LM_GREATER_IS_BETTER)
-
-
-def new_tokenizer(documents, arguments: TextArguments, training: TrainingArguments) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        ValueError: there is nothing to make one of.
-    """
-    if "train" not in documents:
-        raise ValueError(
-            "There is no training data to make a tokenizer of; name a model with its tokenizer with "
-            "--model_name_or_path, or a tokenizer with --tokenizer_name."
-        )
-    return train_tokenizer(documents, arguments, training)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

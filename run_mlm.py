@@ -95,11 +95,6 @@ def main(argv: list[str] | None = None) -> None:
             needs_training = training.do_train or script.prepare_only
             documents = load_documents(data_arguments, training.seed, needs_training, is_output_folder)
         tokenizer = prepared_tokenizer(data_arguments, load_tokenizer(model_arguments))
-        if tokenizer is None and "train" not in documents:
-            raise ValueError(
-                "There is no training data to make a tokenizer of; name a model with its tokenizer with "
-                "--model_name_or_path, or a tokenizer with --tokenizer_name."
-            )
         if tokenizer is None:
             tokenizer = train_tokenizer(documents, data_arguments, training)
         else:

@@ -23,7 +23,16 @@ def train_tokenizer(
     documents: DatasetDict | IterableDatasetDict, arguments: TextArguments, training: TrainingArguments
 ) -> PreTrainedTokenizerBase:
     """A tokenizer of the training documents, trained by the main process and sent to the others: WordPiece for an
-    encoder, byte pairs, which lose nothing of a text, for a causal model."""
+    encoder, byte pairs, which lose nothing of a text, for a causal model.
+
+    Raises:
+        ValueError: there are no training documents.
+    """
+    if "train" not in documents:
+        raise ValueError(
+            "There is no training data to make a tokenizer of; name a model with its tokenizer with "
+            "--model_name_or_path, or a tokenizer with --tokenizer_name."
+        )
     tokenizer = None
     if training.process_index == 0:
         sizes = {"vocab_size": arguments.vocab_size, "model_max_length": arguments.max_seq_length}
