@@ -8,6 +8,7 @@ text elsewhere. The learning rate falls to 0 by the clock, so that it is done wh
 """
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from distillation.trainer import DistillationTrainer
 from distillation.weighted_terms import LossWeights
 from experiment.arguments import ModelArguments, parse_arguments
 from experiment.models import load_config, load_model, load_tokenizer
-from experiment.numerics import number_errors, stop_when_not_finite
+from experiment.numerics import NotFiniteError, number_errors
 from experiment.reporting import full_disk_errors, input_errors
 from experiment.trial_step import try_first_step
 
@@ -97,11 +98,31 @@ class Clock(TrainerCallback):
         return control
 
 
+class FiniteLoss(TrainerCallback):
+    """Ends a training whose loss is not finite. It looks where the loss is logged: every other look would wait for the
+    device, and the minutes are counted."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in {"loss", "train_loss"} & (logs or {}).keys():
+            if not math.isfinite(logs[name]):
+                raise NotFiniteError(
+                    f"The loss up to step {state.global_step} is {logs[name]}, and no model was saved; try a smaller "
+                    "--learning_rate."
+                )
+
+
 class TimedTrainer(DistillationTrainer):
     """Its learning rate rises for `WARM_UP` steps and falls to 0, linearly, by a clock."""
 
     def __init__(self, *args: Any, clock: Clock, **kwargs: Any):
-        super().__init__(*args, callbacks=[clock], **kwargs)
+        super().__init__(*args, callbacks=[clock, FiniteLoss()], **kwargs)
         self.clock = clock
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -169,7 +190,6 @@ def main(argv: list[str] | None = None) -> None:
         make = partial(make_trainer, arguments, text, teacher, tokenizer)
         try_first_step(make, copy.deepcopy(model), training, given)
     trainer = make(model, training)
-    stop_when_not_finite(trainer)
     with number_errors():
         trainer.train()
     trainer.save_model()

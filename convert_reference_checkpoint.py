@@ -35,6 +35,7 @@ class ConverterArguments:
     masked_lm_only: bool = field(default=False, metadata={"help": "Leave the next-sentence head and pooler out."})
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(ConverterArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
     with input_errors():
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             if arguments.tokenizer_name:
                 raise
             tokenizer = None
-    with input_errors(), full_disk_errors(), filled(output_dir) as folder:
+    with input_errors(), filled(output_dir) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -7,6 +7,7 @@ sentence.png and the rasters show the first sequence, the other pictures the mea
 encoder and a decoder there are two of each: of the sequence that is read, and of what is written of it.
 """
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -73,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         ]
         files = [f"{name}.png" for name in (*by_side, "firing_rates", "amplitudes", "energy")] + ["index.html"]
         written.refuse_others(*files)
-        written.claim(*files)
+        written.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(written.folder, os.W_OK):
+            raise ValueError(f"--output_dir {pictures.output_dir} cannot be written into; name another folder.")
     first = only_first(next(iter(batches)))
     spikes = record_spikes(model, first)
     figures = {}

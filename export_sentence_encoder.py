@@ -28,6 +28,7 @@ from modeling_spikelm import SpikeLMModel
 from modeling_spikelm.neurons import neuron_groups
 
 
+@full_disk_errors()
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)
     output = Path(arguments.output_dir)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             model.quantize_weights(embeddings=True)
             if trained is not None:
                 trained.text = of_rounded_weights(trained.text)
-    with input_errors(), full_disk_errors(), filled(output) as folder:
+    with input_errors(), filled(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_modules(folder, model.config.hidden_size, arguments.max_seq_length)

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             name: {"energy_mj_per_sequence": energies(count), "counts": count.to_dict(output.per_neuron)}
             for name, count in counts.items()
         }
-        write_durably(Path(output.output_file), json.dumps(report, indent=2))
+        write_durably(Path(output.output_file).resolve(), json.dumps(report, indent=2))
 
 
 def _can_be_replaced(path: Path) -> bool:

@@ -67,7 +67,7 @@ from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
 
 
-@full_disk_errors()
+@full_disk_errors(goes_on=True)
 @unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.

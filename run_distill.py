@@ -61,7 +61,7 @@ from spike_metrics.evaluation import FIGURES, SpikeArguments, evaluate_spikes
 METRICS = {"hidden_error": "mse"}
 
 
-@full_disk_errors()
+@full_disk_errors(goes_on=True)
 @unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.

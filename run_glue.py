@@ -68,7 +68,7 @@ from spike_metrics.evaluation import SpikeArguments, evaluate_spikes
 logger = logging.getLogger(__name__)
 
 
-@full_disk_errors()
+@full_disk_errors(goes_on=True)
 @unlocking_folders()
 def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be wrong with the input is found in here, before anything is written.

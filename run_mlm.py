@@ -74,7 +74,7 @@ class ScriptArguments:
     )
 
 
-@full_disk_errors()
+@full_disk_errors(goes_on=True)
 @unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.
@@ -111,6 +111,11 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(
             model_arguments, training.do_train, **({} if model_arguments.model_name_or_path else vocabulary(tokenizer))
         )
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"A model of type {config.model_type!r} writes: its decoder would be given the words that are masked. "
+                "run_summarization.py trains it."
+            )
         check_fit(config, tokenizer, data_arguments)
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=data_arguments.max_seq_length)

@@ -64,7 +64,7 @@ ARGUMENTS = (ModelArguments, PairArguments, DistillationArguments, SpikeArgument
 NEEDED_TOKENS = ("pad", "eos")
 
 
-@full_disk_errors()
+@full_disk_errors(goes_on=True)
 @unlocking_folders()
 def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the command is found in here, before anything is written.

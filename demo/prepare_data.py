@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from experiment.reporting import input_errors
+from experiment.reporting import full_disk_errors, input_errors
 from experiment.written_files import WrittenFiles
 
 # Folders whose docstrings are not about what the package does, or belong to somebody else.
@@ -376,7 +376,7 @@ def main() -> None:
     sources = collect(args.packages)
     for source, documents in sources.items():
         print(f"{sum(map(len, documents.values())):7,} sentences from {source}")
-    with input_errors():
+    with full_disk_errors(), input_errors():
         counts = write_data(sources, args)
     for what, number in counts.items():
         print(f"{number:7,} {what}")

@@ -145,7 +145,8 @@ class _Loader(yaml.SafeLoader):
     """YAML as of version 1.2, where `no` is a word: a strategy of the Trainer, or Norwegian. A name stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _refuse_twice([self.construct_object(name, deep=True) for name, _ in node.value])
+        names = [name for name, _ in node.value if name.tag != "tag:yaml.org,2002:merge"]
+        _refuse_twice([self.construct_object(name, deep=True) for name in names])
         return super().construct_mapping(node, deep)
 
 

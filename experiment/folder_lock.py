@@ -16,7 +16,8 @@ _held: dict[Path, int] = {}
 def lock_folder(folder: Path) -> str | None:
     """Makes a folder this process's alone until `unlocking_folders` ends, or the process, however it ends.
 
-    Where the file system has no locks, nothing is locked.
+    Where the file system has no locks, nothing is locked. POSIX lets go of a lock as soon as its process closes the
+    file once, so nobody else opens it.
 
     Returns:
         Who has it, if another process does; None otherwise.
@@ -25,7 +26,7 @@ def lock_folder(folder: Path) -> str | None:
     while True:
         if path in _held and _is_file(_held[path], path):
             return None
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -79,8 +79,11 @@ def input_errors() -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_errors() -> Iterator[None]:
+def full_disk_errors(goes_on: bool = False) -> Iterator[None]:
     """Around a whole script: a disk (or quota) that is full ends it with one line.
+
+    Args:
+        goes_on: whether the same command goes on from a checkpoint.
 
     Raises:
         SystemExit: code 1, instead of what Python, safetensors, tokenizers and torch raise where they cannot write.
@@ -91,10 +94,13 @@ def full_disk_errors() -> Iterator[None]:
     except Exception as error:
         if not _is_for_want_of_space(error):
             raise
-        sys.exit(
-            f"error: the disk is full, a file could not be written ({error}). Complete checkpoints are as they were; "
-            "free some space, and the same command goes on from the last of them."
-        )
+        advice = "Free some space, and repeat the command."
+        if goes_on:
+            advice = (
+                "Complete checkpoints are as they were; free some space, and the same command goes on from the last of "
+                "them."
+            )
+        sys.exit(f"error: the disk is full, a file could not be written ({error}). {advice}")
 
 
 def _is_for_want_of_space(error: Exception) -> bool:

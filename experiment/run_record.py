@@ -87,7 +87,7 @@ class RunRecord:
                 in the folder.
         """
         folder, state = Path(self.output_dir), PartialState()
-        checkpoint = self.check(overwrite, resume_from_checkpoint)
+        self.check(overwrite, resume_from_checkpoint)
         state.wait_for_everyone()
         (holder,) = broadcast_object_list([self._lock() if state.is_main_process else None])
         if holder:
@@ -95,6 +95,7 @@ class RunRecord:
                 f"Another command is running in the output folder {folder} ({holder}). Wait for its end, or choose "
                 "another --output_dir."
             )
+        checkpoint = self.check(overwrite, resume_from_checkpoint)  # that command may have ended since
         if state.is_main_process:
             self._clear(overwrite, resume_from_checkpoint)
             if not resume_from_checkpoint:

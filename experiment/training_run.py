@@ -81,13 +81,20 @@ class TrainingRun:
             given: the flags that were given, for the message.
 
         Raises:
-            ValueError: the step fails, or the folder is not free for this run.
+            ValueError: the step fails, the folder is not free for this run, or another command has gone on in it since.
         """
         trains = self.training.do_train and not self.trained
         try_first_step(make_trainer, copy.deepcopy(model), self.training, given, trains)
-        self.record.check(self.overwrite, self.training.resume_from_checkpoint)
+        self._refuse_if_gone_on(self.record.check(self.overwrite, self.training.resume_from_checkpoint))
         self._repository = take_over_pushing(self.training)
-        self.record.open(self.overwrite, self.training.resume_from_checkpoint)
+        self._refuse_if_gone_on(self.record.open(self.overwrite, self.training.resume_from_checkpoint))
+
+    def _refuse_if_gone_on(self, checkpoint: str | None) -> None:
+        if (checkpoint, self.record.trained_model(checkpoint, self.training)) != (self.checkpoint, self.trained):
+            raise ValueError(
+                f"Another command went on in {self.training.output_dir} while this one began. Repeat this one: it goes "
+                "on from there."
+            )
 
     def train(
         self,

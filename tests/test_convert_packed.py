@@ -171,7 +171,7 @@ def test_a_wrong_command_is_one_line(inputs, tmp_path, flags, message, monkeypat
     ("flags", "message"),
     [
         (["--optim", "adamw_8bit"], "The first step was tried on a few rows and fails"),
-        (["--learning_rate", "1e30"], "The training stopped in step"),
+        (["--learning_rate", "1e30"], "The loss up to step . is nan, and no model was saved"),
         (["--output_dir", "FILE"], "--output_dir FILE is a file"),
         (["--eval_on_start", "True"], "--eval_on_start: there is no data"),
     ],

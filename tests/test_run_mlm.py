@@ -379,6 +379,14 @@ def test_training_in_the_folder_of_its_own_model_is_refused_and_no_flag_recommen
     assert snapshot(trained) == before
 
 
+@pytest.mark.parametrize("model_type", ["bart", "spikelm_bart"])
+def test_a_model_that_writes_is_not_trained_to_fill_masks(model_type, corpus, tmp_path):
+    sizes = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_attention_heads=2,decoder_attention_heads=2"
+    start = ["--model_type", model_type, "--config_overrides", f"{sizes},encoder_ffn_dim=16,decoder_ffn_dim=16"]
+    with pytest.raises(SystemExit, match="run_summarization.py trains it"):
+        run_mlm.main([*start, "--train_file", str(corpus), "--vocab_size", "200", "--output_dir", str(tmp_path)])
+
+
 def test_a_folder_that_is_no_run_is_refused_before_a_text_is_read(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match="is not empty: it holds notes.txt"):

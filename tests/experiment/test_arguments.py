@@ -137,6 +137,13 @@ def test_a_recipe_that_cannot_be_read_is_named(name, content, message, tmp_path)
         parse(str(tmp_path / name), "--output_dir", "x")
 
 
+def test_a_recipe_may_merge_what_is_said_once(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("<<: {seed: 7, max_steps: 3}\nmax_steps: 4\n")
+    training = parse(str(recipe), "--output_dir", "x")[1]
+    assert (training.seed, training.max_steps) == (7, 4)
+
+
 def test_missing_recipe_and_missing_output_dir_are_named():
     with pytest.raises(ValueError, match="no recipe file absent.yaml"):
         parse("absent.yaml", "--output_dir", "x")

@@ -492,3 +492,10 @@ def test_levels_that_are_not_calibrated_are_named(batch):
     with pytest.raises(ValueError, match=r"ThriftyNeurons is not calibrated.*Call model.calibrate\(batches\) first"):
         count(model, [batch])
     assert not any(size.any() for size in spike_sizes(model).values())
+
+
+def test_tokens_of_an_encoder_see_each_other_whatever_their_positions(model, batch):
+    plain = count(model, {"input_ids": batch["input_ids"]})
+    positions = torch.arange(batch["input_ids"].shape[1])[None] % 3
+    with_others = count(model, {"input_ids": batch["input_ids"], "position_ids": positions})
+    assert with_others.dense_macs == plain.dense_macs
