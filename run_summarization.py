@@ -51,7 +51,7 @@ from experiment.written_files import refuse_foreign
 from pretraining_data.rows import content_fingerprint
 from spike_metrics.callback import log_firing_rate
 from spike_metrics.evaluation import DECODER_FIGURES, SpikeArguments, evaluate_spikes
-from text_to_text.arguments import PairArguments, WritingTrainingArguments
+from text_to_text.arguments import PairArguments, WritingTrainingArguments, tell
 from text_to_text.encoding import PairCollator, check_fit, digest_of_targets, encode, set_languages, targets_of
 from text_to_text.pairs import load_pairs
 from text_to_text.results import hub_metrics, write_predictions, write_results
@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
             say_unused(given, ("vocab_size",), "there is a tokenizer already")
         is_new = start.model_name_or_path is None
         config = load_config(start, training.do_train, **(vocabulary(tokenizer) if is_new else {}))
-        writing = training.generation_fields(arguments.max_target_length)
-        check_fit(config, tokenizer, arguments, writing["max_length"])
+        writing = training.generation_fields()
+        check_fit(config, tokenizer, arguments, training.generation_max_length)
         check_evaluation(training, config)
         tokenizer.model_max_length = longest_input(config, tokenizer, seen=arguments.max_source_length)
         writing |= set_languages(tokenizer, arguments)
@@ -112,8 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         model = load_model(AutoModelForSeq2SeqLM, saved_by_run(start, run.trained), config)
         # The checkpoint then writes as it was evaluated. What does not go together could not be saved.
-        model.generation_config.update(**writing)
-        model.generation_config.validate(strict=True)
+        tell(model.generation_config, writing, arguments.max_target_length)
         if teacher is not None and training.do_train and not run.trained and not teaching.train_embeddings:
             take_real_valued_parts(model, teacher)
         make = partial(make_trainer, splits, pairs, tokenizer, start, arguments, teacher, teaching, spikes)

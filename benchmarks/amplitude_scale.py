@@ -37,7 +37,7 @@ CURVE, KNEE, BESIDE = "#0072B2", "#D55E00", "#999999"
 
 @dataclass(kw_only=True)
 class Arguments(TrainingsArguments):
-    amplitude_scales: list[float] = list_of(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, help="Values of k.")
+    amplitude_scales: list[float] = list_of(0.5, 1.0, 1.25, 1.5, 2.0, 4.0, 6.0, help="Values of k.")
     num_time_steps: int = field(default=1, metadata={"help": "Time steps T."})
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/first_sentence.py --train_file TEXT --validation_file VALIDATION --output_dir RUNS
 
 Every model is trained by run_summarization.py with the same budget, data and seeds. Beside them stands what copying the
-first words of the rest scores: a model that has learned nothing of what it reads is not above it.
+first words of the rest scores.
 """
 
 import json

@@ -86,9 +86,9 @@ def time_by_turns(
         against: the one of the cases that a case's ratio is to; by default the stock BERT.
 
     Returns:
-        For each case its median seconds by part, the `ratio` of `part` (of the medians over everything, with smallest
-        and largest ratio of a round; None without a stock BERT), the work in `flops` and the `share_of_peak`: the rate
-        of its matrix products, in units of a large matrix product's rate.
+        For each case its median seconds by part, the `ratio` of `part` (the median over the rounds, with the smallest
+        and the largest; None without a stock BERT), the work in `flops` and the `share_of_peak`: the rate of its matrix
+        products, in units of the rate of a large one of torch's own of this dtype.
     """
     workers: list[Worker] = []
     seconds: dict[Case, list[list[dict[str, float]]]] = {case: [] for case in cases}
@@ -111,16 +111,19 @@ def time_by_turns(
         return [median(iteration[part] for iteration in turn) for turn in seconds[case]]
 
     stock = next((case for case in cases if case.side == HEADLINE), None)
-    # The same for every side, and a neighbour's load can only lower it.
-    rate = max(fact["matrix_product_rate"] for fact in facts.values())
+    # The same for every side of a dtype, and a neighbour's load can only lower it.
+    rates = {
+        case.dtype: max(facts[other]["matrix_product_rate"] for other in cases if other.dtype == case.dtype)
+        for case in cases
+    }
     results = {}
     for case in cases:
         times, ratio = medians(case), None
         denominator = stock if against is None else against(case)
         if denominator is not None:
             of_rounds = [mine / other for mine, other in zip(by_round(case), by_round(denominator), strict=True)]
-            ratio = (times[part] / medians(denominator)[part], min(of_rounds), max(of_rounds))
+            ratio = (median(of_rounds), min(of_rounds), max(of_rounds))
         flops = facts[case]["flops"]
-        share = flops / times[part] / rate if flops else None
+        share = flops / times[part] / rates[case.dtype] if flops else None
         results[case] = {"seconds": times, "ratio": ratio, "flops": flops, "share_of_peak": share}
     return results

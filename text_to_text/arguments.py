@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from transformers import Seq2SeqTrainingArguments
+from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
 from .known_datasets import KNOWN, HubDataset, find_known
 
@@ -180,6 +180,13 @@ class WritingTrainingArguments(Seq2SeqTrainingArguments):
             "help": "Write in every evaluation, and score what was written. False: only the loss, in an instant."
         },
     )
+    generation_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Write at most so many tokens (default: as the checkpoint says, or --max_target_length where it "
+            "does not)."
+        },
+    )
     generation_min_length: int | None = field(
         default=None, metadata={"help": "Write at least so many tokens (default: as the checkpoint says)."}
     )
@@ -188,11 +195,8 @@ class WritingTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Above 0, beams prefer long texts, below 0 short ones (default: as the checkpoint says)."},
     )
 
-    def generation_fields(self, max_target_length: int) -> dict[str, Any]:
-        """What generation is told, by its names in a `GenerationConfig`.
-
-        Args:
-            max_target_length: the longest text to write, where nothing else was said.
+    def generation_fields(self) -> dict[str, Any]:
+        """What the flags tell generation, by its names in a `GenerationConfig`.
 
         Raises:
             ValueError: a number is impossible, or a text would have to be longer than it may be.
@@ -205,16 +209,42 @@ class WritingTrainingArguments(Seq2SeqTrainingArguments):
         penalty = self.generation_length_penalty
         if penalty is not None and not isfinite(penalty):
             raise ValueError(f"--generation_length_penalty is {penalty}; it has to be a finite number.")
-        longest, shortest = self.generation_max_length or max_target_length, self.generation_min_length or 0
-        if shortest > longest:
-            flag = "generation_max_length" if self.generation_max_length else "max_target_length"
-            raise ValueError(f"--generation_min_length {shortest} is more than --{flag} {longest}.")
         said = {
-            "max_length": longest,
+            "max_length": self.generation_max_length,
             "min_length": self.generation_min_length,
             "num_beams": self.generation_num_beams,
             "length_penalty": penalty,
         }
-        fields = {name: value for name, value in said.items() if value is not None}
-        # Of a checkpoint, numbers of new tokens would come before these lengths.
-        return fields | {"max_new_tokens": None} | ({"min_new_tokens": None} if "min_length" in fields else {})
+        return {name: value for name, value in said.items() if value is not None}
+
+
+def tell(generation: GenerationConfig, fields: Mapping[str, Any], max_target_length: int) -> None:
+    """Tells a model how to write: by the flags, else as its checkpoint says, else at most as long as its targets.
+
+    Args:
+        generation: the model's, which is changed.
+        fields: from `generation_fields`.
+
+    Raises:
+        ValueError: what is said does not go together.
+    """
+    told = dict(fields)
+    if generation.max_length is None and generation.max_new_tokens is None:
+        told.setdefault("max_length", max_target_length)
+    # Numbers of new tokens, the checkpoint's, would come before these lengths.
+    if "max_length" in told:
+        told["max_new_tokens"] = None
+    if "min_length" in told:
+        told["min_new_tokens"] = None
+    if told.get("num_beams") == 1:
+        # The checkpoint's, which say something of several beams.
+        told = {"early_stopping": None, "length_penalty": None} | told
+    generation.update(**told)
+    longest = generation.max_new_tokens or generation.max_length
+    shortest = generation.min_new_tokens or generation.min_length or 0
+    if shortest > longest:
+        raise ValueError(
+            f"Every text is to have {shortest} tokens or more and {longest} at most, by --generation_min_length and "
+            "--generation_max_length, or else by the checkpoint (--max_target_length where it says nothing)."
+        )
+    generation.validate(strict=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import BatchEncoding, DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ def check_fit(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     arguments: PairArguments,
-    generation_max_length: int,
+    generation_max_length: int | None,
 ) -> None:
     """
     Raises:
@@ -38,7 +39,7 @@ def check_fit(
     longest = getattr(config, "max_position_embeddings", None)
     lengths = {flag: getattr(arguments, flag) for flag in ("max_source_length", "max_target_length")}
     for flag, length in (lengths | {"generation_max_length": generation_max_length}).items():
-        if longest is not None and length > longest:
+        if longest is not None and (length or 0) > longest:
             raise ValueError(
                 f"--{flag} is {length}, more than the model's max_position_embeddings={longest}; lower it, or raise "
                 "max_position_embeddings with --config_overrides for a model from scratch."
@@ -49,21 +50,27 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, arguments: PairArguments) 
     """Tells a tokenizer of many languages which two a translation is between; others have no use for it.
 
     Returns:
-        What generation has to be told: the token of the language, which a translation begins with (mBART-50, NLLB), or
-        which the decoder begins with, where labels end with it (mBART).
+        What generation has to be told: the token of the language, which a translation begins with (mBART-50, NLLB,
+        M2M100), or which the decoder begins with, where labels end with it (mBART).
 
     Raises:
         ValueError: the tokenizer knows languages, but not these.
     """
     if not arguments.translates or not hasattr(tokenizer, "src_lang"):
         return {}
+    # M2M100's: its tokens of languages are called otherwise than the languages are.
+    tokens = getattr(tokenizer, "lang_code_to_token", None) or {}
     for lang in (arguments.source_lang, arguments.target_lang):
-        if tokenizer.convert_tokens_to_ids(lang) in (None, tokenizer.unk_token_id):
+        known = (
+            lang in tokens or not tokens and tokenizer.convert_tokens_to_ids(lang) not in (None, tokenizer.unk_token_id)
+        )
+        if not known:
             raise ValueError(
                 f"The tokenizer knows no language {lang!r}; write it as the tokenizer does, such as en_XX."
             )
     tokenizer.src_lang, tokenizer.tgt_lang = arguments.source_lang, arguments.target_lang
-    language = tokenizer.convert_tokens_to_ids(arguments.target_lang)
+    target = str(arguments.target_lang)
+    language = tokenizer.convert_tokens_to_ids(tokens.get(target, target))
     begins = tokenizer(text_target="")["input_ids"][0] == language
     return {"forced_bos_token_id" if begins else "decoder_start_token_id": language}
 
@@ -107,10 +114,17 @@ class PairCollator(DataCollatorForSeq2Seq):
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> BatchEncoding:
         batch = super().__call__(features, return_tensors)
-        if batch.get("labels") is None:  # of texts alone the stock collator makes None
+        labels = batch.get("labels")
+        if labels is None:  # of texts alone the stock collator makes None
             batch.pop("labels", None)
-        else:
-            batch["decoder_attention_mask"] = (batch["labels"] != self.label_pad_token_id).long()
+            return batch
+        batch["decoder_attention_mask"] = (labels != self.label_pad_token_id).long()
+        config = self.model.config
+        if "decoder_input_ids" not in batch and config.decoder_start_token_id is not None:
+            # Some models (NLLB, Blenderbot) make them in their forward alone, of labels that the Trainer keeps back.
+            start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+            shifted = torch.cat((start, labels[:, :-1]), 1)
+            batch["decoder_input_ids"] = shifted.masked_fill(shifted == self.label_pad_token_id, config.pad_token_id)
         return batch
 
 

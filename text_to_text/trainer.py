@@ -1,4 +1,7 @@
-"""The stock Seq2SeqTrainer with a loss and scores that do not depend on how rows fall into batches and processes."""
+"""The stock Seq2SeqTrainer with a loss and scores that do not depend on how rows fall into batches and processes.
+
+What a teacher teaches is a mean over the batch of a device: distillation/weighted_terms.py.
+"""
 
 from typing import Any
 

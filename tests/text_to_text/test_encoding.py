@@ -1,9 +1,12 @@
 """Batches for an encoder and a decoder, and a tokenizer of one's own."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import MBart50Tokenizer, MBartTokenizer
+from transformers import M2M100Config, M2M100ForConditionalGeneration, MBart50Tokenizer, MBartTokenizer
 
 from text_to_text.arguments import PairArguments
 from text_to_text.encoding import PairCollator, encode, set_languages
@@ -18,6 +21,20 @@ def test_padding_is_marked_on_both_sides_and_the_decoder_reads_what_was_written_
     lengths = [len(row["labels"]) for row in rows]
     assert lengths[0] != lengths[1] and batch["decoder_attention_mask"].shape == batch["labels"].shape
     assert batch["decoder_input_ids"][0, : lengths[0]].tolist() == [tokenizer.eos_token_id, *rows[0]["labels"][:-1]]
+
+
+def test_a_model_that_makes_its_decoders_inputs_in_its_forward_alone_is_given_the_same(splits, tokenizer):
+    """As NLLB, M2M100 and Blenderbot; the Trainer keeps their labels back for the loss."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = M2M100Config(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **heads)
+    model = M2M100ForConditionalGeneration(config).eval()
+    batch = PairCollator(tokenizer, model)([splits["train"][number] for number in (0, 3)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    wanted = model(**inputs, labels=batch["labels"]).logits
+    found = model(**inputs, decoder_input_ids=batch["decoder_input_ids"]).logits
+    torch.testing.assert_close(found, wanted)
 
 
 def test_texts_alone_make_a_batch_without_labels(splits, tokenizer, bart):
@@ -64,6 +81,18 @@ def test_a_language_that_the_tokenizer_does_not_know_is_refused():
     arguments = PairArguments(dataset_name="x", source_lang="ro_RO", target_lang="en")
     with pytest.raises(ValueError, match="knows no language 'en'; write it as the tokenizer does, such as en_XX"):
         set_languages(of_many_languages(MBartTokenizer), arguments)
+
+
+def test_a_language_whose_token_is_called_otherwise_is_known_by_its_own_name(tokenizer, monkeypatch):
+    """As with M2M100: the language fr has the token __fr__, and "fr" is a piece of words."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["__fr__", "__en__", "fr", "en"])
+    monkeypatch.setattr(tokenizer, "lang_code_to_token", {"fr": "__fr__", "en": "__en__"}, raising=False)
+    monkeypatch.setattr(tokenizer, "src_lang", None, raising=False)
+    arguments = PairArguments(dataset_name="x", source_lang="en", target_lang="fr")
+    assert list(set_languages(tokenizer, arguments).values()) == [tokenizer.convert_tokens_to_ids("__fr__")]
+    with pytest.raises(ValueError, match="knows no language '__fr__'"):
+        set_languages(tokenizer, replace(arguments, target_lang="__fr__"))
 
 
 def test_a_tokenizer_without_languages_is_left_alone(tokenizer):
