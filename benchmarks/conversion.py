@@ -580,6 +580,7 @@ def _row(contestant: Contestant | OfTrained, dense: Mapping[str, list[Result]], 
     row["mean"] = f"{fmean(map(_median, found.values())):.1f}" if is_whole else None
     gaps = [_median(dense[task]) - _median(results) for task, results in found.items()] if is_whole else []
     row["gap"] = f"{fmean(gaps):.1f}" if gaps else None
+    row["gap of each seed"] = ", ".join(f"{gap:.1f}" for gap in _gaps_by_seed(found, dense)) or None
     for title, figure, form in (
         ("firing rate", "firing_rate", ".1%"),
         ("dense / this, energy", "encoder_energy_ratio", ".2f"),
@@ -588,6 +589,15 @@ def _row(contestant: Contestant | OfTrained, dense: Mapping[str, list[Result]], 
     settings = {task: contestant.best_setting(task, arguments) for task in found}
     row["settings"] = "; ".join(f"{task}: {setting.name}" for task, setting in settings.items() if setting)
     return row
+
+
+def _gaps_by_seed(found: Mapping[str, list[Result]], dense: Mapping[str, list[Result]]) -> list[float]:
+    """Of every seed that has all tasks, in their order. Rows of other numbers of seeds can be compared by these."""
+    if not all(dense.values()):
+        return []
+    scores = {task: {result.seed: result.score for result in results} for task, results in found.items()}
+    seeds = sorted(set.intersection(*(set(of_task) for of_task in scores.values())))
+    return [fmean(_median(dense[task]) - scores[task][seed] for task in scores) for seed in seeds]
 
 
 def build_task_table(
@@ -691,7 +701,8 @@ def notes(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -
     precision = "Rows in float32: the same models, evaluated without bfloat16; the gap is to the teacher in float32."
     return [
         f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {seeds}, of the "
-        f"setting {setting}. Gap: the mean over tasks of teacher less student. "
+        f"setting {setting}. Gap: the mean over tasks of teacher less student, by medians; and that of each seed which has "
+        "all tasks. "
         "Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network "
         "with ternary activations and no time steps, so against such a one the ratio is 1. Steps of large tasks "
         f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",

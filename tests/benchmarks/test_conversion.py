@@ -203,10 +203,10 @@ def test_what_was_trained_is_evaluated_in_float32_for_a_gap_of_its_own(teacher, 
     assert str(pupil.job("rte", Setting(3e-4, 3), 0, given).folder / "glue/rte") in others[0].jobs(given)[0].commands[0]
     assert str(longer.jobs(given)[0].folder / "glue/rte") in others[1].jobs(given)[0].commands[0]
     rows = build_table(given, dense, others)
-    assert [(row["model"].endswith(", in float32"), row["gap"]) for row in rows] == [
-        (True, "0.0"),
-        (True, "7.0"),
-        (True, "4.0"),
+    assert [(row["model"].endswith(", in float32"), row["gap"], row["gap of each seed"]) for row in rows] == [
+        (True, "0.0", "2.0, 0.0, -2.0"),
+        (True, "7.0", "7.0"),
+        (True, "4.0", "4.0"),
     ]
 
 
