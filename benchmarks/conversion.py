@@ -701,10 +701,10 @@ def notes(arguments: Arguments, contestants: Sequence[Contestant | OfTrained]) -
     precision = "Rows in float32: the same models, evaluated without bfloat16; the gap is to the teacher in float32."
     return [
         f"Scores: GLUE's times 100, validation sets, last epoch; median (lowest .. highest) over {seeds}, of the "
-        f"setting {setting}. Gap: the mean over tasks of teacher less student, by medians; and of each seed that has all "
-        "tasks. Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a network "
-        "with ternary activations and no time steps, so against such a one the ratio is 1. Steps of large tasks "
-        f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows.",
+        f"setting {setting}. Gap: the mean over tasks of teacher less student, by medians; and of each seed that has "
+        "all tasks. Energy: the encoder's arithmetic by the 45 nm convention (docs/energy.md). At T = 1 a SpikeLM is a "
+        "network with ternary activations and no time steps, so against such a one the ratio is 1. Large tasks "
+        f"({', '.join(arguments.large_tasks)}) have {arguments.large_task_batch_size} rows a step.",
         *fewer_seeds(arguments, contestants),
         *([precision] if arguments.evaluate_in_float32 else []),
         *precisions(arguments, contestants),
