@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def project_commit() -> str:
-    """The commit that is checked out, with "-dirty" where files differ from it."""
+    """The commit that is checked out, with "-dirty" where files differ from it when a command first asks: the tables
+    that it writes itself are no part of what made them."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
