@@ -25,7 +25,7 @@ from tests.test_documents import PAGES, ROOT, blocks, commands
 # How a line of a shell block, or a command, begins, and the test that runs it.
 ELSEWHERE = {
     "pip install": "tests/test_package.py",
-    "make demo": "tests/demo/test_run.py",
+    "make demo": "tests/demo",
     "make convert": "tests/test_run_distill.py",
     "make app": "tests/space",
     "make space": "tests/space",

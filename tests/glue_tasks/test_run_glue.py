@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from experiment import precision
+from experiment.folder_lock import unlocking_folders
 from experiment.publishing import Publisher
 from experiment.run_record import RunRecord
 from experiment.written_files import LIST_NAME, WrittenFiles
@@ -539,8 +540,9 @@ def test_the_folder_of_the_model_to_start_from_is_not_the_one_to_write_into(writ
     base = tmp_path / "base"
     shutil.copytree(tiny_spikelm, base)
     pretraining = RunRecord(tmp_path / "run", {}, "")
-    pretraining.open()
-    pretraining.record_beginning()
+    with unlocking_folders():
+        pretraining.open()
+        pretraining.record_beginning()
     with WrittenFiles(tmp_path / "run").writing(*(path.name for path in base.iterdir())):
         for path in base.iterdir():
             shutil.copy(path, tmp_path / "run")

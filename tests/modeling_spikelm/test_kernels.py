@@ -191,7 +191,7 @@ def test_what_a_product_keeps_is_half_a_byte_per_spike_and_comes_back_the_same(d
             level_spikes(inputs, Levels(amplitude, torch.rand(5) + 0.5, torch.randn(5)), 0.25, "reference"),
         ):
             kept = packing._pack(spikes)
-            assert kept.codes.dtype == torch.int8 and len(kept.codes) == (steps + 1) // 2
+            assert kept.made_of.codes.dtype == torch.int8 and len(kept.made_of.codes) == (steps + 1) // 2
             with torch.no_grad():
                 assert torch.equal(_unpack(kept), spikes)
             # Where gradients are asked of the gradient, torch's own operations read the same codes.

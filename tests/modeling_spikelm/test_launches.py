@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_spikelm import SpikeLMForMaskedLM, launching, spike_kernels
+from modeling_spikelm.neurons import neuron_groups
 from modeling_spikelm.packing import SpikePacking
 from tests.modeling_spikelm.operations import Operations
 
@@ -29,16 +30,18 @@ def launched(monkeypatch):
     return launches
 
 
-def calibrated(config, batch, num_time_steps):
+def calibrated(config, num_time_steps):
+    """With amplitudes of no batch: where no kernel runs, a forward has no numbers."""
     config.num_time_steps = num_time_steps
     model = SpikeLMForMaskedLM(config)
-    model.calibrate([batch])
+    for neurons in neuron_groups(model):
+        neurons.set_amplitude(torch.ones(num_time_steps))
     return model
 
 
 @pytest.mark.parametrize("num_time_steps", [1, 3])
 def test_inference_launches_once_for_a_group_of_neurons_and_keeps_no_codes(config, batch, launched, num_time_steps):
-    model = calibrated(config, batch, num_time_steps).eval()
+    model = calibrated(config, num_time_steps).eval()
     launched.clear()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(**batch)
@@ -46,8 +49,8 @@ def test_inference_launches_once_for_a_group_of_neurons_and_keeps_no_codes(confi
     assert {tensors[-1] for _, tensors in launched} == {None}
 
 
-def test_in_inference_a_group_of_neurons_is_one_allocation_beside_its_launch(config, batch, launched, monkeypatch):
-    neurons = calibrated(config, batch, 1).bert.encoder.layer[0].attention.self.neurons
+def test_in_inference_a_group_of_neurons_is_one_allocation_beside_its_launch(config, launched, monkeypatch):
+    neurons = calibrated(config, 1).bert.encoder.layer[0].attention.self.neurons
     inputs = torch.randn(2, 4, config.hidden_size)
     monkeypatch.setattr(spike_kernels, "launch_on_tiles", lambda *arguments: None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Operations() as operations:
@@ -60,7 +63,7 @@ def test_in_inference_a_group_of_neurons_is_one_allocation_beside_its_launch(con
 def test_training_launches_twice_for_a_group_of_neurons_and_unpacks_where_it_pays(
     config, batch, launched, num_time_steps, unpacked, monkeypatch
 ):
-    model = calibrated(config, batch, num_time_steps).train()
+    model = calibrated(config, num_time_steps).train()
     launched.clear()
     looked_up = []
     pack = SpikePacking._pack
@@ -76,7 +79,7 @@ def test_training_launches_twice_for_a_group_of_neurons_and_unpacks_where_it_pay
 
 
 def test_where_torch_has_the_neurons_a_single_step_is_packed_too(config, batch, monkeypatch):
-    model = calibrated(config, batch, 1).train()
+    model = calibrated(config, 1).train()
     looked_up = []
     pack = SpikePacking._pack
     monkeypatch.setattr(SpikePacking, "_pack", lambda *args: (looked_up.append(args), pack(*args))[1])

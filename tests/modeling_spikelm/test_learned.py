@@ -154,7 +154,7 @@ def test_what_a_product_keeps_of_them_is_a_byte_per_spike_and_comes_back_the_sam
     with packing:
         spikes = level_spikes(inputs, levels, 0.25, "reference")
         kept = packing._pack(spikes)
-        assert kept.codes.dtype == torch.int8
+        assert kept.made_of.codes.dtype == torch.int8
         assert torch.equal(_unpack(kept), spikes)
         assert torch.equal(gradient(), expected)
 
