@@ -82,7 +82,11 @@ def similarity(name: str | Path, pairs: Dataset) -> float:
 
 
 def card_of_training(name: str) -> ModelCard | None:
-    """The card that lies beside an encoder, on disk or on the Hub; None if there is none."""
+    """The card that lies beside an encoder, on disk or on the Hub; None if there is none.
+
+    Raises:
+        ValueError: the file on disk is no card.
+    """
     if Path(name).exists():
         path = Path(name, CARD)
         try:

@@ -21,6 +21,9 @@ def lock_folder(folder: Path) -> str | None:
 
     Returns:
         Who has it, if another process does; None otherwise.
+
+    Raises:
+        OSError: the folder is not there, or nothing can be written in it.
     """
     path = folder.resolve() / LOCK_NAME
     while True:

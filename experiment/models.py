@@ -38,7 +38,7 @@ from .precision import WEIGHTS, refuse_quantised, report_stored_dtypes
 
 logger = logging.getLogger(__name__)
 
-_OTHERWISE = "cannot be had as asked for (--attn_implementation, say)"
+_NOT_AS_ASKED = "cannot be had as asked for (--attn_implementation, say)"
 # What calibration sets.
 _OF_NEURONS = re.compile(r"neurons\.\w+$")
 # The layers of encoders and decoders, which no head has.
@@ -241,7 +241,7 @@ def load_model(
         try:
             model = auto_class.from_config(config, trust_remote_code=arguments.trust_remote_code, **options)
         except ImportError as error:
-            raise ValueError(f"A new model {_OTHERWISE}: {error}") from error
+            raise ValueError(f"A new model {_NOT_AS_ASKED}: {error}") from error
         return _with_mean_loss(auto_class, model)
     refuse_quantised(name, config)
     # Weights are loaded as they were stored, and what is to be trained is made float then.
@@ -302,7 +302,7 @@ def _loading_errors(name: str) -> Iterator[None]:
         refuse_pickled_weights(name)
         raise ValueError(f"{name} has no weights in safetensors files that can be loaded: {error}") from error
     except ImportError as error:
-        raise ValueError(f"{name} {_OTHERWISE}: {error}") from error
+        raise ValueError(f"{name} {_NOT_AS_ASKED}: {error}") from error
     except RuntimeError as error:
         raise ValueError(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"

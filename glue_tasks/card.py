@@ -15,6 +15,7 @@ HUB_METRICS = {"pearson": "pearsonr", "macro_f1": "f1", "micro_f1": "f1", "subse
 
 
 def make_card(data: TaskData, run: GlueTrainingArguments, model: PreTrainedModel) -> RunCard:
+    """The card of a model that is trained on a task, still without its scores."""
     task = data.task
     examples = f"{len(data.splits.get('train', ()))} examples"
     if UNLABELLED in data.splits:

@@ -14,8 +14,6 @@ from glue_tasks.scoring import metric_key
 from glue_tasks.tasks import Task
 
 DEFAULT_EPOCHS = 3
-
-
 # Arguments that `plan_runs` gives each run of its own.
 SET_BY_PLAN = {
     "num_train_epochs",
@@ -27,8 +25,6 @@ SET_BY_PLAN = {
     "lr_scheduler_kwargs",
     "seed",
 }
-
-
 # What it takes to show the best epoch.
 KEEPING_BEST = {
     "eval_strategy": IntervalStrategy.EPOCH,

@@ -73,7 +73,11 @@ def prepare(
     teaching: DistillationArguments,
     trains: bool,
 ) -> TaskData:
-    """Tokenise a task's splits and make its configuration; raises what is wrong with any of them."""
+    """Tokenise a task's splits and make its configuration.
+
+    Raises:
+        ValueError: they cannot be had, or do not fit each other.
+    """
     fields = label_fields(task)
     if model_arguments.model_name_or_path is None and model_arguments.config_name is None:
         check_is_trained(task, None, trains)
@@ -100,13 +104,18 @@ def prepare(
 
 
 def load_task_model(data: TaskData) -> PreTrainedModel:
+    """
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     return load_model(AutoModelForSequenceClassification, data.model, data.config, data.ignore_mismatched_sizes)
 
 
 def load_task_teacher(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, teaching: DistillationArguments
 ) -> Teacher | None:
-    """
+    """The teacher of a task, which is a classifier of the same labels; None if it has none.
+
     Raises:
         ValueError: it cannot be loaded, has another vocabulary, or is a classifier of other labels or in another order.
     """

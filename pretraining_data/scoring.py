@@ -33,6 +33,10 @@ CAUSAL_LM_GREATER_IS_BETTER = {"loss": False, "perplexity": False, "next_token_a
 def masked_lm_losses(logits, labels, label_smoothing: float = 0.0) -> dict[str, torch.Tensor]:
     """What the metrics need of each batch, in place of all logits.
 
+    Args:
+        logits: `(B, L, V)`; with a next-sentence head a pair, the second `(B, 2)`.
+        labels: `(B, L)`, -100 where nothing is predicted; with that head a pair, the second of B numbers.
+
     Returns:
         "tokens": predicted ids `(B, L)`; "token_losses": theirs, `(B, L)`, 0 where there is no label; with label
         smoothing also "smoothed_losses", which training minimises in their place. With a next-sentence head

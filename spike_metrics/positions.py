@@ -100,10 +100,10 @@ def check_is_not_packed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     given = _arguments(module, args, kwargs)
     positions = given.get("position_ids")
     begins_anew = False
-    # In an encoder all tokens of a row see each other, whatever their positions.
-    is_causal = any(getattr(part, "is_causal", False) for part in module.modules())
-    if is_causal and positions is not None and given.get("attention_mask") is None:
-        begins_anew = bool(((positions == positions.amin(-1, keepdim=True)).sum(-1) > 1).any())
+    if positions is not None and given.get("attention_mask") is None:
+        # In an encoder all tokens of a row see each other, whatever their positions.
+        is_causal = any(getattr(part, "is_causal", False) for part in module.modules())
+        begins_anew = is_causal and bool(((positions == positions.amin(-1, keepdim=True)).sum(-1) > 1).any())
     if begins_anew or given.get("cu_seq_lens_q") is not None:
         raise ValueError(
             "Several texts are packed into a row, and how many of its tokens see each other is not known from outside. "
