@@ -35,7 +35,7 @@ space:
 
 convert: $(VENV)/installed
 	@test -n "$(TEXT)" || { echo "Name a file or folder of text to learn from: make convert TEXT=my_texts"; exit 2; }
-	$(KEEP_MEMORY) $(PYTHON) run_distill.py recipes/convert_to_spikelm.yaml --teacher_name_or_path $(TEACHER) \
+	$(KEEP_MEMORY) $(PYTHON) run_distill.py recipes/convert_to_spikelm.yaml --teacher_name_or_path "$(TEACHER)" \
 		--train_file "$(TEXT)" $(if $(VALIDATION),--validation_file "$(VALIDATION)") --output_dir "$(CONVERTED)"
 
 test: $(VENV)/installed

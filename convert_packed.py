@@ -8,6 +8,7 @@ text elsewhere. The learning rate falls to 0 by the clock, so that it is done wh
 """
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from distillation.losses import LEAST_SEQUENCES
 from distillation.packed_text import ROW_LENGTHS, PackedText
 from distillation.teacher import Teacher, load_teacher, take_real_valued_parts
 from distillation.trainer import DistillationTrainer
@@ -39,6 +41,8 @@ from experiment.models import load_config, load_model, load_tokenizer
 from experiment.numerics import NotFiniteError, number_errors
 from experiment.reporting import full_disk_errors, input_errors
 from experiment.trial_step import try_first_step
+
+logger = logging.getLogger(__name__)
 
 WARM_UP = 100
 # How many steps several processes make by one look at the clock.
@@ -181,6 +185,15 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{arguments.packed_text} has rows of {text.longest} tokens, and {student.model_name_or_path} "
                 f"takes {config.max_position_embeddings}; it is for a BERT that takes {max(ROW_LENGTHS)}."
+            )
+        rows = arguments.tokens_per_batch // text.longest
+        if arguments.sentence_weight and rows < LEAST_SEQUENCES:
+            logger.warning(
+                "--sentence_weight says nothing in batches of fewer than %d rows, and --tokens_per_batch %d has room "
+                "for %d of the longest.",
+                LEAST_SEQUENCES,
+                arguments.tokens_per_batch,
+                rows,
             )
         model = load_model(AutoModel, student, config)
         # A student that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.

@@ -40,6 +40,7 @@ from experiment.models import (
     load_tokenizer,
     longest_input,
     saved_by_run,
+    stores_any,
     weights_digest,
 )
 from experiment.precision import check_evaluation
@@ -102,9 +103,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         auto_class = AutoModelForMaskedLM if teacher.kind == "tokens" else AutoModel
         model = load_model(auto_class, saved_by_run(student_arguments, run.trained), config)
-        if training.do_train and not run.trained and not teaching.train_embeddings:
+        if training.do_train and not run.trained:
             # One that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
-            take_real_valued_parts(model, teacher)
+            if not teaching.train_embeddings:
+                take_real_valued_parts(model, teacher)
+            elif teacher.kind and not stores_any(student_arguments, "cls."):
+                take_real_valued_parts(model, teacher, with_embeddings=False)
         inputs = inspect.signature(model.forward).parameters
         rows, validation, collator = masked_data(splits, tokenizer, inputs, data_arguments, training)
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)

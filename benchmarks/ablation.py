@@ -8,6 +8,7 @@ Every model is pre-trained by run_mlm.py and fine-tuned by run_glue.py with the 
 from dataclasses import dataclass, field
 
 import project  # noqa: F401
+from arguments import read_arguments
 from cases import list_of
 from report import Row, keep, print_table
 from trainings import (
@@ -25,7 +26,6 @@ from trainings import (
     report_failures,
     run_all,
 )
-from transformers import HfArgumentParser
 
 from configuration_spikelm.configuration_spiking import NEURONS
 
@@ -57,7 +57,7 @@ class Arguments(TrainingsArguments):
 
 @ending_on_sigterm()
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     corpus = prepare_corpus(arguments)
     variants = list_variants(arguments.neurons, arguments.num_time_steps)
     # Many steps first, so that the cores end together; every model has its first seed before any has a second.

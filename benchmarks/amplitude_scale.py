@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from arguments import read_arguments
 from cases import list_of
 from matplotlib.figure import Figure
 from report import Row, keep, print_table
@@ -28,7 +29,6 @@ from trainings import (
     report_failures,
     run_all,
 )
-from transformers import HfArgumentParser
 
 PUBLISHED_SCALE = 2.0
 # Okabe and Ito's blue, vermilion and grey, which everybody can tell apart.
@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
 @ending_on_sigterm()
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     corpus = prepare_corpus(arguments)
     steps = ("num_time_steps", arguments.num_time_steps)
     jobs: dict[float, list[Job]] = {

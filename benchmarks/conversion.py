@@ -31,10 +31,10 @@ from statistics import fmean, median
 from typing import Any
 
 import project  # noqa: F401
+from arguments import read_arguments
 from cases import list_of
 from report import Row, keep, print_table
 from trainings import MADE_BY, PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
-from transformers import HfArgumentParser
 
 from glue_tasks.tasks import TASKS
 
@@ -55,7 +55,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "Folder for all trainings; the same command again goes on there."})
     train_file: str | None = field(default=None, metadata={"help": "Text for run_distill.py: a file or a folder."})
     validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on (default: held out)."})
-    task_name: list[str] = list_of("cola", "sst2", "mrpc", "stsb", "rte", help="GLUE tasks.")
+    task_name: list[str] = list_of("cola", "sst2", "mrpc", "stsb", "rte", choices=TASKS, help="GLUE tasks.")
     variants: list[str] = list_of(
         "num_time_steps=1",
         "neuron=learned,num_time_steps=1",
@@ -392,7 +392,7 @@ def read_result(job: Job, seed: int) -> Result | None:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     measure(arguments)
 
 

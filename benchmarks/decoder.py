@@ -18,6 +18,7 @@ from typing import Any
 
 import project  # noqa: F401
 import torch
+from arguments import read_arguments
 from cases import list_of
 from decoder_changes import CHANGES, PLACES, apply, parse
 from report import Row, keep, print_table
@@ -27,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -89,7 +89,7 @@ class Arguments:
 
 @ending_on_sigterm()
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     teacher = arguments.teacher_name_or_path
     if teacher.endswith(".gguf"):
         teacher = from_gguf(Path(teacher), Path(arguments.output_dir, "dense"))

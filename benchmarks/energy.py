@@ -12,9 +12,10 @@ from pathlib import Path
 
 import project  # noqa: F401
 import torch
+from arguments import read_arguments
 from cases import SHAPES, list_of
 from report import Row, report
-from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from modeling_spikelm import SpikeLMConfig, SpikeLMModel
 from spike_metrics import (
@@ -50,7 +51,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     if arguments.model_name_or_path:
         rows = trained_rows(arguments)
         title = f"Energy of a trained encoder, {Path(arguments.model_name_or_path).resolve().name}"

@@ -15,13 +15,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import project  # noqa: F401
+from arguments import read_arguments
 from cases import list_of
 from datasets import Dataset
 from matplotlib.figure import Figure
 from report import Row, keep, print_table
 from sentence_similarity import calibrated, measure
 from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
@@ -73,7 +74,7 @@ class Point(NamedTuple):
 
 @ending_on_sigterm()
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     teacher = arguments.teacher_name_or_path
     splits = load_task(TASKS["stsb"], arguments.data_dir)
     pairs = splits[arguments.split]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import project  # noqa: F401
 import yaml
+from arguments import read_arguments
 from cases import list_of
 from datasets import Dataset
 from report import Row, keep, print_table
@@ -31,7 +32,6 @@ from trainings import (
     script,
     source_digest,
 )
-from transformers import HfArgumentParser
 
 from pretraining_data.arguments import DataArguments
 from pretraining_data.documents import load_documents
@@ -79,7 +79,7 @@ class Pairs(NamedTuple):
 
 @ending_on_sigterm()
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     pairs = prepare_pairs(arguments)
     variants = list_variants(arguments)
     trainings = [Training(*variant, seed) for seed in arguments.seeds for variant in variants]

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 import project  # noqa: F401
 import torch
+from arguments import read_arguments
 from cases import list_of
 from decoder import windows
 from report import Row, keep, print_table
 from sentence_similarity import measure, parse_fields
 from trainings import PATH_NAMES, device
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from distillation.least_squares import fit_to_teacher
 from distillation.losses import hidden_state_errors
@@ -49,7 +50,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     name = arguments.teacher_name_or_path
     teacher, tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     pairs = load_task(TASKS["stsb"], arguments.data_dir)["validation"]

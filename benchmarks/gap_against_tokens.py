@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import project  # noqa: F401
+from arguments import read_arguments
 from cases import list_of
 from equal_rate import training
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ from matplotlib.ticker import ScalarFormatter
 from report import Row, keep, print_table
 from sentence_similarity import calibrated, measure
 from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+from transformers import AutoModel, AutoTokenizer
 
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
@@ -73,7 +74,7 @@ class Line(NamedTuple):
 
 @ending_on_sigterm()
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     teacher = arguments.teacher_name_or_path
     splits = load_task(TASKS["stsb"], arguments.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(teacher)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from arguments import read_arguments
 from cases import SIDES, TimingArguments, list_of
 from processes import time_by_turns
 from report import ratio_text, report
-from transformers import HfArgumentParser
 
 INFERRING_SIDES = ("bert", "bert-int8", "bert-onnx", "bert-int8-onnx", "spikelm", "spikelm-int8", "spikelm-onnx")
 INFERRING_SIDES += ("spikelm-int8-onnx", "oracle")
@@ -26,7 +26,7 @@ class Arguments(TimingArguments):
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     for shape in arguments.shape:
         for batch_size in [arguments.batch_size] if arguments.batch_size else INFERENCE_BATCH_SIZES:
             measure(arguments, shape, batch_size)

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
+from arguments import read_arguments
 from cases import HEADLINE, SIDES, TRAINED_SIDES, Case, CommonArguments, list_of
 from processes import measure_once
 from report import report
-from transformers import HfArgumentParser
 
 SWITCH = {"no": (False,), "yes": (True,), "both": (False, True)}
 Switch = Literal["no", "yes", "both"]
@@ -27,7 +27,7 @@ class Arguments(CommonArguments):
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     for shape in arguments.shape:
         cases = [
             case

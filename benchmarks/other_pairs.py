@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import project  # noqa: F401
+from arguments import read_arguments
 from cases import list_of
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from same_texts import rows_without, texts
-from transformers import HfArgumentParser
 
 from glue_tasks.loading import SENTENCES, load_task
 from glue_tasks.tasks import TASKS
@@ -50,7 +50,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     tasks = [load_task(TASKS[task], arguments.data_dir) for task in arguments.task_name]
     found = [splits["train"].select_columns(list(SENTENCES)) for splits in tasks]
     if arguments.text_file is not None:

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import correlation, linear_regression
 
+from arguments import read_arguments
 from cases import Case, TimingArguments, list_of
 from processes import measure_once, time_by_turns
 from report import Row, ratio_text, report
-from transformers import HfArgumentParser
 
 MIB = 2**20
 SWEEPS = ("time_steps", "batch", "length", "loading")
@@ -28,7 +28,7 @@ class Arguments(TimingArguments):
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     sweeps = {"time_steps": sweep_time_steps, "batch": sweep_batch, "length": sweep_length, "loading": loading}
     for shape in arguments.shape:
         for sweep in arguments.sweeps:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import project  # noqa: F401
 import torch
+from arguments import read_arguments
 from cases import list_of
 from datasets import Dataset
 from report import Row, report
 from same_texts import rows_without, training_texts
 from scipy.stats import spearmanr
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
@@ -46,7 +47,7 @@ class Arguments:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     splits = load_task(TASKS["stsb"], arguments.data_dir or None)
     pairs = splits[arguments.split]
     pairs = rows_without(pairs, training_texts(arguments.unseen_by, arguments.data_dir or None))

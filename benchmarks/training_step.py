@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
+from arguments import read_arguments
 from cases import SIDES, TRAINED_SIDES, Case, TimingArguments, list_of
 from processes import time_by_turns
 from report import ratio_text, report
-from transformers import HfArgumentParser
 
 
 @dataclass
@@ -31,7 +31,7 @@ def in_float32(case: Case) -> Case:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     for shape in arguments.shape:
         cases = arguments.cases("training", shape, arguments.sides, warmup=arguments.warmup)
         title, ratio_to = f"Training step, {cases[0].setting}", "bert"

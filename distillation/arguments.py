@@ -100,6 +100,11 @@ class DistillationArguments:
             raise ValueError(f"--fit_tokens is {self.fit_tokens}; it has to be a number of tokens, or 0 for none.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature is {self.temperature}; it has to be a number above 0.")
+        if self.temperature != 1 and not self.logits_weight:
+            raise ValueError(
+                f"--temperature {self.temperature:g} with --logits_weight 0 says nothing: it divides logits. Leave it "
+                "out, or give them a weight."
+            )
 
     @property
     def teacher(self) -> str | None:

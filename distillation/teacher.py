@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from configuration_spikelm import SpikeLMConfig
-from experiment.models import is_absent, knows_words
+from experiment.models import knows_words, loading_errors, refuse_missing
 from experiment.precision import WEIGHTS, refuse_quantised
 
 logger = logging.getLogger(__name__)
@@ -30,6 +29,8 @@ logger = logging.getLogger(__name__)
 MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 # What a teacher can be given of a batch.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+# How the names of a head's parameters begin.
+_HEADS = ("classifier", "cls.", "lm_head.")
 # What a parameter of a layer has in its name.
 _LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 # Of models whose head belongs to them: what its logits say something of.
@@ -103,7 +104,7 @@ def load_teacher(
     offered = getattr(student, "offered_classes", ())
     own_head = next((auto_class for auto_class in _OWN_HEADS if auto_class.__name__ in offered), None)
     location: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    try:
+    with loading_errors(name, "--teacher_name_or_path "):
         config = AutoConfig.from_pretrained(name, **location)
         refuse_quantised(name, config)
         _check_fit(name, config, student, is_classifier)
@@ -114,47 +115,45 @@ def load_teacher(
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
         model, loaded = auto_class.from_pretrained(name, config=config, **options)
-        missing = [key for key in loaded["missing_keys"] if key.startswith(("classifier", "cls.", "lm_head."))]
-        if missing and not (is_classifier or own_head):
-            model, _ = AutoModel.from_pretrained(name, config=config, **options)
-    except SafetensorError as error:
+        heads = [key for key in loaded["missing_keys"] if key.startswith(_HEADS)]
+        if heads and not (is_classifier or own_head):
+            model, loaded = AutoModel.from_pretrained(name, config=config, **options)
+    if heads and is_classifier:
         raise ValueError(
-            f"The weights of --teacher_name_or_path {name} are damaged ({error}); copy or download it again."
-        ) from error
-    except OSError as error:
-        if is_absent(name):
-            raise ValueError(
-                f"--teacher_name_or_path {name} does not exist; name a folder with a model, or a model of the Hub."
-            ) from error
-        raise ValueError(f"--teacher_name_or_path {name} cannot be loaded: {error}") from error
-    if missing and is_classifier:
-        raise ValueError(
-            f"--teacher_name_or_path {name} has no trained classifier ({missing[0]} is missing); fine-tune it on the "
+            f"--teacher_name_or_path {name} has no trained classifier ({heads[0]} is missing); fine-tune it on the "
             "task first, with run_glue.py."
         )
-    if missing and own_head:
+    if heads and own_head:
         raise ValueError(
-            f"--teacher_name_or_path {name} has no head that says which token is next ({missing[0]} is missing); name "
+            f"--teacher_name_or_path {name} has no head that says which token is next ({heads[0]} is missing); name "
             "a checkpoint that was saved with it."
         )
+    # A pooler is read by classifiers alone.
+    others = [key for key in loaded["missing_keys"] if is_classifier or not key.startswith("pooler.")]
+    refuse_missing(f"--teacher_name_or_path {name}", config.model_type, others)
     if is_classifier:
         return Teacher(model, "labels")
-    return Teacher(model, _OWN_HEADS[own_head] if own_head else "" if missing else "tokens")
+    return Teacher(model, _OWN_HEADS[own_head] if own_head else "" if heads else "tokens")
 
 
 @torch.no_grad()
-def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher) -> None:
+def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher, with_embeddings: bool = True) -> None:
     """Copies what has no spikes, and so need not be learned again: embeddings, norms outside of layers, and pooler and
     head, as far as both models have them; one of the two may be the network alone.
+
+    Args:
+        with_embeddings: without, the student keeps its embeddings, and what of its head is tied to them.
 
     Raises:
         ValueError: a parameter of that name has another shape in the student.
     """
     prefix = f"{student.base_model_prefix}."
     wanted = {name.removeprefix(prefix): value for name, value in teacher.model.state_dict().items()}
-    for name, parameter in student.state_dict(keep_vars=True).items():
-        name = name.removeprefix(prefix)
-        source = None if _LAYER.search(name) else wanted.get(name)
+    own = {name.removeprefix(prefix): value for name, value in student.state_dict(keep_vars=True).items()}
+    kept = set() if with_embeddings else {id(value) for name, value in own.items() if name.startswith("embeddings.")}
+    taken = []
+    for name, parameter in own.items():
+        source = None if _LAYER.search(name) or id(parameter) in kept else wanted.get(name)
         if source is None:
             continue
         if source.shape != parameter.shape:
@@ -162,6 +161,9 @@ def take_real_valued_parts(student: PreTrainedModel, teacher: Teacher) -> None:
                 f"{name} is {tuple(source.shape)} in the teacher, {tuple(parameter.shape)} in the student."
             )
         parameter.copy_(source)
+        taken.append(name.split(".")[0])
+    if taken:
+        logger.info("The student begins with these parts of its teacher: %s.", ", ".join(dict.fromkeys(taken)))
 
 
 def _check_fit(name: str, teacher: PreTrainedConfig, student: PreTrainedConfig, is_classifier: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -264,7 +264,7 @@ def load_model(
     model_class = auto_class._model_mapping[type(config)] if is_warm_start else auto_class
     if not is_warm_start:
         options["trust_remote_code"] = arguments.trust_remote_code
-    with _loading_errors(name):
+    with loading_errors(name):
         model, loaded = model_class.from_pretrained(
             name,
             config=config,
@@ -287,8 +287,11 @@ def load_model(
 
 
 @contextmanager
-def _loading_errors(name: str) -> Iterator[None]:
+def loading_errors(name: str, flag: str = "") -> Iterator[None]:
     """
+    Args:
+        flag: what named the checkpoint, with a space behind it, if it was not `--model_name_or_path`.
+
     Raises:
         ValueError: in place of what is raised where weights are missing, damaged or of another size.
     """
@@ -296,17 +299,35 @@ def _loading_errors(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"The weights of {name} are damaged ({error}); copy or download the checkpoint again."
+            f"The weights of {flag}{name} are damaged ({error}); copy or download the checkpoint again."
         ) from error
     except OSError as error:
+        if is_absent(name):
+            raise ValueError(
+                f"{flag}{name} does not exist; name a folder with a model, or a model of the Hub."
+            ) from error
         refuse_pickled_weights(name)
-        raise ValueError(f"{name} has no weights in safetensors files that can be loaded: {error}") from error
+        raise ValueError(f"{flag}{name} has no weights in safetensors files that can be loaded: {error}") from error
     except ImportError as error:
-        raise ValueError(f"{name} {_NOT_AS_ASKED}: {error}") from error
+        raise ValueError(f"{flag}{name} {_NOT_AS_ASKED}: {error}") from error
     except RuntimeError as error:
+        overrides = "" if flag else " (and --config_overrides, if given)"
+        raise ValueError(f"The weights of {flag}{name} do not fit its configuration{overrides}: {error}") from error
+
+
+def refuse_missing(name: str, model_type: str, missing: Sequence[str]) -> None:
+    """
+    Args:
+        missing: names of the parameters that a checkpoint lacks and must not lack.
+
+    Raises:
+        ValueError: there are any, so the weights are not all there, or are those of something else.
+    """
+    if missing:
         raise ValueError(
-            f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {error}"
-        ) from error
+            f"The weights of {name} are not those of a model of type {model_type!r}, as its config.json says: "
+            f"{missing[0]} and {len(missing) - 1} more are missing."
+        )
 
 
 def _check_loaded(
@@ -326,13 +347,9 @@ def _check_loaded(
             f"The weights of {name} do not fit its configuration (and --config_overrides, if given): {body[0]} and "
             f"{len(body) - 1} more have another size, and --ignore_mismatched_sizes is about the classifier alone."
         )
-    # Heads and poolers may be new; layers that are new mean that the weights were those of something else.
+    # Heads and poolers may be new.
     layers = [key for key in loaded["missing_keys"] if _OF_LAYERS.search(key) and not _OF_NEURONS.search(key)]
-    if layers:
-        raise ValueError(
-            f"The weights of {name} are not those of a model of type {config.model_type!r}, as its config.json says: "
-            f"{layers[0]} and {len(layers) - 1} more are missing."
-        )
+    refuse_missing(name, config.model_type, layers)
     embeddings = _input_embeddings(model)
     if embeddings in loaded["missing_keys"]:
         raise ValueError(
@@ -426,6 +443,16 @@ def _weight_files(arguments: ModelArguments) -> list[Path]:
         )
         folder = Path(str(config_file)).parent
     return sorted(folder.glob("*.safetensors"))
+
+
+def stores_any(arguments: ModelArguments, prefix: str) -> bool:
+    """Whether a checkpoint, which has been loaded, has weights whose names begin so."""
+    for path in _weight_files(arguments):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+        if any(name.startswith(prefix) for name in names):
+            return True
+    return False
 
 
 def refuse_pickled_weights(folder: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """A task made ready for its runs: its splits in tokens, the configuration of its model, the model and its teacher."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,10 +49,15 @@ def find_tasks(
     training: GlueTrainingArguments,
     given: Mapping[str, Any],
 ) -> tuple[list[Task], Callable[[Task], DatasetDict]]:
-    """The tasks of the command, and what loads the splits of one: GLUE's by their names, or the user's by its files."""
+    """The tasks of the command, and what loads the splits of one: GLUE's by their names, or the user's by its files.
+
+    Raises:
+        ValueError: there are none, or a flag says nothing to any of them.
+    """
     if not arguments.is_own_data:
-        load = partial(load_task, data_dir=arguments.data_dir, cache_dir=model_arguments.cache_dir)
-        return resolve_task_names(arguments.task_name), load
+        tasks = resolve_task_names(arguments.task_name)
+        _check_temperature(tasks, teaching)
+        return tasks, partial(load_task, data_dir=arguments.data_dir, cache_dir=model_arguments.cache_dir)
     files, classifier = arguments.own_files(training, given), None
     if model_arguments.model_name_or_path:
         classifier = classifier_of(load_config(model_arguments.for_task(OWN_DATA)))
@@ -61,7 +66,16 @@ def find_tasks(
         location = {"revision": teaching.teacher_revision, "cache_dir": model_arguments.cache_dir}
         classifier = classifier_of(AutoConfig.from_pretrained(teacher, **location))
     task, splits = load_own_data(files, classifier)
+    _check_temperature([task], teaching)
     return [task], lambda _: splits
+
+
+def _check_temperature(tasks: Sequence[Task], teaching: DistillationArguments) -> None:
+    if teaching.temperature != 1 and all(task.is_regression for task in tasks):
+        raise ValueError(
+            f"--temperature {teaching.temperature:g} says nothing to a regression, whose numbers are no logits; leave "
+            "it out."
+        )
 
 
 def prepare(

@@ -147,6 +147,25 @@ def test_a_student_goes_on_from_a_student(distilled, teachers, corpus, tmp_path)
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_time_steps == 4
 
 
+def test_a_student_that_trains_its_embeddings_begins_with_the_teachers_head_where_it_has_none(
+    distilled, teachers, corpus, tmp_path
+):
+    def head_of(student: Path, name: str) -> dict[str, torch.Tensor]:
+        more = ("--model_name_or_path", str(student), "--train_embeddings", "--learning_rate", "0")
+        run_distill.main(command(teachers["with_head"], corpus, tmp_path / name, *more, "--max_steps", "1"))
+        weights = load_file(tmp_path / name / "model.safetensors")
+        return {key: value for key, value in weights.items() if key.startswith("cls.")}
+
+    weights = load_file(teachers["with_head"] / "model.safetensors")
+    found = head_of(distilled["bare"], "bare")
+    assert found and all(torch.equal(value, weights[key]) for key, value in found.items())
+    # One that it has learned is kept.
+    own = load_file(distilled["with_head"] / "model.safetensors")
+    found = head_of(distilled["with_head"], "own")
+    assert all(torch.equal(value, own[key]) for key, value in found.items())
+    assert not all(torch.equal(value, weights[key]) for key, value in found.items())
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_frozen_embeddings_are_those_of_the_teacher_whatever_the_student_was_made_of(
     distilled, teachers, corpus, tmp_path, own
@@ -215,6 +234,7 @@ def test_hidden_states_are_learned_with_any_checkpointing(teachers, corpus, tmp_
         (("--model_type", "bert"), "--model_type bert: the student is a SpikeLM"),
         (("--streaming", "--max_steps", "-1"), "--streaming needs --max_steps"),
         (("--hidden_weight", "-1"), "--hidden_weight is -1.0"),
+        (("--temperature", "2", "--logits_weight", "0"), "--temperature 2 with --logits_weight 0 says nothing"),
         (("--label_weight", "0.5"), "--label_weight 0.5 is about a masked-LM head, and .*bare has none; leave"),
         (
             ("--sentence_weight", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"),

@@ -1,10 +1,12 @@
 """Which teachers are taken, with which head, and that they stay what they are."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer
 
 from configuration_spikelm import SpikeLMConfig
@@ -59,6 +61,37 @@ def test_a_damaged_teacher_is_refused_in_one_line(save_teacher):
     weights = Path(folder, "model.safetensors")
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(ValueError, match="The weights of --teacher_name_or_path .* are damaged"):
+        load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False)
+
+
+def test_a_teacher_that_lacks_what_it_is_read_with_is_refused(save_teacher):
+    folder = Path(save_teacher("labels"))
+    weights = load_file(folder / "model.safetensors")
+
+    def without(part: str) -> None:
+        kept = {name: value for name, value in weights.items() if part not in name}
+        assert len(kept) < len(weights)
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    for part in (".layer.1.", ".word_embeddings."):
+        without(part)
+        for is_classifier in (True, False):
+            with pytest.raises(ValueError, match=f"are not those of a model of type 'bert'.*{re.escape(part)}"):
+                load_teacher(str(folder), SpikeLMConfig(**SIZES), is_classifier=is_classifier)
+    without(".pooler.")
+    with pytest.raises(ValueError, match="are not those of a model of type 'bert'.*pooler"):
+        load_teacher(str(folder), SpikeLMConfig(**SIZES), is_classifier=True)
+    assert load_teacher(str(folder), SpikeLMConfig(**SIZES), is_classifier=False).kind == ""
+
+
+def test_a_teacher_whose_weights_or_attention_cannot_be_had_is_refused_in_one_line(save_teacher, monkeypatch):
+    folder = save_teacher("tokens")
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match="--teacher_name_or_path .* cannot be had as asked for"):
+        load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False, attn_implementation="flash_attention_2")
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(ValueError, match="--teacher_name_or_path .* do not fit its configuration: "):
         load_teacher(folder, SpikeLMConfig(**SIZES), is_classifier=False)
 
 
