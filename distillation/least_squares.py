@@ -246,8 +246,10 @@ def _fit_stack(
 def _run_of(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
     """A forward without a head. It fills no cache, which would grow each time a layer is run."""
     base = model.base_model
-    keeps = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-    return lambda: base(**batch, **keeps)
+    # Of the class: that of a model in training may be wrapped in autocast, and layers are fitted in float32.
+    forward = type(base).forward
+    keeps = {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
+    return lambda: forward(base, **batch, **keeps)
 
 
 def _calls_of(layers: nn.ModuleList, kinds: Sequence[str], run: Callable[[], object]) -> dict[str, _Call]:

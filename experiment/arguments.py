@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .precision import check_precision, multiplies_bf16
 from .recorded_arguments import refuse_inexact_resuming
 from .reporting import one_line
+from .sharding import refuse_redrawn_dropout
 from .task_checkpoints import checkpoint_of_task, is_folder_of_tasks
 
 logger = logging.getLogger(__name__)
@@ -236,6 +237,7 @@ def parse_arguments(
         raise ValueError(f"{off} leaves nothing to do; say what to do, as --do_train, or leave it out, to do it all.")
     _check_numbers(training)
     check_precision(training)
+    refuse_redrawn_dropout(training)
     refuse_inexact_resuming(training)
     return *parsed, {name: value for name, value in values.items() if name in given}
 

@@ -61,6 +61,7 @@ class Findings:
         first: where the forward, or else the backward, first was not finite.
         failure: why the second run of the step did not come to its end; what it had found until then is kept.
         groups: of every group of neurons its amplitude, the one that the batch would set, and the largest input.
+        has_stepped: whether the weights are those after the step, which DeepSpeed makes in its backward pass.
     """
 
     step: int
@@ -73,6 +74,7 @@ class Findings:
     first: str | None = None
     failure: str | None = None
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    has_stepped: bool = False
 
     @property
     def is_at_fault(self) -> bool:
@@ -108,7 +110,9 @@ def number_errors() -> Iterator[None]:
 
 
 def check_amplitudes(model: nn.Module) -> None:
-    """Refuses amplitudes that no calibration sets; 0, not calibrated, is one that it will.
+    """Refuses amplitudes that neither calibration nor training sets; 0, not calibrated, is one that it will.
+
+    Learned ones can be any finite number: the neurons take what is below the floor for the floor.
 
     Raises:
         NotFiniteError: names the group.
@@ -154,6 +158,8 @@ class _NumbersCallback(TrainerCallback):
         numbers = list(self._losses)
         if self.trainer.accelerator.scaler is None:
             numbers.append(self._gradient_norm())
+        if not numbers:
+            return  # fp16's loss scaling looks at gradients, and the Trainer makes the loss itself
         is_bad = (~torch.stack(numbers).isfinite()).any().float()
         if args.world_size > 1:
             dist.all_reduce(is_bad, dist.ReduceOp.MAX)  # all stop, or none
@@ -189,6 +195,9 @@ class _NumbersCallback(TrainerCallback):
             self._losses.append(outputs["loss"].detach().float().mean())  # of several devices, as the Trainer does
 
     def _gradient_norm(self) -> torch.Tensor:
+        if self.trainer.is_deepspeed_enabled:
+            engine = self.trainer.accelerator.deepspeed_engine_wrapped
+            return torch.tensor(engine.get_global_grad_norm() or 0.0, device=self.trainer.args.device)
         norm = nn.utils.get_total_norm([p.grad for p in self.trainer.model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return norm.to(self.trainer.args.device, torch.float32)
@@ -203,12 +212,16 @@ class _NumbersCallback(TrainerCallback):
             gradient_norm=self._gradient_norm().item(),
             rows=self._rows(state, dataloader),
             weights=[name for name, value in model.named_parameters() if not _is_finite(value)],
+            has_stepped=self.trainer.is_deepspeed_enabled,
         )
         model.zero_grad()  # makes room for the second run
         with _random_numbers_from(self._random_state, args.device), torch.compiler.set_stance("force_eager"):
             try:
                 for batch in self._batches:
-                    if findings.first is None:
+                    # Where weights are shared out, each process waits for the others in every layer.
+                    if self.trainer.is_fsdp_enabled:
+                        _trace(self.trainer.model, model, batch, findings, with_gradients=False)
+                    elif findings.first is None:
                         _trace(self.trainer.model, model, batch, findings)
             except RuntimeError as error:  # out of memory, for instance; what is known already must not be lost
                 findings.failure = str(error)
@@ -264,8 +277,9 @@ class _NumbersCallback(TrainerCallback):
 def _message(findings: Findings, folder: Path, processes: int) -> str:
     losses = ", ".join(f"{loss:g}" for loss in findings.losses) or "not known"
     where = f" on process {findings.process}" if processes > 1 else ""
+    when = "after" if findings.has_stepped else "before"
     sentences = [
-        f"The training stopped in step {findings.step}, before it changed a weight: loss {losses}{where}, norm of the "
+        f"The training stopped in step {findings.step}, {when} it changed a weight: loss {losses}{where}, norm of the "
         f"gradient {findings.gradient_norm:g}.",
         f"Weights that are not finite: {_listed(findings.weights)}." if findings.weights else "",
         f"The neurons at fault: {findings.neurons}." if findings.neurons else "",
@@ -274,7 +288,7 @@ def _message(findings: Findings, folder: Path, processes: int) -> str:
         f"Training rows{where}: {_listed([str(row) for rows in findings.rows for row in rows], 64)}."
         if findings.rows
         else "",
-        f"The model before this step, the batch and what was found are in {folder}. The same command would come to "
+        f"The model {when} this step, the batch and what was found are in {folder}. The same command would come to "
         "the same step: go on from a checkpoint with --resume_from_checkpoint and, for instance, a smaller "
         "--learning_rate.",
     ]
@@ -286,14 +300,17 @@ def _listed(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _trace(model: nn.Module, bare_model: nn.Module, batch: Batch, findings: Findings) -> None:
+def _trace(
+    model: nn.Module, bare_model: nn.Module, batch: Batch, findings: Findings, with_gradients: bool = True
+) -> None:
     """Runs a batch again and notes where its numbers first are not finite, and what every group of neurons sees.
 
     Args:
         model: to call.
         bare_model: to name the parts by; what `model` is, or what it wraps.
         batch: the arguments of the call.
-        findings: what is found is added here.
+        findings: what is found is added here, unless something was found before.
+        with_gradients: look at the backward pass as well, if the forward has nothing to show.
     """
     # What was seen, in this order, and whether it was finite.
     forward: list[tuple[str, bool]] = []
@@ -318,7 +335,7 @@ def _trace(model: nn.Module, bare_model: nn.Module, batch: Batch, findings: Find
             forward.append((f"the inputs of {name}", _is_finite(inputs)))
             steps = inputs.unflatten(0, (len(module.amplitude), -1))
             findings.groups[name] = {
-                "amplitude": module.amplitude.tolist(),
+                "amplitude": _at_work(module.amplitude).tolist(),
                 "amplitude_of_batch": module.batch_amplitude(steps).tolist(),
                 "largest_input": steps.abs().amax().item(),
             }
@@ -339,8 +356,10 @@ def _trace(model: nn.Module, bare_model: nn.Module, batch: Batch, findings: Find
             hook.remove()
     forward += [] if loss is None else [("the loss", _is_finite(loss))]
     findings.neurons = findings.neurons or _neurons_at_fault(findings.groups)
-    findings.first = next((what for what, is_finite in forward if not is_finite), None)
-    if findings.first is None and loss is None:
+    findings.first = findings.first or next((what for what, is_finite in forward if not is_finite), None)
+    if findings.first is None and not with_gradients:
+        findings.failure = "of weights that are shared out, the backward pass is not run again"
+    elif findings.first is None and loss is None:
         findings.failure = "the loss is not made by the model, so that nothing can be said of its gradients"
     elif findings.first is None:
         named = [(name, value) for name, value in bare_model.named_parameters() if value.requires_grad]
@@ -375,7 +394,13 @@ def _neurons_at_fault(groups: dict[str, dict[str, Any]]) -> str | None:
 def _amplitudes(model: nn.Module) -> dict[str, torch.Tensor]:
     """The amplitudes of every group of neurons by the group's name; a checkpoint's own code has classes of its own."""
     tensors = chain(model.named_buffers(), model.named_parameters())  # learned ones are parameters
-    return {name.removesuffix(".amplitude"): value.detach() for name, value in tensors if name.endswith(".amplitude")}
+    return {name.removesuffix(".amplitude"): _at_work(value) for name, value in tensors if name.endswith(".amplitude")}
+
+
+def _at_work(amplitude: torch.Tensor) -> torch.Tensor:
+    """As neurons take it: what an optimizer has made smaller than the floor is the floor."""
+    is_learned = isinstance(amplitude, nn.Parameter)
+    return amplitude.detach().clamp(min=AMPLITUDE_FLOOR) if is_learned else amplitude.detach()
 
 
 def _is_amplitude(amplitude: torch.Tensor) -> bool:

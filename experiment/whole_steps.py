@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_spikelm import SpikingNeurons
 
 from .recorded_arguments import EXPLANATIONS, sequences_per_step
+from .sharding import evaluate_whole, sum_gradients_in_float32
 
 
 def rows_of_an_epoch(rows: int, training: TrainingArguments) -> int:
@@ -39,8 +41,9 @@ def rows_of_an_epoch(rows: int, training: TrainingArguments) -> int:
 
 
 class WholeStepsTrainer(Trainer):
-    """The stock Trainer, but that an epoch is a whole number of steps, that an evaluation is of all rows, and that the
-    levels of neurons do not decay: as with biases and norms, nothing says that they should be small.
+    """The stock Trainer, but that an epoch is a whole number of steps, that an evaluation is of all rows, also where
+    weights are sharded and nothing was trained, and that the levels of neurons do not decay: as with biases and norms,
+    nothing says that they should be small.
 
     An epoch's rest is filled up with other rows of the data, or left out with `--dataloader_drop_last`. Streams, which
     have no end, are left as they are.
@@ -54,6 +57,7 @@ class WholeStepsTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        sum_gradients_in_float32(self)
         if self.args.torch_compile:
             # So that one compiled layer serves all in training, too: see modeling_spikelm/compiled_layers.py.
             torch._functorch.config.donated_buffer = False
@@ -74,6 +78,10 @@ class WholeStepsTrainer(Trainer):
         groups = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeurons)}
         levels = {f"{group}.{name}" for group, neurons in groups.items() for name, _ in neurons.named_parameters()}
         return [name for name in super().get_decay_parameter_names(model) if name not in levels]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        evaluate_whole(self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         with _all_rows(self.args):

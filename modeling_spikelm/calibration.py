@@ -72,7 +72,7 @@ class Calibration:
         is_counted = self._positions.get(neurons)
         if is_counted is not None:
             # A membrane depends on its own position alone, so the others can be left out from the start.
-            steps = steps[:, is_counted]
+            steps = steps[:, is_counted.to(steps.device)]
         if not steps.numel():
             return
         calibration = neurons.batch_calibration(steps)

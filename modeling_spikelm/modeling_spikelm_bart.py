@@ -507,6 +507,9 @@ class SpikeLMBartModel(SpikeLMBartPreTrainedModel):
         self.shared = SpikeLMBartEmbedding(config)
         self.encoder = SpikeLMBartEncoder(config)
         self.decoder = SpikeLMBartDecoder(config)
+        if config.tie_word_embeddings:
+            # One module and not three of one weight, which FSDP would share out three times.
+            self.set_input_embeddings(self.shared)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -23,10 +23,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def is_seeded(values: torch.Tensor) -> bool:
-    """Whether dropout that keeps its seed serves these values, in a training step."""
+    """Whether dropout that keeps its seed serves these values.
+
+    With gradients or without: under reentrant checkpointing a layer runs first without, then with them, and has to
+    drop the same.
+    """
     return (
         FAST_PATHS.triton_dropout
-        and torch.is_grad_enabled()
         and can_launch(values)
         and values.numel() >= LEAST_VALUES
         and values.dtype in DTYPES

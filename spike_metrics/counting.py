@@ -238,7 +238,7 @@ class SpikeCounter:
             raise ValueError(
                 f"{name} ran and the whole model did not, as where generate() calls an encoder. {IN_ONE_FORWARD}"
             )
-        is_counted = self._positions.of(name)
+        is_counted = self._positions.of(name).to(x.device)
         batch_size, length = is_counted.shape
         x = x.detach()
         if x.dim() == 3 and x.shape[:2] == (self.num_time_steps * batch_size, length):

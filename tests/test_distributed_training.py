@@ -153,7 +153,8 @@ def test_a_decoder_learns_from_its_teacher_alike_on_one_and_on_two_processes(pla
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-12, msg=name)
 
 
-def test_a_model_that_writes_is_trained_and_scored_alike_on_two_processes(tmp_path):
+@pytest.mark.parametrize("place", ["two_cpu_processes", "fsdp2"])
+def test_a_model_that_writes_is_trained_and_scored_alike_on_two_processes(place, tmp_path):
     """Five rows for two processes: one of them is given to both, and counts once."""
     rows = [
         {"text": f"The cat {'and cat ' * (number % 4)}{number} sat.", "summary": "cat " * (1 + number % 5)}
@@ -171,12 +172,30 @@ def test_a_model_that_writes_is_trained_and_scored_alike_on_two_processes(tmp_pa
     run += ["--model_name_or_path", str(tmp_path / "base")]
     run_summarization.main([*run, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
     several = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3"]
-    done = launch_forked(
-        "two_cpu_processes", [DOUBLE, "run_summarization.py", *run, *several, "--output_dir", str(tmp_path / "two")]
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def launch(name: str, *more: str) -> None:
+        arguments = [*run, *several, *more, "--output_dir", str(tmp_path / name)]
+        script, flags = [DOUBLE, "run_summarization.py"], []
+        if place == "fsdp2":
+            script = [*SHARDED[:2], "run_summarization.py"]
+            arguments += SHARDED[2:]
+            layers = "SpikeLMBartEncoderLayer,SpikeLMBartDecoderLayer"
+            flags = ["--mixed_precision", "no", "--fsdp_transformer_layer_cls_to_wrap", layers]
+        done = launch_forked(
+            place, [*script, *arguments], "--num_processes", "2", *flags, ACCELERATE_TORCH_DEVICE="cpu"
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    launch("two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-12, msg=name)
-    one, two = (json.loads((tmp_path / name / "results.json").read_text())["validation"] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-5)
+
+    def scores(name: str) -> dict[str, float]:
+        return json.loads((tmp_path / name / "results.json").read_text())["validation"]
+
+    assert scores("two") == pytest.approx(scores("one"), rel=1e-5)
+    if place == "fsdp2":
+        # Without a training nothing is sharded, and the scores are the same.
+        launch("seen", "--do_eval", "--model_name_or_path", str(tmp_path / "two"))
+        assert scores("seen") == pytest.approx(scores("two"), rel=1e-5)

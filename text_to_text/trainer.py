@@ -45,7 +45,11 @@ class WritingTrainer(WholeStepsTrainer, Seq2SeqTrainer):
         inputs = {name: value for name, value in inputs.items() if name != ROW}
         if self.args.predict_with_generate:
             source = {name: inputs[name] for name in SOURCE_INPUTS}
-            found.append(super().prediction_step(model, source, False, ignore_keys, **generation)[1])
+            settings = generation or dict(self._gen_kwargs)
+            if self.is_fsdp_enabled:
+                # Every token takes all processes, also of those whose rows have ended; the Trainer knows FSDP1 alone.
+                settings["synced_gpus"] = True
+            found.append(super().prediction_step(model, source, False, ignore_keys, **settings)[1])
         if labels is not None:
             loss, outputs, _ = Trainer.prediction_step(self, model, inputs, False, ignore_keys)
             logits = outputs[0] if isinstance(outputs, tuple) else outputs

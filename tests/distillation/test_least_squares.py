@@ -65,6 +65,16 @@ def test_the_change_is_that_of_least_squares_with_a_price_on_weights(ridge, has_
     np.testing.assert_allclose(shift, best[4], atol=1e-4)
 
 
+def test_a_student_that_trains_in_mixed_precision_is_fitted_in_float32(save_teacher):
+    """As accelerate wraps what it trains: autocast lies around the forward of that one object."""
+    student, teacher = make_models(save_teacher())
+    seen = set()
+    student.encoder.layer[0].register_forward_pre_hook(lambda layer, args: seen.add(torch.is_autocast_enabled("cpu")))
+    student.forward = torch.autocast("cpu", dtype=torch.bfloat16)(student.forward)
+    fit_to_teacher(student, teacher, [{"input_ids": ROWS}])
+    assert seen == {False}
+
+
 @pytest.mark.parametrize("fields", [{}, {"num_time_steps": 3}, {"neuron": "bi-spiking"}, {"neuron": "lif"}])
 def test_a_fitted_student_is_nearer_to_its_teacher_on_other_text(save_teacher, fields):
     student, teacher = make_models(save_teacher(), **fields)

@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_spikelm import SpikeLMConfig
 from experiment.numerics import NotFiniteError, check_amplitudes, number_errors, stop_when_not_finite
 from experiment.written_files import LIST_NAME
-from modeling_spikelm import SpikeLMForMaskedLM
+from modeling_spikelm import SpikeLMForMaskedLM, SpikeLMModel
 
 SIZES = {
     "vocab_size": 60,
@@ -355,6 +355,14 @@ def test_a_healthy_training_is_the_same_to_the_bit_and_leaves_no_hook(model, row
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_without_a_loss_of_the_models_own_fp16_leaves_nothing_to_look_at(model, rows, tmp_path):
+    """The loss scaling, which a CPU has not, looks at the gradients; the Trainer has made the loss."""
+    trainer = make_trainer(model, rows, tmp_path)
+    (numbers,) = (each for each in trainer.callback_handler.callbacks if hasattr(each, "row_numbers"))
+    trainer.accelerator.scaler = object()
+    numbers.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+
+
 def test_a_healthy_step_runs_forward_once(model, rows, tmp_path):
     runs = []
     model.bert.register_forward_hook(lambda *_: runs.append(1))
@@ -369,6 +377,18 @@ def test_amplitudes_that_no_calibration_sets_are_refused_before_the_first_step(m
     with pytest.raises(NotFiniteError, match=f"spike amplitudes of {SECOND_LAYER}.output.neurons are"):
         make_trainer(model, rows, tmp_path).train()
     assert not list(tmp_path.iterdir())
+
+
+def test_learned_amplitudes_below_the_floor_are_the_floor_and_no_fault():
+    learned = SpikeLMModel(SpikeLMConfig(**SIZES, neuron="learned", num_time_steps=3))
+    amplitude = learned.encoder.layer[0].output.neurons.amplitude
+    with torch.no_grad():
+        amplitude[:] = torch.tensor([0.5, 1e-6, -0.5])
+    check_amplitudes(learned)
+    with torch.no_grad():
+        amplitude[1] = float("nan")
+    with pytest.raises(NotFiniteError, match="spike amplitudes of encoder.layer.0.output.neurons are"):
+        check_amplitudes(learned)
 
 
 def test_not_calibrated_is_no_fault(model):
