@@ -31,7 +31,7 @@ from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
 
-TITLE = "Tokens against gap"
+TITLE = "Tokens against gap of sentence similarity"
 
 
 @dataclass

@@ -111,7 +111,8 @@ class SpikeLMBartSelfAttention(SpikeLMBartAttention):
         spikes = self.neurons(hidden_states)
         key, value = self.keys_and_values(spikes)
         if past_key_values is not None:
-            key, value = with_past(past_key_values, self.layer, key, value, (self.key_neurons, self.value_neurons))
+            groups = (self.key_neurons, self.value_neurons)
+            key, value = with_past(past_key_values, self.layer, key, value, groups, self.head_size)
         return self.output(quick(self.q_proj, spikes), key, value, attention_mask, **kwargs)
 
 
@@ -134,11 +135,12 @@ class SpikeLMBartCrossAttention(SpikeLMBartAttention):
         groups = (self.key_neurons, self.value_neurons)
         if memory is None:
             assert past_key_values is not None  # the decoder has looked
-            key, value = kept(past_key_values.cross_attention_cache, self.layer, groups, query.dtype)
+            key, value = kept(past_key_values.cross_attention_cache, self.layer, groups, self.head_size, query.dtype)
         else:
             key, value = self.keys_and_values(memory)
             if past_key_values is not None:
-                key, value = with_past(past_key_values.cross_attention_cache, self.layer, key, value, groups)
+                cache = past_key_values.cross_attention_cache
+                key, value = with_past(cache, self.layer, key, value, groups, self.head_size)
                 past_key_values.is_updated[self.layer] = True
         return self.output(query, key, value, attention_mask, **kwargs)
 
@@ -268,6 +270,8 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
         if not self.can_generate():
             # Without a head labels say nothing of what the decoder reads.
             batch = {name: values for name, values in batch.items() if name != "labels"}
+        if batch.get("input_ids") is None and batch.get("encoder_outputs") is not None:
+            batch = {**batch, "inputs_embeds": batch["encoder_outputs"][0]}
         of_source, of_target = text_positions(batch), _target_positions(batch, self.config.pad_token_id)
         return {group: of_source if group in source else of_target for group in neuron_groups(self)}
 
@@ -293,13 +297,18 @@ def _target_positions(batch: Mapping[str, Any], pad_token_id: int | None) -> tor
     """The `(B, L)` positions of the decoder that are no padding, bool; None where a batch does not say.
 
     Labels of a collator have -100 there, those of a tokenizer (`text_target`) the token for it.
+
+    Raises:
+        ValueError: the labels are of other sizes than what the decoder reads.
     """
-    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    mask, labels, read = (batch.get(name) for name in ("decoder_attention_mask", "labels", "decoder_input_ids"))
     if mask is not None:
         return mask != 0 if mask.dim() == 2 else None
     if labels is not None:
+        if read is not None and read.shape != labels.shape:
+            raise ValueError(f"labels are {tuple(labels.shape)}, but decoder_input_ids are {tuple(read.shape)}.")
         return (labels != -100) & (labels != pad_token_id)
-    if batch.get("decoder_input_ids") is not None or batch.get("decoder_inputs_embeds") is not None:
+    if read is not None or batch.get("decoder_inputs_embeds") is not None:
         return None
     # It reads the source, one position later.
     source = text_positions(batch)
@@ -307,10 +316,21 @@ def _target_positions(batch: Mapping[str, Any], pad_token_id: int | None) -> tor
 
 
 def _positions(embeddings: torch.Tensor, attention_mask: Any, past: Any = 0) -> torch.Tensor:
-    """`(1, L)`, or `(B, L)` with a mask `(B, past + L)`: padding in front of the first token does not count."""
+    """`(1, L)`, or `(B, L)` with a mask `(B, past + L)`: padding in front of the first token does not count.
+
+    Raises:
+        ValueError: the mask leaves out tokens.
+    """
     positions = (torch.arange(embeddings.shape[1], device=embeddings.device) + past).unsqueeze(0)
     if attention_mask is None or attention_mask.dim() != 2:
         return positions
+    length = attention_mask.shape[1]
+    if isinstance(past, int) and length < past + embeddings.shape[1]:
+        before = f"{past} in past_key_values and " if past else ""
+        raise ValueError(
+            f"The mask is of {length} tokens, but there are {before}{embeddings.shape[1]} new ones; it has to be of "
+            "all of them."
+        )
     padding = (attention_mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
     return (positions - padding).clamp(min=0)
 
@@ -327,6 +347,8 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
         self.steps = SpikeLMSteps(config)
         self.layers = nn.ModuleList(layers)
         self.layer_mean = SpikeLMStepMean(config)
+        # With it, transformers leaves out the cache in a training that checkpoints.
+        self.gradient_checkpointing = False
 
     def token_embeddings(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, past: Any = 0
@@ -380,8 +402,16 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
 
         Args:
             attention_mask: `(B, S)`, or a 4D mask as attention takes it.
+
+        Raises:
+            ValueError: the mask is not of the source.
         """
         steps = self.config.num_time_steps
+        if attention_mask is not None and attention_mask.shape[-1] != source.shape[1]:
+            raise ValueError(
+                f"The mask of the source is of {attention_mask.shape[-1]} tokens, but the source has "
+                f"{source.shape[1]}; it has to be of all of them."
+            )
         if attention_mask is not None:
             attention_mask = repeat_mask(attention_mask, steps)
         # Where nothing is padding no mask is needed, but a device would have to be waited for to know, and torch.vmap

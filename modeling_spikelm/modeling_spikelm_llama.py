@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -137,7 +137,8 @@ class SpikeLMLlamaAttention(SpikingAttention):
         key = self.key_neurons(rotate(quick(self.k_proj, spikes), rotary))
         value = self.value_neurons(quick(self.v_proj, spikes))
         if past_key_values is not None:
-            key, value = with_past(past_key_values, self.layer, key, value, (self.key_neurons, self.value_neurons))
+            groups = (self.key_neurons, self.value_neurons)
+            key, value = with_past(past_key_values, self.layer, key, value, groups, self.head_size)
         context, mean_probabilities = self.attend(
             query, key, value, attention_mask, sliding_window=self.sliding_window, **kwargs
         )
@@ -253,6 +254,8 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         self.layer_mean = SpikeLMStepMean(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SpikeLMLlamaRotaryEmbedding(config)
+        # With it, transformers leaves out the cache in a training that checkpoints.
+        self.gradient_checkpointing = False
         self.post_init()
 
     @merge_with_config_defaults
@@ -280,12 +283,19 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         `hidden_states` `(B, L, H)` and `attentions` `(B, heads, L, past + L)`, if asked for, are means over the steps.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; `cu_seq_lens_q` of several rows; or the
-                configuration has other time steps by now than the model was built with.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; `cu_seq_lens_q` of several rows; the cache
+                is none of one attention; the mask leaves out tokens; or the configuration has other time steps by now
+                than the model was built with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         self.check_is_ready(self.steps.num_time_steps)
+        is_of_two = isinstance(past_key_values, EncoderDecoderCache)
+        if past_key_values is not None and (is_of_two or not isinstance(past_key_values, Cache)):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; a SpikeLM in Llama's form keeps those of one "
+                "attention: DynamicCache()."
+            )
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         check_boundaries(kwargs, embeddings.shape[0])
         if use_cache and past_key_values is None:

@@ -210,6 +210,54 @@ def test_calibration_leaves_padding_out_of_both_sides(batch):
     assert len(changed) == len(found)
 
 
+def test_calibration_leaves_padding_out_of_what_an_encoder_has_made_before(batch):
+    model = make_model(calibrated=False)
+    states = torch.randn(2, 9, 32)
+    read = {"attention_mask": batch["attention_mask"], "decoder_input_ids": torch.full((2, 4), 7)}
+    model.calibrate(read | {"encoder_outputs": (states,)})
+    found = model.model.decoder.memory_neurons.amplitude.clone()
+    states[0, 6:] = 100.0
+    model.calibrate(read | {"encoder_outputs": (states,)})
+    assert torch.equal(model.model.decoder.memory_neurons.amplitude, found)
+
+
+def test_labels_that_do_not_fit_what_is_read_are_refused(batch):
+    with pytest.raises(ValueError, match=r"labels are \(2, 5\), but decoder_input_ids are \(2, 4\)"):
+        make_model(calibrated=False).calibrate(batch | {"decoder_input_ids": torch.full((2, 4), 7)})
+
+
+def test_masks_that_leave_out_tokens_are_refused(batch):
+    model = make_model()
+    target = torch.full((2, 9), 7)
+    cache = model(batch["input_ids"], decoder_input_ids=target[:, :5]).past_key_values
+    with pytest.raises(ValueError, match="mask is of 4 tokens, but there are 5 in past_key_values and 4 new ones"):
+        model(
+            batch["input_ids"],
+            decoder_input_ids=target[:, 5:],
+            decoder_attention_mask=torch.ones(2, 4),
+            past_key_values=cache,
+        )
+    short = {"attention_mask": batch["attention_mask"][:, :7], "decoder_input_ids": target}
+    with pytest.raises(ValueError, match="mask is of 7 tokens, but there are 9 new ones"):
+        model(batch["input_ids"], **short)
+    with pytest.raises(ValueError, match="mask of the source is of 7 tokens, but the source has 9"):
+        model(encoder_outputs=model.model.encoder(batch["input_ids"]), **short)
+
+
+def test_tied_embeddings_are_one_module(tmp_path):
+    for tied in (True, False):
+        model = make_model(tie_word_embeddings=tied).model
+        parts = (model.encoder.embed_tokens, model.decoder.embed_tokens)
+        assert all((part is model.shared) == tied for part in parts)
+        assert all((part.weight is model.shared.weight) == tied for part in parts)
+
+
+def test_a_training_that_checkpoints_keeps_no_cache(batch):
+    model = make_model().train()
+    model.gradient_checkpointing_enable()
+    assert model(**batch, use_cache=True).past_key_values is None
+
+
 def test_calibration_takes_encoder_and_decoder_by_their_own_statistics(batch):
     """By hand, of the sources and targets one by one, where there is no padding."""
     model = make_model(calibrated=False, amplitude_scale=1.0, num_time_steps=1)

@@ -51,7 +51,7 @@ def test_a_cache_changes_no_logit(num_time_steps):
 
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_both_caches_keep_a_byte_for_each_spike(neuron):
-    model = make_model(2, neuron=neuron)
+    model = make_model(4, neuron=neuron)
     target = torch.randint(3, 61, (1, 5))
     with torch.no_grad():
         cache = model(SOURCE, decoder_input_ids=target, use_cache=True).past_key_values
@@ -62,8 +62,8 @@ def test_both_caches_keep_a_byte_for_each_spike(neuron):
         assert len(part.layers) == 3
         for layer in part.layers:
             assert layer.keys.dtype == layer.values.dtype == torch.int8
-            # Two heads of sixteen, in two time steps.
-            assert layer.keys.shape == layer.values.shape == (1, 2, length, 32)
+            # Two heads of sixteen, in four time steps.
+            assert layer.keys.shape == layer.values.shape == (1, 2, length, 64)
             assert set(layer.keys.unique().tolist()) <= ({0, 1} if neuron == "lif" else {-1, 0, 1})
 
 

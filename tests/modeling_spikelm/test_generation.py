@@ -4,12 +4,12 @@ import accelerate
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation import CompileConfig
 
 from configuration_spikelm.configuration_spiking import NEURONS
-from tests.modeling_spikelm.test_llama import make_model
+from tests.modeling_spikelm.test_llama import SIZES, make_model
 
 STEPS = pytest.mark.parametrize("num_time_steps", [1, 2, 4], ids="T{}".format)
 PROMPT = torch.randint(3, 61, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -41,14 +41,14 @@ def test_a_cache_changes_no_logit(num_time_steps):
 
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_the_cache_keeps_a_byte_for_each_spike(neuron):
-    model = make_model(2, neuron=neuron)
+    model = make_model(4, neuron=neuron)
     with torch.no_grad():
         cache = model(PROMPT, use_cache=True).past_key_values
         wanted = model(PROMPT, use_cache=False).logits
         for layer in cache.layers:
             assert layer.keys.dtype == layer.values.dtype == torch.int8
-            # Two heads of eight, in two time steps.
-            assert layer.keys.shape == layer.values.shape == (1, 2, 9, 16)
+            # Two heads of eight, in four time steps.
+            assert layer.keys.shape == layer.values.shape == (1, 2, 9, 32)
             assert layer.keys.unique().tolist() == ([0, 1] if neuron == "lif" else [-1, 0, 1])
         found = token_by_token(model, PROMPT, DynamicCache(config=model.config))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
@@ -68,6 +68,21 @@ def test_a_model_that_is_not_calibrated_caches_its_spikes():
     model = make_model(calibrated=False)
     cache = model.generate(PROMPT, return_dict_in_generate=True, **GOES_ON).past_key_values
     assert cache.layers[0].keys.dtype == torch.float32
+
+
+def test_with_one_time_step_the_cache_has_the_sizes_of_a_dense_models():
+    model = make_model(1)
+    dense = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in SIZES}))
+    found, wanted = (each(PROMPT, use_cache=True).past_key_values for each in (model, dense))
+    for layer, dense_layer in zip(found.layers, wanted.layers, strict=True):
+        assert layer.keys.shape == layer.values.shape == dense_layer.keys.shape
+
+
+def test_a_cache_of_other_time_steps_is_refused():
+    model = make_model(4)
+    cache = make_model(2)(PROMPT).past_key_values
+    with pytest.raises(ValueError, match="16 values of a head and a token, and not 32, 4 time steps of 8"):
+        model(PROMPT, past_key_values=cache)
 
 
 def test_a_cache_from_before_calibration_is_refused():

@@ -8,6 +8,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -222,6 +224,19 @@ def make_model(num_time_steps: int = 2, calibrated: bool = True, **fields) -> Sp
     if calibrated:
         model.calibrate({"input_ids": torch.randint(3, 61, (4, 12))})
     return model
+
+
+def test_a_training_that_checkpoints_keeps_no_cache(batch):
+    model = make_model().train()
+    model.gradient_checkpointing_enable()
+    assert model(**batch, use_cache=True).past_key_values is None
+
+
+def test_a_cache_that_is_none_of_one_attention_is_refused(batch):
+    model = make_model()
+    for cache in (((torch.ones(1), torch.ones(1)),), EncoderDecoderCache(DynamicCache(), DynamicCache())):
+        with pytest.raises(ValueError, match="past_key_values is a (tuple|EncoderDecoderCache); .* DynamicCache"):
+            model(batch["input_ids"], past_key_values=cache)
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
