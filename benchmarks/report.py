@@ -82,7 +82,12 @@ def keep(
     runs = _kept_runs(store, page)
     runs = [other for other in runs if _identity(other) != _identity(run)] + [run]
     _replace(store, json.dumps(runs, indent=1) + "\n")
-    _replace(page, f"# {benchmark}\n\n" + "\n".join(map(_section, runs)))
+    _replace(page, page_of(benchmark, runs))
+
+
+def page_of(benchmark: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """What `<benchmark>.md` shows of the runs in `<benchmark>.json`."""
+    return f"# {benchmark}\n\n" + "\n".join(map(_section, runs))
 
 
 def _kept_runs(store: Path, page: Path) -> list[dict[str, Any]]:
@@ -130,7 +135,7 @@ def ratio_text(ratio: tuple[float, float, float] | None) -> str | None:
     return None if ratio is None else "{:.2f} ({:.2f} .. {:.2f})".format(*ratio)
 
 
-def _section(run: dict[str, Any]) -> str:
+def _section(run: Mapping[str, Any]) -> str:
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run["machine"].items())
     lines = [
         f"## {run['title']}",

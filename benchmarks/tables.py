@@ -1,4 +1,5 @@
-"""Writes the tables of README and docs from the JSON files in benchmarks/results, so that no figure is typed by hand.
+"""Writes the tables of README and docs, and the pages of benchmarks/results, from the JSON files there, so that no figure
+is typed by hand.
 
     make tables        (python benchmarks/tables.py, from the project's root)
 
@@ -27,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from report import cell_text, markdown_table
+from report import cell_text, markdown_table, page_of
 
 Run = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ _NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[-+]?\d+)?")
 
 def main() -> None:
     try:
-        texts = {page: with_tables(page.read_text(encoding="utf-8")) for page in PAGES}
+        texts = {page: with_tables(page.read_text(encoding="utf-8")) for page in PAGES} | result_pages()
         wrong = [f"{name} should say: {text}" for name, text in sentences() if not says(texts[ROOT / name], text)]
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -52,6 +53,16 @@ def main() -> None:
         if text != page.read_text(encoding="utf-8"):
             page.write_text(text, encoding="utf-8")
             print(f"{page.relative_to(ROOT)}: tables renewed")
+
+
+def result_pages() -> dict[Path, str]:
+    """The pages beside the JSON files, of which notes may have been added to by hand."""
+    stores = {store.with_suffix(".md"): store for store in RESULTS.glob("*.json")}
+    return {
+        page: page_of(page.stem, json.loads(store.read_text(encoding="utf-8")))
+        for page, store in stores.items()
+        if page.exists()
+    }
 
 
 def with_tables(text: str) -> str:

@@ -45,6 +45,13 @@ def test_the_tables_of_every_page_are_those_of_the_results():
         assert tables.with_tables(text) == text, f"{path.name}: run `make tables`"
 
 
+def test_the_pages_beside_the_results_are_theirs():
+    pages = tables.result_pages()
+    assert len(pages) > 10
+    for path, text in pages.items():
+        assert path.read_text() == text, f"{path.name}: run `make tables`"
+
+
 def test_a_table_has_the_columns_asked_for_and_says_where_it_is_from():
     text = tables.with_tables(page())
     assert "| side | MiB |\n| --- | --- |\n| bert | 631 |\n" in text and "stale" not in text
