@@ -1,5 +1,4 @@
-"""Writes the tables of README and docs, and the pages of benchmarks/results, from the JSON files there, so that no figure
-is typed by hand.
+"""Writes the tables of README and docs, and the pages of results, from benchmarks/results/*.json: no figure is typed.
 
     make tables        (python benchmarks/tables.py, from the project's root)
 

@@ -202,9 +202,9 @@ def parse_arguments(
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     on_command_line = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names}
     asks_for_bf16 = "bf16" not in on_command_line and str(recipe.get("bf16")).lower() in YES
-    if asks_for_bf16 and not has_accelerator and not multiplies_bf16():
+    if asks_for_bf16 and not multiplies_bf16():
         # A recipe is for many machines, and would take this one weeks for a night's work.
-        logger.warning("The recipe's bf16 is left out: this CPU has no instructions for it, and float32 is quicker.")
+        logger.warning("The recipe's bf16 is left out: this machine has none, and float32 is quicker.")
         recipe["bf16"] = False
     given = on_command_line | recipe.keys()
     if not given.intersection(phases):

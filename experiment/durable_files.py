@@ -1,5 +1,6 @@
 """Files that are whole or not there, whenever the process or the machine stops."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -23,10 +24,16 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until a file's content, or a folder's list of names, is on the disk.
+
+    Of a folder as far as its file system can: those of a network or of a cloud's storage may not.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,7 @@
 """From ModelArguments to a tokenizer, a configuration and a model, with every mistake reported before training."""
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -181,13 +182,17 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
             "in 16 bits --bf16_full_eval."
         )
     derived = _derived_fields(config) - named
+    # transformers takes a value's type from the one before, and these have none.
+    without_type = [part for part in parts if getattr(config, part.partition("=")[0].strip(), "") is None]
     try:
-        config.update_from_string(",".join(parts))
+        unset = {part.partition("=")[0].strip(): json.loads(part.partition("=")[2]) for part in without_type}
+        if others := [part for part in parts if part not in without_type]:
+            config.update_from_string(",".join(others))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config_overrides {overrides}: {error}; write it as name=value,name=value.") from error
     # Built anew, because only a new configuration is validated as a whole and derives from its sizes what depends on
     # them.
-    fields = {name: value for name, value in config.to_dict().items() if name not in derived}
+    fields = {name: value for name, value in config.to_dict().items() if name not in derived} | unset
     return type(config).from_dict(fields, attn_implementation=config._attn_implementation)
 
 

@@ -96,6 +96,7 @@ class RunRecord:
                 "another --output_dir."
             )
         checkpoint = self.check(overwrite, resume_from_checkpoint)  # that command may have ended since
+        state.wait_for_everyone()  # what gives way is still read
         if state.is_main_process:
             self._clear(overwrite, resume_from_checkpoint)
             if not resume_from_checkpoint:

@@ -38,7 +38,8 @@ def with_past(
     _check_holds(cache, layer, neurons, head_size)
     spikes = (key, value)
     new = [_at_hand(group, group.codes, x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
-    kept_key, kept_value = cache.update(*(_by_head(x, neurons[0].num_time_steps, head_size) for x in new), layer)
+    new_key, new_value = (_by_head(x, neurons[0].num_time_steps, head_size) for x in new)
+    kept_key, kept_value = cache.update(new_key, new_value, layer)
     if is_coded and {kept_key.dtype, kept_value.dtype} != {torch.int8}:
         raise ValueError(
             f"past_key_values gives back {kept_key.dtype} where it was given int8 codes of spikes, so that their "

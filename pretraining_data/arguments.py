@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 
@@ -87,6 +88,11 @@ class TextArguments:
     vocab_size: int = field(
         default=30_522, metadata={"help": "Vocabulary size of the tokenizer trained when none is named."}
     )
+
+    @property
+    def prepares_anew(self) -> bool:
+        """Whether this process prepares data that is cached; the others of its machine take what the first has made."""
+        return self.overwrite_cache and PartialState().is_local_main_process
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_file or not (self.dataset_name or self.train_file or self.validation_file):

@@ -502,7 +502,7 @@ def _without_blank_rows(name: str, dataset: AnyDataset, arguments: TextArguments
             _have_text,
             batched=True,
             num_proc=num_proc,
-            load_from_cache_file=not arguments.overwrite_cache,
+            load_from_cache_file=not arguments.prepares_anew,
             desc="Looking for blank documents",
         )
         report_rows(name, len(dataset), len(dataset) - len(kept), NO_TEXT)
@@ -530,7 +530,7 @@ def _join_rows(dataset: AnyDataset, rows_per_document: int, arguments: TextArgum
         # What is held out in one order would be trained on in another.
         shards = [dataset.shard(dataset.num_shards, number).map(**options) for number in range(dataset.num_shards)]
         return concatenate_datasets(shards)
-    options |= {"load_from_cache_file": not arguments.overwrite_cache, "desc": "Joining rows into documents"}
+    options |= {"load_from_cache_file": not arguments.prepares_anew, "desc": "Joining rows into documents"}
     return map_in_aligned_shards(dataset, arguments.preprocessing_num_workers, options)
 
 
@@ -590,7 +590,7 @@ def _hold_out(name: str, dataset: AnyDataset, seed: int, arguments: TextArgument
         remove_columns=dataset.column_names,
         fn_kwargs={"seed": seed},
         num_proc=_processes(arguments.preprocessing_num_workers, len(dataset)),
-        load_from_cache_file=not arguments.overwrite_cache,
+        load_from_cache_file=not arguments.prepares_anew,
         desc="Holding out validation documents",
     )
     ranks = keys.with_format("numpy")["key"][:]

@@ -58,7 +58,7 @@ def pack(
             arguments.objective,
             training.seed,
             arguments.preprocessing_num_workers,
-            arguments.overwrite_cache,
+            arguments.prepares_anew,
         )
         for name, split in documents.items()
     }
@@ -174,7 +174,7 @@ def mask(
             probability,
             seed,
             num_proc=arguments.preprocessing_num_workers,
-            overwrite_cache=arguments.overwrite_cache,
+            overwrite_cache=arguments.prepares_anew,
         )
     return validation, collator
 

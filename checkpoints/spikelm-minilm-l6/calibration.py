@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_spiking import INT8_FIELDS, calibration_differences
+from .fitting import sum_over_processes
 from .neurons import HOW_TO_CALIBRATE, SpikingNeurons, calibrated_groups, neuron_groups
 from .sharding import is_sharded
 
@@ -81,11 +81,8 @@ class Calibration:
         if calibration.isfinite().all():  # else `means` will tell
             neurons.set_calibration(calibration)
 
-    def means(self, device: torch.device) -> list[torch.Tensor | None] | None:
+    def means(self) -> list[torch.Tensor | None] | None:
         """The mean calibration of every group, over all processes (which all have to call).
-
-        Args:
-            device: one that the processes can exchange tensors on.
 
         Returns:
             None for a group that no forward runs, as PEFT keeps them beside the copies that it trains. None altogether
@@ -98,10 +95,7 @@ class Calibration:
         sums = torch.cat([self._sums[group].expand(size) for group, size in zip(self.groups, sizes, strict=True)])
         counts = [[self._runs[group], self._weights[group]] for group in self.groups]
         numbers = torch.tensor(counts, dtype=torch.float64)
-        if dist.is_available() and dist.is_initialized():
-            sums, numbers = sums.to(device), numbers.to(device)
-            dist.all_reduce(sums)
-            dist.all_reduce(numbers)
+        sums, numbers = sum_over_processes(sums), sum_over_processes(numbers)
         runs, weights = numbers.unbind(1)
         if not runs.any() or (weights[runs > 0] == 0).any():
             return None

@@ -15,6 +15,18 @@ LLOYD_ITERATIONS = 10
 LEAST_SPREAD = 2e-3
 
 
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, which all have to call; of a single one the tensor."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    # What GPUs talk over (NCCL) knows no tensors of a CPU, where a model may still be.
+    accelerator = torch.accelerator.current_accelerator()
+    is_elsewhere = values.device.type == "cpu" and accelerator is not None and dist.get_backend() != "gloo"
+    summed = values.to(accelerator) if is_elsewhere else values.clone()
+    dist.all_reduce(summed)
+    return summed.to(values.device)
+
+
 def mean_over(values: torch.Tensor, every_process: bool, dim: int | None = None) -> torch.Tensor:
     """Mean of a float32 tensor, or along one dimension, of this process or of all.
 
@@ -22,10 +34,8 @@ def mean_over(values: torch.Tensor, every_process: bool, dim: int | None = None)
     """
     total = values.sum(dim, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
     count = torch.full_like(total, values.numel() / total.numel())
-    if every_process and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        sums = torch.stack((total, count))
-        dist.all_reduce(sums)
-        total, count = sums
+    if every_process:
+        total, count = sum_over_processes(torch.stack((total, count)))
     return (total / count).float()
 
 

@@ -229,7 +229,7 @@ class SpikingPreTrainedModel(PreTrainedModel):
             reshard(self)
             for neurons, values in zip(groups, before, strict=True):
                 neurons.set_calibration(values)
-        means = calibration.means(device)
+        means = calibration.means()
         if means is None:
             raise ValueError(
                 "calibrate() got no batch with a token in it; pass at least one dict of forward arguments."

@@ -27,6 +27,13 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
 
 
+def test_a_field_that_has_no_value_yet_can_be_set():
+    config = load_config(ModelArguments(config_overrides="sliding_window=8,hidden_size=64"), new=SpikeLMLlamaConfig)
+    assert (config.sliding_window, config.hidden_size) == (8, 64)
+    with pytest.raises(ValueError, match="--config_overrides sliding_window=wide: .* write it as name=value"):
+        load_config(ModelArguments(config_overrides="sliding_window=wide"), new=SpikeLMLlamaConfig)
+
+
 @pytest.mark.parametrize(
     ("neuron", "overrides", "stays"),
     [

@@ -67,6 +67,17 @@ def test_both_caches_keep_a_byte_for_each_spike(neuron):
             assert set(layer.keys.unique().tolist()) <= ({0, 1} if neuron == "lif" else {-1, 0, 1})
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_spikes_come_back_in_the_precision_of_the_model(attention):
+    model = make_model(attn_implementation=attention).bfloat16()
+    target = torch.randint(3, 61, (1, 5))
+    with torch.no_grad():
+        wanted = model(SOURCE, decoder_input_ids=target, use_cache=False).logits
+        found = token_by_token(model, {"input_ids": SOURCE}, target, caches(model, 5, 9)[0])
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.1 * wanted.std().item())
+
+
 def test_of_the_source_everything_is_computed_once():
     model = make_model()
     seen = []

@@ -304,7 +304,7 @@ def test_amplitudes_by_hand_of_what_is_no_padding(reset, expected):
     for inputs, is_text in ((steps, [[True, True, False]]), (one, [[False, True]])):
         batch = {"inputs": inputs.flatten(0, 1).unsqueeze(-1)}
         calibration.use(model.eval(), batch, {model.neurons: torch.tensor(is_text)})
-    (amplitude,) = calibration.means(torch.device("cpu"))
+    (amplitude,) = calibration.means()
     torch.testing.assert_close(amplitude, torch.tensor(expected, dtype=torch.float32))
 
 

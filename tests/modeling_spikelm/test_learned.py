@@ -156,6 +156,8 @@ def test_what_a_product_keeps_of_them_is_a_byte_per_spike_and_comes_back_the_sam
         kept = packing._pack(spikes)
         assert kept.made_of.codes.dtype == torch.int8
         assert torch.equal(_unpack(kept), spikes)
+        # A part of them, which begins later in their memory.
+        assert torch.equal(_unpack(packing._pack(spikes[1, :, 2:])), spikes[1, :, 2:])
         assert torch.equal(gradient(), expected)
 
 

@@ -28,6 +28,7 @@ from modeling_spikelm import (
     SpikingNeurons,
     new_modules,
 )
+from modeling_spikelm.steps import SpikeLMStepMean
 
 LABELS = {
     SpikeLMForPreTraining: lambda b, n: {"labels": b["input_ids"], "next_sentence_label": torch.arange(3) % 2},
@@ -181,6 +182,16 @@ def test_recording_changes_neither_values_nor_gradients_and_retains_a_gradient(c
     for name, value in expected.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, value, rtol=1e-4, atol=1e-7)
     assert kept.grad.abs().sum() > 0
+
+
+def test_a_mean_over_the_steps_retains_the_sum_of_their_gradients(config):
+    x, weights = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    tapped, mean = SpikeLMStepMean(config)(x)  # three steps of two rows
+    mean.retain_grad()
+    (tapped * weights).sum().backward()
+    torch.testing.assert_close(mean, x.view(3, 2, 5).mean(0))
+    torch.testing.assert_close(mean.grad, weights.view(3, 2, 5).sum(0))
+    torch.testing.assert_close(x.grad, weights)
 
 
 def test_eager_and_sdpa_agree(config, batch):

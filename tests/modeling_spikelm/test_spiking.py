@@ -247,8 +247,17 @@ def test_what_is_not_finite_comes_out_as_the_rounded_quotient_does(value):
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_gradient_can_be_differentiated_again():
-    inputs = torch.randn(2, 6, requires_grad=True)
-    spikes = spike(inputs, torch.ones(2), 0.25, "reference")
-    (gradient,) = torch.autograd.grad(spikes, inputs, spikes.detach().requires_grad_(), create_graph=True)
-    assert gradient.requires_grad
+@pytest.mark.parametrize("reset", ["reference", "symmetric"])
+def test_a_gradient_can_be_differentiated_again(reset):
+    """By the weights of the spikes it is linear: what it is of ones, it is of the second derivative."""
+    inputs = (2 * torch.randn(3, 60)).requires_grad_()
+    amplitude = torch.tensor([0.5, 1.0, 0.7])
+    found = []
+    for function in (spike, spike_reference):
+        weights = torch.ones(3, 60, requires_grad=True)
+        spikes = function(inputs, amplitude, 0.25, reset)
+        (gradient,) = torch.autograd.grad(spikes, inputs, weights, create_graph=True)
+        (again,) = torch.autograd.grad(gradient, weights, torch.arange(180.0).view(3, 60))
+        found.append((gradient.detach(), again))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
