@@ -67,6 +67,8 @@ def batch() -> dict[str, torch.Tensor]:
 
 def make_model(num_time_steps: int = 2, calibrated: bool = True, **fields) -> SpikeLMBartForConditionalGeneration:
     torch.manual_seed(0)
+    if fields.get("neuron") == "thrifty":
+        fields.setdefault("spike_cost", 0.1)
     config = SpikeLMBartConfig(**SIZES | {"num_time_steps": num_time_steps, "init_std": 0.3} | fields)
     model = SpikeLMBartForConditionalGeneration(config).eval()
     model.final_logits_bias.normal_()

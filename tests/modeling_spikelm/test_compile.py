@@ -130,9 +130,10 @@ def test_inference_compiles_once_into_one_graph_without_waiting_and_equals_eager
 def test_a_device_is_never_waited_for(model_class, config, collator):
     """Nothing on the meta device has a value, so whoever asks for one there fails."""
     batch, *_ = batches(model_class, collator)
-    model = calibrated(model_class, config, batch)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
-    model.to("meta")
+    model = model_class(config)
+    model.calibrate([batch])
+    model.train().to("meta")
     batch = {name: value.to("meta") for name, value in batch.items()}
     loss = model(**batch).loss
     loss.backward()

@@ -218,6 +218,8 @@ def test_time_steps_that_were_changed_after_building_are_refused(batch):
 
 def make_model(num_time_steps: int = 2, calibrated: bool = True, **fields) -> SpikeLMLlamaForCausalLM:
     torch.manual_seed(0)
+    if fields.get("neuron") == "thrifty":
+        fields.setdefault("spike_cost", 0.1)
     model = SpikeLMLlamaForCausalLM(
         SpikeLMLlamaConfig(**SIZES | {"num_time_steps": num_time_steps, "initializer_range": 0.3} | fields)
     ).eval()

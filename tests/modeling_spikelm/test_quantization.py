@@ -351,11 +351,10 @@ def test_dequantized_neurons_of_a_fixed_amplitude_are_what_they_were(config, bat
     model = SpikeLMModel(with_neuron(config, "bi-spiking")).eval()
     for weight in model.parameters():
         weight.data *= 10
-    float_state = {name: value for name, value in model.state_dict().items() if "neurons" in name}
     before = model.quantize_weights()(**batch).last_hidden_state
     assert count(model, [batch]).firing_rate > 0
     torch.testing.assert_close(model.dequantize_weights()(**batch).last_hidden_state, before, rtol=1e-4, atol=1e-5)
-    assert {name for name in model.state_dict() if "neurons" in name} == float_state.keys()
+    assert not any("neurons" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("neuron", ["elastic", "learned", "thrifty"])
