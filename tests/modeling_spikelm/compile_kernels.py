@@ -2,7 +2,7 @@
 
 Models run on a CPU with tensors that pass for those of a GPU. What a launch is given is what is compiled, for compute
 capability 9.0; nothing is launched, so what comes out has no meaning. Prints one line of JSON for each kernel and kind
-of arguments: its name, and how its code reads and writes a card's memory.
+of arguments: its name, how its code reads and writes a card's memory, and how it divides.
 """
 
 import json
@@ -53,10 +53,12 @@ def compile_only(kernel, like, tensors, settings, plan):
     code = ASTSource(kernel, signature, constants, attributes)
     assembly = triton.compile(code, target=CARD, options={"enable_fp_fusion": False}).asm["ptx"]
     accesses = Counter(re.findall(r"((?:ld|st)\.global\S*)", assembly))
-    print(json.dumps({"kernel": kernel.fn.__name__, "accesses": accesses}))
+    # By an approximation of a quotient other spikes would fire than on a CPU.
+    quotients = Counter(re.findall(r"div\.\w+", assembly))
+    print(json.dumps({"kernel": kernel.fn.__name__, "accesses": accesses, "quotients": quotients}))
 
 
-def make_model(neuron):
+def make_model(neuron, **fields):
     config = SpikeLMConfig(
         vocab_size=32,
         hidden_size=32,
@@ -65,6 +67,7 @@ def make_model(neuron):
         intermediate_size=64,
         neuron=neuron,
         num_time_steps=4,
+        **fields,
     )
     model = SpikeLMModel(config, add_pooling_layer=False)
     FAST_PATHS.triton_neurons = False
@@ -87,10 +90,11 @@ def main():
     seeded_dropout.LEAST_VALUES = 1
     int8_modules.has_tensor_cores = lambda device: True
     int8_modules.has_int8_kernel = lambda device: False
-    for neuron in ("elastic", "learned", "lif"):
-        model = make_model(neuron)
+    kinds = {"elastic": {}, "learned": {"membrane_reset": "symmetric"}, "thrifty": {"spike_cost": 0.1}, "lif": {}}
+    for neuron, fields in kinds.items():
+        model = make_model(neuron, **fields)
         forward(model.train()).sum().backward()
-        if neuron == "elastic":
+        if neuron in ("elastic", "thrifty"):
             model.eval().quantize_weights()
             with torch.no_grad():
                 forward(model)
