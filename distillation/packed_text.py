@@ -188,10 +188,10 @@ class PackedText(Dataset):
         sizes = np.minimum(starts[first + 1] - begins, LONGEST_SENTENCE - 2)
         widths = sizes.sum(1) + parts + 1
         by_width = np.argsort(widths, kind="stable")
-        # As many as fit when all are padded to the longest, which is the last of those taken.
         # The longest are the last, so from the latest start on there are still enough to fill a batch.
         latest = max(0, len(by_width) - self.tokens_per_batch // int(widths.max()))
         taken = by_width[draw.integers(0, latest + 1) :]
+        # As many as fit when all are padded to the longest, which is the last of those taken.
         fits = widths[taken] * np.arange(1, len(taken) + 1) <= self.tokens_per_batch
         taken = taken[: max(1, int(fits.sum()))]
         ids = np.full((len(taken), widths[taken[-1]]), pad, flat.dtype)

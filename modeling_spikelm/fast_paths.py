@@ -1,4 +1,6 @@
-"""What makes SpikeLM quick and small, with a switch for each; none changes a result by more than float rounding.
+"""What makes SpikeLM quick and small, with a switch for each but compiled layers and shared masks.
+
+None changes a result by more than float rounding, but that the two of dropout draw other masks.
 
     from modeling_spikelm.fast_paths import FAST_PATHS
 
@@ -28,7 +30,7 @@ class FastPaths:
             what lies between int8 products (int8_kernels.py), where Triton is installed and works (spike_kernels.py).
         triton_dropout: dropout of many values at a time that keeps a seed instead of a mask, where Triton works, too
             (seeded_dropout.py).
-        cpu_products: float32 linear layers of the encoder through oneDNN instead of MKL, where the CPU has AVX-512.
+        cpu_products: float32 linear layers through oneDNN instead of MKL, where the CPU has AVX-512.
         cpu_dropout: dropout masks of 16 random bits from a quicker generator, kept in a byte per value.
         cpu_attention: attention in training, with dropout or in 16 bits, that keeps no probabilities (of dropout a byte
             for each) and computes them again backwards.

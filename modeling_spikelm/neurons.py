@@ -288,7 +288,7 @@ class LIFNeurons(SpikingNeurons, neuron="lif"):
 
 
 class LearnedNeurons(SpikingNeurons, neuron="learned"):
-    """Ternary neurons that learn their levels, from the calibrated start, by LSQ's gradient; see the head of the file.
+    """Ternary neurons that learn their levels, from the calibrated start, by LSQ's gradient; see learned.py.
 
     Parameters: `amplitude` `(T,)`, where 0 means "not calibrated"; `log_scale` `(F,)`, of the scale, which stays above
     0 by it and moves by shares; `shift` `(F,)`. Calibration sets the scale and the shift of a channel to those of the

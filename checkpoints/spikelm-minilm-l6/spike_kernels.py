@@ -380,7 +380,7 @@ def _pass_back_levels(
     channel_scale = of_channels(scale, channel, is_channel, 1.0)
     channel_shift = of_channels(shift, channel, is_channel, 0.0)
     num_sums = STEPS + 1 if inputs is None else 2 * STEPS + 3
-    # One row of sums after the other, in the order that the function of this name without the line returns them in.
+    # One row of sums after the other, in the order in which `pass_back_levels` returns them.
     row_of_sums = sums + tl.program_id(0).to(tl.int64) * num_sums * channels + channel
 
     # Forwards in time, for the membranes of LSQ are made once more.
