@@ -42,6 +42,9 @@ class WeightedTermsTrainer(WholeStepsTrainer):
         temperature: of the logits.
         trains_embeddings: otherwise the student's embeddings are frozen.
         diagnoses: log of every term its value, its gradient's norm and its cosines with the others.
+
+    Raises:
+        ValueError: a process has several GPUs, or sharded weights are to be diagnosed.
     """
 
     def __init__(
@@ -59,6 +62,12 @@ class WeightedTermsTrainer(WholeStepsTrainer):
             # No gradient comes to a pooler that no head reads, or to a head without a term. Where activations are
             # computed twice, the Trainer would not have processes look for such parameters.
             args.ddp_find_unused_parameters = True
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Started by python alone, this process has {args.n_gpu} GPUs, and a student in copies on each cannot "
+                "learn from a teacher. Start a process for each, by accelerate launch or torchrun, or take one GPU: "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         super().__init__(args=args, **kwargs)
         if diagnoses and self.is_fsdp_enabled:
             raise ValueError(

@@ -460,8 +460,8 @@ def stores_any(arguments: ModelArguments, prefix: str) -> bool:
     return False
 
 
-def refuse_pickled_weights(folder: str | None) -> str | None:
-    """Returns the folder of a checkpoint, if there is one, unless its weights are a pickle, which can hold code.
+def refuse_pickled_weights(folder: str | None) -> None:
+    """Refuses a checkpoint, if there is one, whose weights are a pickle, which can hold code.
 
     Raises:
         ValueError: the weights are not in safetensors files.
@@ -474,7 +474,6 @@ def refuse_pickled_weights(folder: str | None) -> str | None:
                 "code. If you trust its origin, load it in Python with from_pretrained, which reads tensors only, and "
                 "save it again with save_pretrained, which writes safetensors."
             )
-    return folder
 
 
 def refuse_other_amplitudes(checkpoint: str | None, config: PreTrainedConfig) -> None:

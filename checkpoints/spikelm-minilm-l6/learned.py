@@ -229,7 +229,7 @@ def level_spikes(
 
 
 def _fire(membrane: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Writes the codes of float32 membranes, as in `fused_spikes.py`'s `_emit`, and returns the signs of spikes as floats.
+    """Writes the codes of float32 membranes, as `_emit` in `fused_spikes.py`, and returns signs of spikes as floats.
 
     A quotient by `begin`, or `end`, the numbers next above threshold and limit, reaches 1 just where the membrane is
     above these. So a code is two quotients cut to whole numbers, without the passes that give or take bool.

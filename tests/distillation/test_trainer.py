@@ -35,6 +35,12 @@ def pad(rows):
     return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})
 
 
+def test_a_process_of_several_gpus_is_told_to_be_several(make_trainer, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="this process has 2 GPUs.*accelerate launch.*CUDA_VISIBLE_DEVICES=0"):
+        make_trainer("tokens")
+
+
 @pytest.fixture
 def make_trainer(save_teacher, tmp_path):
     """A trainer of a warm-started student, without dropout."""
