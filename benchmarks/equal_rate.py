@@ -3,11 +3,13 @@
     python benchmarks/equal_rate.py --teacher_name_or_path BERT --data_dir GLUE
 
 Each kind of neuron is swept by what sets its firing rate: elastic ones by `amplitude_scale` k, thrifty ones by
-`spike_cost`; learned ones have nothing to set and are one point. The gap is that of sentence similarity without
-fine-tuning (sentence_similarity.py): Spearman's correlation of the dense model less that of the spiking one. Models are
+`spike_cost`. Learned ones have nothing to set: their calibrated scale, twice their threshold, is multiplied; where
+they are trained, they are one point. The gap is that of sentence similarity without fine-tuning
+(sentence_similarity.py): Spearman's correlation of the dense model less that of the spiking one. Models are
 calibrated and, with --max_steps, distilled from text for so many steps each, by run_distill.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import project  # noqa: F401
+import torch
 from arguments import read_arguments
 from cases import list_of
 from datasets import Dataset
@@ -27,7 +30,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
+from modeling_spikelm.neurons import neuron_groups
 
+# How a table calls what a learned neuron's scale is multiplied by.
+SCALE = "times the scale"
 # Okabe and Ito's vermilion, blue and green, which everybody can tell apart, and a mark for those who see no colours.
 STYLES = {"elastic": ("#D55E00", "o"), "learned": ("#0072B2", "s"), "thrifty": ("#009E73", "^")}
 
@@ -37,6 +43,7 @@ class Arguments:
     teacher_name_or_path: str = field(metadata={"help": "The BERT to convert."})
     data_dir: str = field(metadata={"help": "GLUE in its own layout, with STS-B/dev.tsv and train.tsv."})
     amplitude_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, help="Values of k, elastic neurons.")
+    learned_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, help="Factors of the scale, learned neurons.")
     spike_costs: list[float] = list_of(0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, help="Spike costs, thrifty neurons.")
     num_time_steps: int = field(default=1, metadata={"help": "Time steps T."})
     split: str = field(default="validation", metadata={"help": "Of STS-B: validation, or train to choose by."})
@@ -61,7 +68,11 @@ class Setting(NamedTuple):
 
     @property
     def fields(self) -> str:
-        return f"neuron={self.neuron}" + (f",{self.field}={self.value:g}" if self.field else "")
+        return f"neuron={self.neuron}" + (f",{self.field}={self.value:g}" if self.field not in (None, SCALE) else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.neuron}, {self.field} = {self.value:g}" if self.field else self.neuron
 
 
 class Point(NamedTuple):
@@ -88,7 +99,7 @@ def main() -> None:
             model = student(arguments, setting, job, tokenizer, splits["train"])
             found = measure(model, tokenizer, pairs)
             points.append(Point(setting, found.firing_rate or 0.0, dense - found.spearman))
-            print(f"{setting.fields}: {points[-1].firing_rate:.1%}, {points[-1].gap:.1f}", flush=True)
+            print(f"{setting.name}: {points[-1].firing_rate:.1%}, {points[-1].gap:.1f}", flush=True)
     trained = f"after {arguments.max_steps} steps of distillation" if arguments.max_steps else "calibrated only"
     title = f"Firing rate against gap, T = {arguments.num_time_steps}, {trained}"
     notes = [
@@ -115,9 +126,10 @@ def main() -> None:
 
 
 def settings(arguments: Arguments) -> list[Setting]:
+    learned = [Setting("learned", SCALE, factor) for factor in sorted(arguments.learned_scales)]
     return [
         *(Setting("elastic", "amplitude_scale", scale) for scale in sorted(arguments.amplitude_scales)),
-        Setting("learned"),
+        *([Setting("learned")] if arguments.max_steps else learned),
         *(Setting("thrifty", "spike_cost", cost) for cost in sorted(arguments.spike_costs)),
     ]
 
@@ -158,7 +170,12 @@ def student(
     if job is not None:
         return SpikeLMModel.from_pretrained(job.folder / "student")
     fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
-    return calibrated(arguments.teacher_name_or_path, fields, tokenizer, pairs)
+    model = calibrated(arguments.teacher_name_or_path, fields, tokenizer, pairs)
+    if setting.field == SCALE and setting.value:
+        with torch.no_grad():
+            for neurons in neuron_groups(model):
+                neurons.log_scale += math.log(setting.value)
+    return model
 
 
 def gap_at(points: Sequence[Point], firing_rate: float) -> float | None:
@@ -218,7 +235,7 @@ def draw(points: Sequence[Point], title: str) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(title="neuron (numbers: k, spike_cost)")
+    axes.legend(title="neuron (numbers: k, factor of the scale, spike_cost)")
     return figure
 
 

@@ -55,15 +55,26 @@ def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path):
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     data = write_tasks(tmp_path / "glue", "STS-B")
-    flags = ["--amplitude_scales", "1", "4", "--spike_costs", "0.8", "--output", tmp_path / "results"]
+    flags = [
+        "--amplitude_scales",
+        "1",
+        "4",
+        "--learned_scales",
+        "1",
+        "3",
+        "--spike_costs",
+        "0.8",
+        "--output",
+        tmp_path / "results",
+    ]
     flags += ["--teacher_name_or_path", tmp_path / "bert", "--data_dir", data]
     # As it is typed: a script has its own folder on its path, and not the project's.
     subprocess.run([sys.executable, equal_rate.__file__, *map(str, flags)], check=True, cwd=tmp_path)
     (run,) = json.loads((tmp_path / "results/equal_rate.json").read_text())
     rates = [float(row["firing rate"].rstrip("%")) for row in run["rows"]]
-    assert [row["neuron"] for row in run["rows"]] == ["elastic", "elastic", "learned", "thrifty"]
-    # A larger k and a cost mean fewer spikes.
-    assert rates[0] > rates[1] and rates[2] > rates[3]
+    assert [row["neuron"] for row in run["rows"]] == ["elastic", "elastic", "learned", "learned", "thrifty"]
+    # A larger k, a larger scale and a cost mean fewer spikes.
+    assert rates[0] > rates[1] and rates[2] > rates[3] and rates[2] > rates[4]
     assert (tmp_path / "results/equal_rate_1_steps_0.png").stat().st_size > 0
 
 
