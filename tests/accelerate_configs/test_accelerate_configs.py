@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,9 +36,15 @@ def arguments(corpus: Path, output_dir: Path) -> list[str]:
     return ["--train_file", str(corpus), "--output_dir", str(output_dir), *RUN]
 
 
-def train(config: str, corpus: Path, output_dir: Path, *flags: str, as_gpu_processes: bool = False) -> None:
-    """`accelerate launch` with a configuration of ours and two processes in all, forked ones."""
-    argv, variables = ["run_mlm.py", *arguments(corpus, output_dir)], {}
+def train(
+    config: str, corpus: Path, output_dir: Path, *flags: str, as_gpu_processes: bool = False, more: Sequence[str] = ()
+) -> None:
+    """`accelerate launch` with a configuration of ours and two processes in all, forked ones.
+
+    Args:
+        flags, more: of accelerate, of the script.
+    """
+    argv, variables = ["run_mlm.py", *arguments(corpus, output_dir), *more], {}
     if as_gpu_processes:
         argv[0] = "tests/accelerate_configs/gpu_processes_on_cpu.py"
         argv += ["--use_cpu", "False", "--bf16"]
@@ -130,6 +137,11 @@ def test_sharded_processes_train_and_save_a_whole_model(config, corpus, tmp_path
     # DeepSpeed keeps the float32 weights to itself.
     dtype = torch.bfloat16 if config == "deepspeed_zero2" else torch.float32
     assert {value.dtype for name, value in weights.items() if "amplitude" not in name} == {dtype}
+    # Where there is nothing to train, there is nothing to shard.
+    seen = ("--do_eval", "--model_name_or_path", str(tmp_path / "run"))
+    train(config, corpus, tmp_path / "seen", as_gpu_processes=True, more=seen)
+    losses = [json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"] for name in ("run", "seen")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
     loaded = run_on_clean_machine(f"""
 import torch
 from transformers import AutoModelForMaskedLM
