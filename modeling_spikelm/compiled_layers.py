@@ -3,6 +3,7 @@
 A model is one graph all the same. Without this, its compilation takes as many times as long as there are layers.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from .configuration_spiking import SpikingConfig
 from .neurons import neuron_groups
+from .steps import SpikeLMStepMean
 
 
 @torch.compiler.nested_compile_region
@@ -27,7 +29,30 @@ def _donates_buffers() -> bool:
     return torch._functorch.config.donated_buffer
 
 
-def run_layer(config: SpikingConfig, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+def run_layers(
+    config: SpikingConfig,
+    layers: Iterable[tuple[nn.Module, tuple[Any, ...]]],
+    hidden_states: torch.Tensor,
+    step_mean: SpikeLMStepMean,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`(T * B, L, H)` through a stack of layers to `(B, L, H)`, the mean over the T steps.
+
+    Args:
+        config: of the model.
+        layers: each with the arguments that are its own.
+        step_mean: what a recorder of hidden states listens to.
+        kwargs: of every layer.
+    """
+    records_layers = kwargs.get("output_hidden_states", config.output_hidden_states)
+    for layer, args in layers:
+        hidden_states = _run_layer(config, layer, hidden_states, *args, **kwargs)
+        if records_layers:
+            hidden_states, _ = step_mean(hidden_states)
+    return hidden_states.unflatten(0, (config.num_time_steps, -1)).mean(0)
+
+
+def _run_layer(config: SpikingConfig, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`layer(*args, **kwargs)`.
 
     A training is compiled layer by layer unless `torch._functorch.config.donated_buffer` is False, and so is a model

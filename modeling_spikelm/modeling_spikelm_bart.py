@@ -40,7 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention, mask_for_all_layers
 from .calibration import text_positions
-from .compiled_layers import run_layer
+from .compiled_layers import run_layers
 from .configuration_spikelm_bart import SpikeLMBartConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
 from .int8_modules import make_linear
@@ -386,14 +386,9 @@ class SpikeLMBartStack(SpikeLMBartPreTrainedModel):
     def through_layers(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps; every layer gets the other arguments."""
         check_boundaries(kwargs, hidden_states.shape[0] // self.config.num_time_steps)
-        records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        layers = [(layer, args) for layer in self.layers]
         with packing(hidden_states, self.config.num_time_steps):
-            for layer in self.layers:
-                hidden_states = run_layer(self.config, layer, hidden_states, *args, **kwargs)
-                if records_layers:
-                    # The recorder of `capture_outputs` listens to this module.
-                    hidden_states, _ = self.layer_mean(hidden_states)
-        return hidden_states.unflatten(0, (self.config.num_time_steps, -1)).mean(0)
+            return run_layers(self.config, layers, hidden_states, self.layer_mean, **kwargs)
 
     def source_mask(
         self, hidden_states: torch.Tensor, source: torch.Tensor, attention_mask: torch.Tensor | None

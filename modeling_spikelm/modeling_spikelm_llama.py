@@ -30,7 +30,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SpikingAttention, mask_for_all_layers
-from .compiled_layers import run_layer
+from .compiled_layers import run_layers
 from .configuration_spikelm_llama import SpikeLMLlamaConfig
 from .int8_modules import make_linear
 from .neurons import SpikingNeurons, make_neurons
@@ -316,17 +316,13 @@ class SpikeLMLlamaModel(SpikeLMLlamaPreTrainedModel):
         rotary = self.rotary_emb(embeddings, _repeat_rows(position_ids, self.config.num_time_steps))
         hidden_states, _ = self.steps(embeddings)
         masks = {kind: mask_for_all_layers(mask, hidden_states, self.config) for kind, mask in masks.items()}
-        records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        # `generate(assistant_early_exit=...)` asks for fewer layers for a while.
+        kinds = list(zip(self.layers, self.layer_types, strict=True))[: self.config.num_hidden_layers]
+        layers = [(layer, (masks[kind], rotary)) for layer, kind in kinds]
         with packing(hidden_states, self.config.num_time_steps):
-            # `generate(assistant_early_exit=...)` asks for fewer layers for a while.
-            for layer, kind in list(zip(self.layers, self.layer_types, strict=True))[: self.config.num_hidden_layers]:
-                hidden_states = run_layer(
-                    self.config, layer, hidden_states, masks[kind], rotary, past_key_values=past_key_values, **kwargs
-                )
-                if records_layers:
-                    # The recorder of `capture_outputs` listens to this module.
-                    hidden_states, _ = self.layer_mean(hidden_states)
-        mean = hidden_states.unflatten(0, (self.config.num_time_steps, -1)).mean(0)
+            mean = run_layers(
+                self.config, layers, hidden_states, self.layer_mean, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(mean), past_key_values=past_key_values if use_cache else None
         )

@@ -28,7 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import mask_for_all_layers
-from .compiled_layers import run_layer
+from .compiled_layers import run_layers
 from .configuration_spikelm import SpikeLMConfig
 from .fast_paths import is_eager_on_cpu, is_transformed
 from .int8_modules import make_embedding
@@ -89,13 +89,8 @@ class SpikeLMEncoder(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`(T * B, L, H)` to `(B, L, H)`, the mean over the T steps."""
-        records_layers = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        for layer in self.layer:
-            hidden_states = run_layer(self.config, layer, hidden_states, attention_mask, **kwargs)
-            if records_layers:
-                # The recorder of `capture_outputs` listens to this module.
-                hidden_states, _ = self.step_mean(hidden_states)
-        return hidden_states.unflatten(0, (self.config.num_time_steps, -1)).mean(0)
+        layers = [(layer, (attention_mask,)) for layer in self.layer]
+        return run_layers(self.config, layers, hidden_states, self.step_mean, **kwargs)
 
 
 class SpikeLMPooler(nn.Module):
