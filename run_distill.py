@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             # One that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
             if not teaching.train_embeddings:
                 take_real_valued_parts(model, teacher)
-            elif teacher.kind and not stores_any(student_arguments, "cls."):
+            elif teacher.kind and not stores_any(student_arguments, "cls.predictions."):
                 take_real_valued_parts(model, teacher, with_embeddings=False)
         inputs = inspect.signature(model.forward).parameters
         rows, validation, collator = masked_data(splits, tokenizer, inputs, data_arguments, training)

@@ -43,7 +43,7 @@ class Arguments:
     teacher_name_or_path: str = field(metadata={"help": "The BERT to convert."})
     data_dir: str = field(metadata={"help": "GLUE in its own layout, with STS-B/dev.tsv and train.tsv."})
     amplitude_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, help="Values of k, elastic neurons.")
-    learned_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, help="Factors of the scale, learned neurons.")
+    learned_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, help="Factors, learned neurons; none in trainings.")
     spike_costs: list[float] = list_of(0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, help="Spike costs, thrifty neurons.")
     num_time_steps: int = field(default=1, metadata={"help": "Time steps T."})
     split: str = field(default="validation", metadata={"help": "Of STS-B: validation, or train to choose by."})
@@ -57,6 +57,8 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.max_steps and (self.train_file is None or self.output_dir is None):
             raise ValueError(f"--max_steps {self.max_steps} needs --train_file, the text, and --output_dir.")
+        if min(self.learned_scales, default=1) <= 0:
+            raise ValueError(f"--learned_scales {min(self.learned_scales):g} is not possible; factors are above 0.")
 
 
 class Setting(NamedTuple):

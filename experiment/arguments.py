@@ -172,7 +172,7 @@ def parse_arguments(
 
     A first argument that ends in .yaml, .yml or .json is a recipe: a mapping from flag names to values, which are
     read as on a command line; null leaves a flag at its default. Flags after it override it. A recipe's `bf16` is
-    left out, and that is said, where all there is is a CPU without instructions for it. Without --do_train,
+    left out, and that is said, where the GPU, or all there is, a CPU, has no instructions for it. Without --do_train,
     --do_eval and --do_predict a run does all that its script can, as far as there is data.
 
     Args:
@@ -202,7 +202,7 @@ def parse_arguments(
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     on_command_line = {names[flag] for argument in argv if (flag := argument.split("=")[0]) in names}
     asks_for_bf16 = "bf16" not in on_command_line and str(recipe.get("bf16")).lower() in YES
-    if asks_for_bf16 and not multiplies_bf16():
+    if asks_for_bf16 and not multiplies_bf16(on_cpu=not has_accelerator):
         # A recipe is for many machines, and would take this one weeks for a night's work.
         logger.warning("The recipe's bf16 is left out: this machine has none, and float32 is quicker.")
         recipe["bf16"] = False

@@ -185,7 +185,7 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     # transformers takes a value's type from the one before, and these have none.
     without_type = [part for part in parts if getattr(config, part.partition("=")[0].strip(), "") is None]
     try:
-        unset = {part.partition("=")[0].strip(): json.loads(part.partition("=")[2]) for part in without_type}
+        unset = {part.partition("=")[0].strip(): _as_value(part.partition("=")[2]) for part in without_type}
         if others := [part for part in parts if part not in without_type]:
             config.update_from_string(",".join(others))
     except (ValueError, TypeError) as error:
@@ -194,6 +194,14 @@ def _override(config: PreTrainedConfig, overrides: str) -> PreTrainedConfig:
     # them.
     fields = {name: value for name, value in config.to_dict().items() if name not in derived} | unset
     return type(config).from_dict(fields, attn_implementation=config._attn_implementation)
+
+
+def _as_value(text: str) -> Any:
+    """A number, true, false, none, or else the text itself."""
+    try:
+        return json.loads(text.strip().lower().replace("none", "null"))
+    except json.JSONDecodeError:
+        return text.strip()
 
 
 def _derived_fields(config: PreTrainedConfig) -> set[str]:
@@ -312,7 +320,8 @@ def loading_errors(name: str, flag: str = "") -> Iterator[None]:
                 f"{flag}{name} does not exist; name a folder with a model, or a model of the Hub."
             ) from error
         refuse_pickled_weights(name)
-        raise ValueError(f"{flag}{name} has no weights in safetensors files that can be loaded: {error}") from error
+        what = "cannot be loaded" if flag else "has no weights in safetensors files that can be loaded"
+        raise ValueError(f"{flag}{name} {what}: {error}") from error
     except ImportError as error:
         raise ValueError(f"{flag}{name} {_NOT_AS_ASKED}: {error}") from error
     except RuntimeError as error:

@@ -56,7 +56,7 @@ class Findings:
         losses: of the batches that make up the step.
         gradient_norm: after clipping, over all processes.
         rows: numbers of the training rows in each of these batches, None where they are not known.
-        weights: parameters that were not finite before the step.
+        weights: parameters that were not finite before the step, or with `has_stepped` after it.
         neurons: the group at fault and why; None where all groups are in order.
         first: where the forward, or else the backward, first was not finite.
         failure: why the second run of the step did not come to its end; what it had found until then is kept.
@@ -156,10 +156,11 @@ class _NumbersCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         numbers = list(self._losses)
-        if self.trainer.accelerator.scaler is None:
+        # Of fp16 the loss scaling looks at gradients: accelerate's, or DeepSpeed's own.
+        if self.trainer.accelerator.mixed_precision != "fp16":
             numbers.append(self._gradient_norm())
         if not numbers:
-            return  # fp16's loss scaling looks at gradients, and the Trainer makes the loss itself
+            return  # the Trainer makes the loss itself
         is_bad = (~torch.stack(numbers).isfinite()).any().float()
         if args.world_size > 1:
             dist.all_reduce(is_bad, dist.ReduceOp.MAX)  # all stop, or none
@@ -196,8 +197,9 @@ class _NumbersCallback(TrainerCallback):
 
     def _gradient_norm(self) -> torch.Tensor:
         if self.trainer.is_deepspeed_enabled:
-            engine = self.trainer.accelerator.deepspeed_engine_wrapped
-            return torch.tensor(engine.get_global_grad_norm() or 0.0, device=self.trainer.args.device)
+            norm = self.trainer.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0
+            # DeepSpeed has a negative number for one that is not finite.
+            return torch.tensor(norm if norm >= 0 else math.inf, device=self.trainer.args.device)
         norm = nn.utils.get_total_norm([p.grad for p in self.trainer.model.parameters() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return norm.to(self.trainer.args.device, torch.float32)
@@ -212,23 +214,33 @@ class _NumbersCallback(TrainerCallback):
             gradient_norm=self._gradient_norm().item(),
             rows=self._rows(state, dataloader),
             weights=[name for name, value in model.named_parameters() if not _is_finite(value)],
-            has_stepped=self.trainer.is_deepspeed_enabled,
+            has_stepped=self._has_stepped(),
         )
         model.zero_grad()  # makes room for the second run
         with _random_numbers_from(self._random_state, args.device), torch.compiler.set_stance("force_eager"):
             try:
+                is_sharded = self.trainer.is_fsdp_enabled
                 for batch in self._batches:
                     # Where weights are shared out, each process waits for the others in every layer.
-                    if self.trainer.is_fsdp_enabled:
+                    if is_sharded:
                         _trace(self.trainer.model, model, batch, findings, with_gradients=False)
                     elif findings.first is None:
                         _trace(self.trainer.model, model, batch, findings)
+                if is_sharded and findings.first is None:
+                    findings.failure = "its forward is finite, and the backward of sharded weights is not run again"
             except RuntimeError as error:  # out of memory, for instance; what is known already must not be lost
                 findings.failure = str(error)
         folder = self._save(args, findings)
         everyone = [Findings(**entry) for entry in gather_object([asdict(findings)])]
         told = next((entry for entry in everyone if entry.is_at_fault), findings)
         raise NotFiniteError(_message(told, folder, args.world_size))
+
+    def _has_stepped(self) -> bool:
+        if not self.trainer.is_deepspeed_enabled:
+            return False
+        # It leaves out the step where it finds a gradient that is not finite.
+        engine = self.trainer.accelerator.deepspeed_engine_wrapped.engine
+        return not getattr(engine.optimizer, "overflow", False)
 
     def _rows(self, state: TrainerState, dataloader: Any) -> list[list[int]] | None:
         """The rows of this step's batches: those that the sampler names once more, if they make the same batches."""
@@ -357,9 +369,9 @@ def _trace(
     forward += [] if loss is None else [("the loss", _is_finite(loss))]
     findings.neurons = findings.neurons or _neurons_at_fault(findings.groups)
     findings.first = findings.first or next((what for what, is_finite in forward if not is_finite), None)
-    if findings.first is None and not with_gradients:
-        findings.failure = "of weights that are shared out, the backward pass is not run again"
-    elif findings.first is None and loss is None:
+    if not with_gradients:
+        return
+    if findings.first is None and loss is None:
         findings.failure = "the loss is not made by the model, so that nothing can be said of its gradients"
     elif findings.first is None:
         named = [(name, value) for name, value in bare_model.named_parameters() if value.requires_grad]

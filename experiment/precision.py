@@ -20,12 +20,10 @@ _FLOATS = ("F", "BF")
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def multiplies_bf16() -> bool:
-    """Whether the GPU, or else this CPU, has instructions for bf16; without, float32 is quicker."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():
-        return True
+def multiplies_bf16(on_cpu: bool) -> bool:
+    """Whether the CPU, or the GPU, has instructions for bf16; without, float32 is quicker."""
+    if not on_cpu:
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in _BF16_INSTRUCTIONS)
 
@@ -46,7 +44,7 @@ def check_precision(training: TrainingArguments) -> None:
             f"mixed_precision {training.mixed_precision} of the launch file is none that these models were made for; "
             "take bf16 or fp16."
         )
-    if training.mixed_precision == "bf16" and training.device.type == "cpu" and not multiplies_bf16():
+    if training.mixed_precision == "bf16" and training.device.type == "cpu" and not multiplies_bf16(on_cpu=True):
         logger.warning(
             "This CPU has no instructions for bf16 and takes many times longer with it than with float32; leave out "
             "--bf16, and mixed_precision of the launch file."

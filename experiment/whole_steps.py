@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from modeling_spikelm import SpikingNeurons
 
 from .recorded_arguments import EXPLANATIONS, sequences_per_step
-from .sharding import evaluate_whole, sum_gradients_in_float32
+from .sharding import evaluate_whole, prepare_for_fsdp
 
 
 def rows_of_an_epoch(rows: int, training: TrainingArguments) -> int:
@@ -57,7 +57,7 @@ class WholeStepsTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        sum_gradients_in_float32(self)
+        prepare_for_fsdp(self)
         if self.args.torch_compile:
             # So that one compiled layer serves all in training, too: see modeling_spikelm/compiled_layers.py.
             torch._functorch.config.donated_buffer = False

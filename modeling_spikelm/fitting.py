@@ -20,8 +20,9 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     # What GPUs talk over (NCCL) knows no tensors of a CPU, where a model may still be.
-    accelerator = torch.accelerator.current_accelerator()
-    is_elsewhere = values.device.type == "cpu" and accelerator is not None and dist.get_backend() != "gloo"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    serves_cpu = any(name in str(dist.get_backend()) for name in ("gloo", "mpi"))
+    is_elsewhere = values.device.type == "cpu" and accelerator is not None and not serves_cpu
     summed = values.to(accelerator) if is_elsewhere else values.clone()
     dist.all_reduce(summed)
     return summed.to(values.device)

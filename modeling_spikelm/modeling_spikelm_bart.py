@@ -254,7 +254,7 @@ class SpikeLMBartPreTrainedModel(SpikingPreTrainedModel):
             past_key_values=past,
         )
         length = 0 if past is None else past.get_seq_length()
-        return {"mask": mask, "position_ids": _positions(inputs_embeds, attention_mask, length)}
+        return {"mask": mask, "position_ids": _positions(inputs_embeds, attention_mask, length, "target")}
 
     def counted_positions(self, batch: Mapping[str, Any]) -> dict[SpikingNeurons, torch.Tensor | None]:
         """The encoder sees positions of the source, the decoder those of the target, but for what it reads of the
@@ -315,7 +315,7 @@ def _target_positions(batch: Mapping[str, Any], pad_token_id: int | None) -> tor
     return None if source is None else nn.functional.pad(source[:, :-1], (1, 0), value=True)
 
 
-def _positions(embeddings: torch.Tensor, attention_mask: Any, past: Any = 0) -> torch.Tensor:
+def _positions(embeddings: torch.Tensor, attention_mask: Any, past: Any = 0, reads: str = "source") -> torch.Tensor:
     """`(1, L)`, or `(B, L)` with a mask `(B, past + L)`: padding in front of the first token does not count.
 
     Raises:
@@ -328,8 +328,8 @@ def _positions(embeddings: torch.Tensor, attention_mask: Any, past: Any = 0) -> 
     if isinstance(past, int) and length < past + embeddings.shape[1]:
         before = f"{past} in past_key_values and " if past else ""
         raise ValueError(
-            f"The mask is of {length} tokens, but there are {before}{embeddings.shape[1]} new ones; it has to be of "
-            "all of them."
+            f"The mask of the {reads} is of {length} tokens, but there are {before}{embeddings.shape[1]} to read; it "
+            "has to be of all of them."
         )
     padding = (attention_mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
     return (positions - padding).clamp(min=0)
@@ -532,9 +532,6 @@ class SpikeLMBartModel(SpikeLMBartPreTrainedModel):
         self.shared = SpikeLMBartEmbedding(config)
         self.encoder = SpikeLMBartEncoder(config)
         self.decoder = SpikeLMBartDecoder(config)
-        if config.tie_word_embeddings:
-            # One module and not three of one weight, which FSDP would share out three times.
-            self.set_input_embeddings(self.shared)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -20,7 +20,7 @@ SOURCE_INPUTS = ("input_ids", "attention_mask")
 
 
 class WritingTrainer(WholeStepsTrainer, Seq2SeqTrainer):
-    """The stock Seq2SeqTrainer, but for two things.
+    """The stock Seq2SeqTrainer, but for what follows.
 
     An epoch is a whole number of steps. And an evaluation's labels are the numbers of its rows, its predictions what
     was written of each, with `--predict_with_generate`, and the sum and the number of its tokens' losses, where it has
@@ -45,7 +45,7 @@ class WritingTrainer(WholeStepsTrainer, Seq2SeqTrainer):
         inputs = {name: value for name, value in inputs.items() if name != ROW}
         if self.args.predict_with_generate:
             source = {name: inputs[name] for name in SOURCE_INPUTS}
-            settings = generation or dict(self._gen_kwargs)
+            settings = generation or dict(getattr(self, "_gen_kwargs", {}))
             if self.is_fsdp_enabled:
                 # Every token takes all processes, also of those whose rows have ended; the Trainer knows FSDP1 alone.
                 settings["synced_gpus"] = True

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -30,7 +31,10 @@ BART_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
 def test_a_field_that_has_no_value_yet_can_be_set():
     config = load_config(ModelArguments(config_overrides="sliding_window=8,hidden_size=64"), new=SpikeLMLlamaConfig)
     assert (config.sliding_window, config.hidden_size) == (8, 64)
-    with pytest.raises(ValueError, match="--config_overrides sliding_window=wide: .* write it as name=value"):
+    words = ModelArguments(config_overrides="problem_type=regression,classifier_dropout=none")
+    config = load_config(words, new=SpikeLMConfig)
+    assert (config.problem_type, config.classifier_dropout) == ("regression", None)
+    with pytest.raises(StrictDataclassError, match="sliding_window"):
         load_config(ModelArguments(config_overrides="sliding_window=wide"), new=SpikeLMLlamaConfig)
 
 
