@@ -21,12 +21,12 @@ from statistics import median
 from typing import Literal
 
 import torch
-from arguments import read_arguments
 from cases import FAST_PATHS, HEADLINE, SHAPES, Case, list_of
 from measuring import ResidentPeak, count_flops, matrix_product_rate, now
 from report import Row, keep, print_table
 from safetensors.torch import load_file
 from sides import build_batch, build_model, calibrate, checkpoint_activations, inference, training_loss
+from transformers import HfArgumentParser
 from worker import TrainingStep
 
 from configuration_spikelm.configuration_spiking import NEURONS
@@ -56,7 +56,8 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = read_arguments(Arguments)
+    # Not as the other benchmarks: it runs where there is no accelerate.
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     end = project.STARTED + arguments.seconds
     device = arguments.device
     rate = matrix_product_rate(device, torch.bfloat16, arguments.shape[0])

@@ -60,11 +60,12 @@ def assert_equal(found, wanted, dtype):
     torch.testing.assert_close(found[1], wanted[1], rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-5)
 
 
-# T steps of 1 to 2 x 3 rows and 1 to 6 channels: inputs, the gradient of the spikes, amplitudes.
+# T steps of 1 to 2 x 3 rows and 1 to 6 channels: inputs, the gradient of the spikes, amplitudes. None is subnormal: of
+# bfloat16 the interpreter reads such a number as 0, which is on the other side of a binary neuron's window.
 def steps_of(shape):
     return st.tuples(
-        arrays.arrays("float32", shape, elements=st.floats(-6, 6, width=32)),
-        arrays.arrays("float32", shape, elements=st.floats(-2, 2, width=32)),
+        arrays.arrays("float32", shape, elements=st.floats(-6, 6, width=32, allow_subnormal=False)),
+        arrays.arrays("float32", shape, elements=st.floats(-2, 2, width=32, allow_subnormal=False)),
         arrays.arrays("float32", shape[:1], elements=st.floats(0.0625, 4, width=32)),
     )
 
