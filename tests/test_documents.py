@@ -22,6 +22,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
+# A table and what it was made by.
+_TABLE = re.compile(r"<!-- table: .*?<!-- end of table -->", re.DOTALL)
 # A path of this project in running text: it has a folder or an ending that only our files have.
 _FILE = re.compile(r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|yaml|toml|txt|cff)|(?:[\w-]+/)+[\w*-]*")
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
@@ -56,9 +58,14 @@ def paragraphs(page: Path) -> Iterator[list[str]]:
             current.append(line)
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Words of every command of ours: the script, then what it is given; launchers and variables are left out."""
-    code = "\n".join([*blocks(page, "bash"), *(text for text in _CODE.findall(prose(page)) if " --" in text)])
+def commands(page: Path, with_tables: bool = True) -> list[list[str]]:
+    """Words of every command of ours: the script, then what it is given; launchers and variables are left out.
+
+    Args:
+        with_tables: those that tables name as their origin as well, with names in place of paths.
+    """
+    text = prose(page) if with_tables else _TABLE.sub("", prose(page))
+    code = "\n".join([*blocks(page, "bash"), *(text for text in _CODE.findall(text) if " --" in text)])
     found = []
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line.replace("'", " "), comments=True) if line.count('"') % 2 == 0 else []

@@ -59,8 +59,8 @@ NAMES = {"$MINILM": "BERT", "RECIPE": "recipes/pretrain_base_nominal.yaml"}
 
 
 def run_here(page: Path) -> list[list[str]]:
-    """The page's commands that no other test runs."""
-    return [words for words in commands(page) if not words[0].startswith(tuple(ELSEWHERE))]
+    """The page's commands, as a reader would type them, that no other test runs."""
+    return [words for words in commands(page, with_tables=False) if not words[0].startswith(tuple(ELSEWHERE))]
 
 
 @pytest.fixture(scope="module")
