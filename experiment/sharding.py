@@ -15,12 +15,14 @@ def refuse_redrawn_dropout(training: TrainingArguments) -> None:
         ValueError: FSDP2's own activation checkpointing is asked for. accelerate has it draw other dropout in the
             backward pass than in the forward, so that gradients are those of another network.
     """
-    by_file = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    if not (training.fsdp or by_file):
+    if training.fsdp:
+        config = training.fsdp_config or {}
+        version, recomputes = config.get("version", 2), config.get("activation_checkpointing", False)
+    elif str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        version = os.environ.get("FSDP_VERSION", 1)
+        recomputes = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", False)
+    else:
         return
-    config = training.fsdp_config or {}
-    version = config.get("version", config.get("fsdp_version", os.environ.get("FSDP_VERSION", 1)))
-    recomputes = config.get("activation_checkpointing", os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false"))
     if int(version) == 2 and str_to_bool(str(recomputes)):
         raise ValueError(
             "FSDP2's activation_checkpointing (of --fsdp_config or the launch file) draws other dropout in the "

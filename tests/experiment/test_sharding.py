@@ -51,8 +51,9 @@ def test_checkpointing_that_draws_other_dropout_is_refused(version, recomputes, 
         refuse_redrawn_dropout(training)
 
 
-def test_it_is_refused_by_a_flag_too(training):
-    training.fsdp, training.fsdp_config = True, {"version": 2, "activation_checkpointing": True}
+@pytest.mark.parametrize("version", [{}, {"version": 2}])
+def test_it_is_refused_by_a_flag_too(version, training):
+    training.fsdp, training.fsdp_config = True, version | {"activation_checkpointing": True}
     with pytest.raises(ValueError, match="draws other dropout"):
         refuse_redrawn_dropout(training)
 
