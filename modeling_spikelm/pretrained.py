@@ -58,9 +58,15 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """
         _check_is_of(config, type(self))
         super().__init__(config, *args, **kwargs)
-        # A fixed amplitude is in no checkpoint, and transformers wants no name that matches nothing.
-        has_state = SpikingNeurons.kinds[config.neuron].fixed_amplitude is None
-        self._keep_in_fp32_modules_strict = {"neurons"} if has_state else set()
+
+    def post_init(self) -> None:
+        # By whole names, as transformers' own model tests read them; a fixed amplitude is in no checkpoint.
+        self._keep_in_fp32_modules_strict = {
+            name.rpartition(".")[-1]
+            for name, module in self.named_modules()
+            if isinstance(module, SpikingNeurons) and module.fixed_amplitude is None
+        }
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
