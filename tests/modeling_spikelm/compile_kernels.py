@@ -2,7 +2,7 @@
 
 Models run on a CPU with tensors that pass for those of a GPU. What a launch is given is what is compiled, for compute
 capability 9.0; nothing is launched, so what comes out has no meaning. Prints one line of JSON for each kernel and kind
-of arguments: its name, how its code reads and writes a card's memory, and how it divides.
+of arguments: its name, how its code reads and writes a card's memory, how it divides, and how wide its offsets are.
 """
 
 import json
@@ -51,11 +51,16 @@ def compile_only(kernel, like, tensors, settings, plan):
         return
     compiled.add(key)
     code = ASTSource(kernel, signature, constants, attributes)
-    assembly = triton.compile(code, target=CARD, options={"enable_fp_fusion": False}).asm["ptx"]
+    forms = triton.compile(code, target=CARD, options={"enable_fp_fusion": False}).asm
+    assembly = forms["ptx"]
     accesses = Counter(re.findall(r"((?:ld|st)\.global\S*)", assembly))
     # By an approximation of a quotient other spikes would fire than on a CPU.
     quotients = Counter(re.findall(r"div\.\w+", assembly))
-    print(json.dumps({"kernel": kernel.fn.__name__, "accesses": accesses, "quotients": quotients}))
+    # Where the values of a tile lie, whose tensor may have more than 2^31; a channel's number is none of these.
+    tile = r"tt\.addptr.* tensor<(?:\d+x\d+|\d{4,})x!tt\.ptr<\w+>>, tensor<[\dx]+x(\w+)>"
+    offsets = Counter(re.findall(tile, forms["ttir"]))
+    found = {"accesses": accesses, "quotients": quotients, "offsets": offsets}
+    print(json.dumps({"kernel": kernel.fn.__name__, **found}))
 
 
 def make_model(neuron, **fields):
