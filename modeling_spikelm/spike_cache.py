@@ -1,5 +1,6 @@
-"""Keys and values of the tokens before, kept as spikes: in the caches of transformers, a byte for each."""
+"""Keys and values of the tokens before, kept as spikes: in the caches of transformers, four time steps in a byte."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +11,18 @@ from .neurons import SpikingNeurons
 
 Groups = tuple[SpikingNeurons, SpikingNeurons]
 
+STEPS_IN_A_BYTE = 4
+
 
 def with_past(
     cache: Cache, layer: int, key: torch.Tensor, value: torch.Tensor, neurons: Groups, head_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds the keys and values of a forward to a cache, and returns those of all tokens in it.
 
-    What the cache keeps of a spike is its int8 code, -1, 0 or +1; the amplitudes are the neurons' own. It is laid out
-    `(B, heads, L, T * d)`, with one time step as that of a dense model: it grows, is cut, repeated, and reordered by
-    beams like any other. Neurons that are not calibrated have other amplitudes in every forward, so of these the spikes
-    themselves are kept.
+    What the cache keeps of a spike is its code, -1, 0 or +1, with those of four steps in an int8; the amplitudes are
+    the neurons' own. It is laid out `(B, heads, L, ceil(T / 4) * d)`, with up to four time steps as that of a dense
+    model: it grows, is cut, repeated, and reordered by beams like any other. Neurons that are not calibrated have other
+    amplitudes in every forward, so of these the spikes themselves are kept, `(B, heads, L, T * d)`.
 
     Args:
         layer: its number in the cache.
@@ -36,10 +39,15 @@ def with_past(
     """
     is_coded = _is_coded(neurons)
     _check_holds(cache, layer, neurons, head_size)
-    spikes = (key, value)
-    new = [_at_hand(group, group.codes, x) if is_coded else x for group, x in zip(neurons, spikes, strict=True)]
-    new_key, new_value = (_by_head(x, neurons[0].num_time_steps, head_size) for x in new)
+    new_key, new_value = (
+        packed(_by_head(_at_hand(group, group.codes, x), group.num_time_steps, head_size))
+        if is_coded
+        else _joined(_by_head(x, group.num_time_steps, head_size))
+        for group, x in zip(neurons, (key, value), strict=True)
+    )
     kept_key, kept_value = cache.update(new_key, new_value, layer)
+    held_layer: Any = cache.layers[layer]
+    held_layer.num_time_steps = neurons[0].num_time_steps  # which codes do not say
     if is_coded and {kept_key.dtype, kept_value.dtype} != {torch.int8}:
         raise ValueError(
             f"past_key_values gives back {kept_key.dtype} where it was given int8 codes of spikes, so that their "
@@ -49,7 +57,7 @@ def with_past(
         # There is nothing else in it; and what has a gradient keeps it.
         return key, value
     held_key, held_value = _spikes(kept_key, neurons[0], key.dtype), _spikes(kept_value, neurons[1], value.dtype)
-    if (key.requires_grad or value.requires_grad) and is_coded and not cache.layers[layer].is_compileable:
+    if (key.requires_grad or value.requires_grad) and is_coded and not held_layer.is_compileable:
         before = held_key.shape[1] - key.shape[1]
         return torch.cat((held_key[:, :before], key), 1), torch.cat((held_value[:, :before], value), 1)
     return held_key, held_value
@@ -72,17 +80,46 @@ def _is_coded(neurons: tuple[SpikingNeurons, SpikingNeurons]) -> bool:
     return all(group.is_calibrated for group in neurons)
 
 
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes -1, 0 and +1, `(T, ..., d)` int8, as `(..., ceil(T / 4) * d)`: a step weighs four times the one before."""
+    parts = []
+    for steps in codes.split(STEPS_IN_A_BYTE):
+        *earlier, part = steps.unbind()
+        for step in reversed(earlier):
+            part = part * 4 + step
+        parts.append(part)
+    return torch.cat(parts, -1)
+
+
+def unpacked(kept: torch.Tensor, num_time_steps: int) -> torch.Tensor:
+    """The codes `(T, ..., d)` that `packed` has made this of."""
+    steps: list[torch.Tensor] = []
+    num_parts = math.ceil(num_time_steps / STEPS_IN_A_BYTE)
+    for part in kept.unflatten(-1, (num_parts, -1)).unbind(-2):
+        for _ in range(min(STEPS_IN_A_BYTE, num_time_steps - len(steps)) - 1):
+            later = (part + 2) >> 2
+            steps.append(part - later * 4)
+            part = later
+        steps.append(part)
+    return torch.stack(steps)
+
+
 def _by_head(steps: torch.Tensor, num_time_steps: int, head_size: int) -> torch.Tensor:
-    """`(T * B, L, heads * d)` as `(B, heads, L, T * d)`."""
-    each = steps.unflatten(0, (num_time_steps, -1)).unflatten(-1, (-1, head_size))
-    return each.permute(1, 3, 2, 0, 4).flatten(-2)
+    """`(T * B, L, heads * d)` as `(T, B, heads, L, d)`."""
+    return steps.unflatten(0, (num_time_steps, -1)).unflatten(-1, (-1, head_size)).transpose(2, 3)
+
+
+def _joined(steps: torch.Tensor) -> torch.Tensor:
+    """`(T, ..., d)` as `(..., T * d)`."""
+    return steps.movedim(0, -2).flatten(-2)
 
 
 def _spikes(kept: torch.Tensor, neurons: SpikingNeurons, dtype: torch.dtype) -> torch.Tensor:
-    """`(B, heads, L, T * d)` of a cache as `(T * B, L, heads * d)` spikes."""
-    each = kept.unflatten(-1, (neurons.num_time_steps, -1)).permute(3, 0, 2, 1, 4)
-    steps = each.flatten(-2).flatten(0, 1)
-    return _at_hand(neurons, neurons.spikes, steps, dtype) if kept.dtype == torch.int8 else steps
+    """What a cache holds, as `(T * B, L, heads * d)` spikes."""
+    is_coded, num_time_steps = kept.dtype == torch.int8, neurons.num_time_steps
+    steps = unpacked(kept, num_time_steps) if is_coded else kept.unflatten(-1, (num_time_steps, -1)).movedim(-2, 0)
+    steps = steps.transpose(2, 3).flatten(-2).flatten(0, 1)
+    return _at_hand(neurons, neurons.spikes, steps, dtype) if is_coded else steps
 
 
 def _at_hand(neurons: SpikingNeurons, read: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
@@ -107,7 +144,10 @@ def _check_holds(cache: Cache, layer: int, neurons: Groups, head_size: int) -> N
     if held is None or not held.numel():
         return
     codes, steps = _is_coded(neurons), neurons[0].num_time_steps
-    if (held.dtype == torch.int8) == codes and held.shape[-1] == steps * head_size:
+    held_steps = getattr(held_layer, "num_time_steps", steps)
+    size = head_size * (math.ceil(steps / STEPS_IN_A_BYTE) if codes else steps)
+    has_sizes = held_steps == steps and held.shape[-1] == size
+    if (held.dtype == torch.int8) == codes and has_sizes:
         return
     if held_layer.is_compileable and not torch.compiler.is_compiling() and not held_layer.get_seq_length():
         # Of a fixed length, allocated before anybody knew of codes, and empty: the first tokens allocate it anew.
@@ -115,9 +155,9 @@ def _check_holds(cache: Cache, layer: int, neurons: Groups, head_size: int) -> N
         return
     if (held.dtype == torch.int8) == codes:
         raise ValueError(
-            f"past_key_values has {held.shape[-1]} values of a head and a token, and not {steps * head_size}, {steps} "
-            f"time steps of {head_size}: it was filled with other num_time_steps, or by something else, as an "
-            "adapter's prefix. Begin with an empty cache."
+            f"past_key_values has {held.shape[-1]} values of a head and a token, of {held_steps} time steps, and not "
+            f"{size}, of {steps}: it was filled with other num_time_steps, or by something else, as an adapter's "
+            "prefix. Begin with an empty cache."
         )
     raise ValueError(
         f"past_key_values holds {held.dtype}, not the {'codes' if codes else 'spikes'} of this SpikeLM: it was filled "

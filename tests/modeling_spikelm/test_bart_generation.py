@@ -9,6 +9,7 @@ from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from configuration_spikelm.configuration_spiking import NEURONS
+from modeling_spikelm.spike_cache import unpacked
 from tests.modeling_spikelm.old_transformers import LOOKS_PROMPTS_UP
 from tests.modeling_spikelm.test_bart import make_model
 
@@ -50,7 +51,7 @@ def test_a_cache_changes_no_logit(num_time_steps):
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_both_caches_keep_a_byte_for_each_spike(neuron):
+def test_both_caches_keep_four_spikes_in_a_byte(neuron):
     model = make_model(4, neuron=neuron)
     target = torch.randint(3, 61, (1, 5))
     with torch.no_grad():
@@ -62,9 +63,8 @@ def test_both_caches_keep_a_byte_for_each_spike(neuron):
         assert len(part.layers) == 3
         for layer in part.layers:
             assert layer.keys.dtype == layer.values.dtype == torch.int8
-            # Two heads of sixteen, in four time steps.
-            assert layer.keys.shape == layer.values.shape == (1, 2, length, 64)
-            assert set(layer.keys.unique().tolist()) <= ({0, 1} if neuron == "lif" else {-1, 0, 1})
+            assert layer.keys.shape == layer.values.shape == (1, 2, length, 16)
+            assert set(unpacked(layer.keys, 4).unique().tolist()) <= ({0, 1} if neuron == "lif" else {-1, 0, 1})
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

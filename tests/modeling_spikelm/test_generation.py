@@ -1,14 +1,19 @@
 """`generate()` of a spiking decoder: transformers' own, with a cache of spikes."""
 
+import math
+
 import accelerate
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.generation import CompileConfig
 
 from configuration_spikelm.configuration_spiking import NEURONS
+from modeling_spikelm.spike_cache import packed, unpacked
 from tests.modeling_spikelm.test_llama import SIZES, make_model
 
 STEPS = pytest.mark.parametrize("num_time_steps", [1, 2, 4], ids="T{}".format)
@@ -40,16 +45,15 @@ def test_a_cache_changes_no_logit(num_time_steps):
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_the_cache_keeps_a_byte_for_each_spike(neuron):
+def test_the_cache_keeps_four_spikes_in_a_byte(neuron):
     model = make_model(4, neuron=neuron)
     with torch.no_grad():
         cache = model(PROMPT, use_cache=True).past_key_values
         wanted = model(PROMPT, use_cache=False).logits
         for layer in cache.layers:
             assert layer.keys.dtype == layer.values.dtype == torch.int8
-            # Two heads of eight, in four time steps.
-            assert layer.keys.shape == layer.values.shape == (1, 2, 9, 32)
-            assert layer.keys.unique().tolist() == ([0, 1] if neuron == "lif" else [-1, 0, 1])
+            assert layer.keys.shape == layer.values.shape == (1, 2, 9, 8)
+            assert unpacked(layer.keys, 4).unique().tolist() == ([0, 1] if neuron == "lif" else [-1, 0, 1])
         found = token_by_token(model, PROMPT, DynamicCache(config=model.config))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
@@ -70,8 +74,21 @@ def test_a_model_that_is_not_calibrated_caches_its_spikes():
     assert cache.layers[0].keys.dtype == torch.float32
 
 
-def test_with_one_time_step_the_cache_has_the_sizes_of_a_dense_models():
-    model = make_model(1)
+@given(st.lists(st.lists(st.sampled_from([-1, 0, 1]), min_size=3, max_size=3), min_size=1, max_size=9))
+def test_codes_of_steps_come_back_from_their_bytes(codes):
+    codes = torch.tensor(codes, dtype=torch.int8)
+    kept = packed(codes)
+    assert kept.dtype == torch.int8 and kept.shape == (3 * math.ceil(len(codes) / 4),)
+    assert torch.equal(unpacked(kept, len(codes)), codes)
+
+
+def test_four_steps_are_a_number_to_the_base_four():
+    assert packed(torch.tensor([[1], [-1], [0], [1]], dtype=torch.int8)).tolist() == [1 - 4 + 64]
+
+
+@STEPS
+def test_the_cache_has_the_sizes_of_a_dense_models(num_time_steps):
+    model = make_model(num_time_steps)
     dense = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in SIZES}))
     found, wanted = (each(PROMPT, use_cache=True).past_key_values for each in (model, dense))
     for layer, dense_layer in zip(found.layers, wanted.layers, strict=True):
@@ -81,7 +98,7 @@ def test_with_one_time_step_the_cache_has_the_sizes_of_a_dense_models():
 def test_a_cache_of_other_time_steps_is_refused():
     model = make_model(4)
     cache = make_model(2)(PROMPT).past_key_values
-    with pytest.raises(ValueError, match="16 values of a head and a token, and not 32, 4 time steps of 8"):
+    with pytest.raises(ValueError, match="8 values of a head and a token, of 2 time steps, and not 8, of 4"):
         model(PROMPT, past_key_values=cache)
 
 
