@@ -82,6 +82,8 @@ def _is_coded(neurons: tuple[SpikingNeurons, SpikingNeurons]) -> bool:
 
 def packed(codes: torch.Tensor) -> torch.Tensor:
     """Codes -1, 0 and +1, `(T, ..., d)` int8, as `(..., ceil(T / 4) * d)`: a step weighs four times the one before."""
+    if len(codes) == 1:  # a view, where copies would be made of the whole
+        return codes[0]
     parts = []
     for steps in codes.split(STEPS_IN_A_BYTE):
         *earlier, part = steps.unbind()
@@ -93,6 +95,8 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 
 def unpacked(kept: torch.Tensor, num_time_steps: int) -> torch.Tensor:
     """The codes `(T, ..., d)` that `packed` has made this of."""
+    if num_time_steps == 1:
+        return kept[None]
     steps: list[torch.Tensor] = []
     num_parts = math.ceil(num_time_steps / STEPS_IN_A_BYTE)
     for part in kept.unflatten(-1, (num_parts, -1)).unbind(-2):
