@@ -40,10 +40,7 @@ def with_past(
     is_coded = _is_coded(neurons)
     _check_holds(cache, layer, neurons, head_size)
     new_key, new_value = (
-        packed(_by_head(_at_hand(group, group.codes, x), group.num_time_steps, head_size))
-        if is_coded
-        else _joined(_by_head(x, group.num_time_steps, head_size))
-        for group, x in zip(neurons, (key, value), strict=True)
+        _to_keep(x, group, head_size, is_coded) for group, x in zip(neurons, (key, value), strict=True)
     )
     kept_key, kept_value = cache.update(new_key, new_value, layer)
     held_layer: Any = cache.layers[layer]
@@ -101,21 +98,18 @@ def unpacked(kept: torch.Tensor, num_time_steps: int) -> torch.Tensor:
     num_parts = math.ceil(num_time_steps / STEPS_IN_A_BYTE)
     for part in kept.unflatten(-1, (num_parts, -1)).unbind(-2):
         for _ in range(min(STEPS_IN_A_BYTE, num_time_steps - len(steps)) - 1):
-            later = (part + 2) >> 2
+            later = (part + 2) >> 2  # what is nearest to a quarter of it
             steps.append(part - later * 4)
             part = later
         steps.append(part)
     return torch.stack(steps)
 
 
-def _by_head(steps: torch.Tensor, num_time_steps: int, head_size: int) -> torch.Tensor:
-    """`(T * B, L, heads * d)` as `(T, B, heads, L, d)`."""
-    return steps.unflatten(0, (num_time_steps, -1)).unflatten(-1, (-1, head_size)).transpose(2, 3)
-
-
-def _joined(steps: torch.Tensor) -> torch.Tensor:
-    """`(T, ..., d)` as `(..., T * d)`."""
-    return steps.movedim(0, -2).flatten(-2)
+def _to_keep(spikes: torch.Tensor, neurons: SpikingNeurons, head_size: int, is_coded: bool) -> torch.Tensor:
+    """Spikes `(T * B, L, heads * d)` as a cache holds them; `_spikes` reads them."""
+    kept = _at_hand(neurons, neurons.codes, spikes) if is_coded else spikes
+    steps = kept.unflatten(0, (neurons.num_time_steps, -1)).unflatten(-1, (-1, head_size)).transpose(2, 3)
+    return packed(steps) if is_coded else steps.movedim(0, -2).flatten(-2)
 
 
 def _spikes(kept: torch.Tensor, neurons: SpikingNeurons, dtype: torch.dtype) -> torch.Tensor:

@@ -29,7 +29,7 @@ from modeling_spikelm import (
     SpikeLMModel,
 )
 
-NEURONS = {"num_time_steps": int(os.environ["NUM_TIME_STEPS"]), "neuron": os.environ.get("NEURON", "elastic")}
+NEURONS = {"num_time_steps": int(os.environ["NUM_TIME_STEPS"])}
 BATCH, LENGTH, VOCABULARY = 13, 7, 99
 
 # By these the tests know which labels a class takes.
