@@ -24,8 +24,8 @@ RECORDED = frozenset(
 
     dataset_name dataset_config_name dataset_weights dataset_revision rows_per_document train_file validation_file
     text_column_name train_split_name validation_split_name validation_split_percentage max_seq_length objective
-    mlm_probability streaming shuffle_buffer_size max_train_samples max_eval_samples pad_to_multiple_of vocab_size
-    lowercase
+    one_document_per_row mlm_probability streaming shuffle_buffer_size max_train_samples max_eval_samples
+    pad_to_multiple_of vocab_size lowercase
 
     teacher_name_or_path teacher_revision hidden_weight sentence_weight first_token_weight logits_weight
     attention_weight value_relation_weight label_weight temperature train_embeddings fit_tokens

@@ -20,6 +20,7 @@ class TextArguments:
 
     # What the rows are for: "clm" fills them to the last token.
     objective: ClassVar[str] = "clm"
+    one_document_per_row: ClassVar[bool] = False
 
     dataset_name: list[str] | None = field(
         default=None, metadata={"help": "Hub datasets or `save_to_disk` folders, one or several."}
@@ -185,6 +186,13 @@ class DataArguments(TextArguments):
             "choices": ["mlm", "mlm_nsp"],
         },
     )
+    one_document_per_row: bool = field(
+        default=False,
+        metadata={
+            "help": "A document has rows of its own, the last maybe short, in place of rows that are filled with "
+            "documents one after another: for a model that will read single sentences."
+        },
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Pad batches to a multiple of this length (8 suits tensor cores)."}
@@ -197,6 +205,8 @@ class DataArguments(TextArguments):
         super().__post_init__()
         if self.objective not in ("mlm", "mlm_nsp"):
             raise ValueError(f"--objective has to be 'mlm' or 'mlm_nsp', got {self.objective!r}.")
+        if self.objective == "mlm_nsp" and self.one_document_per_row:
+            raise ValueError("--one_document_per_row is for --objective mlm: pairs of 'mlm_nsp' are of two documents.")
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"--mlm_probability has to lie in (0, 1], got {self.mlm_probability}.")
         self._require_at_least_one("pad_to_multiple_of")

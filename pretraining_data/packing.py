@@ -51,11 +51,13 @@ def pack_documents(
     seed: int = 0,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
+    one_document_per_row: bool = False,
 ) -> AnyDataset:
     """Tokenise documents and pack them into rows of at most `max_seq_length` tokens.
 
     "mlm": ``[CLS] ... [SEP]``, filled with documents one after another, a ``[SEP]`` between two of them in a row. No
-    token is lost; the last row of every `DOCUMENTS_PER_BATCH` documents may be short. "mlm_nsp": BERT's pairs,
+    token is lost; the last row of every `DOCUMENTS_PER_BATCH` documents may be short, and with
+    `one_document_per_row` that of every document. "mlm_nsp": BERT's pairs,
     ``[CLS] a [SEP] b [SEP]`` with token_type_ids 0 and 1, b being what follows a (next_sentence_label 0) or, half of
     the time, a passage of another document (label 1); pairs too long are cut at a random end, as BERT does. A pair
     is a function of `seed` and the content of the documents packed together.
@@ -71,6 +73,7 @@ def pack_documents(
         seed: of the random choices of "mlm_nsp".
         num_proc: processes; not used for a stream.
         overwrite_cache: pack anew even if the same documents were packed the same way before.
+        one_document_per_row: whether a row of "mlm" holds tokens of one document alone.
 
     Returns:
         A dataset of the same kind with "input_ids" and, for pairs, "token_type_ids" and "next_sentence_label".
@@ -81,7 +84,7 @@ def pack_documents(
     """
     if "input_ids" in documents.column_names:
         return documents
-    pack, features, settings = _packing(objective, documents, tokenizer, max_seq_length, seed)
+    pack, features, settings = _packing(objective, documents, tokenizer, max_seq_length, seed, one_document_per_row)
     arguments = {
         "function": pack,
         "batched": True,
@@ -124,7 +127,12 @@ Packing: TypeAlias = tuple[Callable[..., pa.Table], Features, dict[str, Any]]
 
 
 def _packing(
-    objective: str, documents: AnyDataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, seed: int
+    objective: str,
+    documents: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    seed: int,
+    one_document_per_row: bool,
 ) -> Packing:
     if objective == "clm":
         # What a tokenizer puts before every text, without an end that some put behind it.
@@ -132,7 +140,8 @@ def _packing(
         settings = {"before": before, "eos_id": _special_id(tokenizer, "eos_token"), "length": max_seq_length}
         return _pack_endless_rows, BLOCK_FEATURES, settings
     if objective == "mlm":
-        return _pack_blocks, BLOCK_FEATURES, _between_special_tokens(tokenizer, max_seq_length, 2)
+        settings = _between_special_tokens(tokenizer, max_seq_length, 2)
+        return _pack_blocks, BLOCK_FEATURES, settings | {"one_document": one_document_per_row}
     if objective == "mlm_nsp":
         settings = _between_special_tokens(tokenizer, max_seq_length, 3)
         if "token_type_ids" not in tokenizer.model_input_names:
@@ -189,7 +198,7 @@ def _tokenise(texts: Sequence[str], backend: str) -> list[np.ndarray]:
     return token_ids
 
 
-def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: int) -> pa.Table:
+def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: int, one_document: bool) -> pa.Table:
     cls, sep = np.array([cls_id], dtype=np.int32), np.array([sep_id], dtype=np.int32)
     rows: list[np.ndarray] = []
     beginnings: list[int] = []
@@ -205,7 +214,7 @@ def _pack_blocks(table: pa.Table, backend: str, cls_id: int, sep_id: int, room: 
     for token_ids in _tokenise(table["text"].to_pylist(), backend):
         if used and len(token_ids):
             # A separator needs room for at least one token behind it.
-            if used + 2 > room:
+            if one_document or used + 2 > room:
                 close_row()
             else:
                 parts.append(sep)

@@ -59,6 +59,7 @@ def pack(
             training.seed,
             arguments.preprocessing_num_workers,
             arguments.prepares_anew,
+            arguments.one_document_per_row,
         )
         for name, split in documents.items()
     }

@@ -32,6 +32,7 @@ def test_flags_are_read():
         ),
         ({"validation_split_percentage": 0.0}, "between 0 and 100"),
         ({"objective": "clm"}, "'clm'"),
+        ({"objective": "mlm_nsp", "one_document_per_row": True}, "--one_document_per_row is for --objective mlm"),
         ({"mlm_probability": 0.0}, "mlm_probability"),
         ({"max_seq_length": 4}, "at least 5"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of"),

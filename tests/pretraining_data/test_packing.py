@@ -47,13 +47,14 @@ def random_documents(words, count, sentences, seed=0):
         st.lists(st.sampled_from(["river", "king", "old", "bird"]), max_size=30), min_size=1, max_size=12
     ),
     max_seq_length=st.integers(3, 20),
+    one_document=st.booleans(),
 )
-def test_blocks_lose_no_token(tokenizer, documents, max_seq_length):
+def test_blocks_lose_no_token(tokenizer, documents, max_seq_length, one_document):
     ids = [tokenizer.convert_tokens_to_ids(document) for document in documents]
     table = dataset(" ".join(document) for document in documents).with_format("arrow")[:]
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = packing._pack_blocks(
-        table, packing._serialise(tokenizer), cls_id=cls, sep_id=sep, room=max_seq_length - 2
+        table, packing._serialise(tokenizer), cls_id=cls, sep_id=sep, room=max_seq_length - 2, one_document=one_document
     ).to_pydict()["input_ids"]
     inner = [row[1:-1] for row in rows]
     assert all(row[0] == cls and row[-1] == sep and len(row) <= max_seq_length for row in rows)
@@ -62,7 +63,13 @@ def test_blocks_lose_no_token(tokenizer, documents, max_seq_length):
     ]
     # Separators stand between documents, never at the border of a row; and only they may leave the last place empty.
     assert all(row[0] != sep and row[-1] != sep and cls not in row for row in inner)
-    assert all(len(row) >= max_seq_length - 1 for row in rows[:-1])
+    if one_document:
+        whole = max_seq_length - 2
+        assert [len(row) for row in inner] == [
+            min(whole, len(document) - start) for document in ids for start in range(0, len(document), whole)
+        ]
+    else:
+        assert all(len(row) >= max_seq_length - 1 for row in rows[:-1])
     passages = [tuple(part) for row in inner for part in split_at(row, sep)]
     starts = np.cumsum([0, *map(len, passages)])
     assert set(np.cumsum([0, *map(len, ids)])) <= set(starts)
@@ -85,6 +92,16 @@ def test_blocks_by_hand(tokenizer, streaming):
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     packed = pack_documents(documents, tokenizer, 6)
     assert [row["input_ids"] for row in packed] == [[cls, the, king, sep, a, sep], [cls, bird, sep, river, sep]]
+
+
+@KINDS
+def test_a_document_has_rows_of_its_own_if_wanted(tokenizer, streaming):
+    documents = dataset(["the king a bird river", "", "river"], streaming)
+    the, king, a, bird, river = tokenizer.convert_tokens_to_ids(["the", "king", "a", "bird", "river"])
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    packed = pack_documents(documents, tokenizer, 5, one_document_per_row=True)
+    rows = [[cls, the, king, a, sep], [cls, bird, river, sep], [cls, river, sep]]
+    assert [row["input_ids"] for row in packed] == rows
 
 
 def test_special_tokens_in_the_text_are_text(tokenizer):
