@@ -3,8 +3,8 @@
     python benchmarks/equal_rate.py --teacher_name_or_path BERT --data_dir GLUE
 
 Each kind of neuron is swept by what sets its firing rate: elastic ones by `amplitude_scale` k, thrifty ones by
-`spike_cost`. Learned ones have nothing to set: their calibrated scale, twice their threshold, is multiplied; where
-they are trained, they are one point. The gap is that of sentence similarity without fine-tuning
+`spike_cost`. Learned ones have nothing to set: their calibrated scale, twice their threshold, is multiplied, before
+any training. The gap is that of sentence similarity without fine-tuning
 (sentence_similarity.py): Spearman's correlation of the dense model less that of the spiking one. Models are
 calibrated and, with --max_steps, distilled from text for so many steps each, by run_distill.py.
 """
@@ -20,10 +20,9 @@ import project  # noqa: F401
 import torch
 from arguments import read_arguments
 from cases import list_of
-from datasets import Dataset
 from matplotlib.figure import Figure
 from report import Row, keep, print_table
-from sentence_similarity import calibrated, measure
+from sentence_similarity import CALIBRATION_ROWS, calibrated, measure
 from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -31,9 +30,13 @@ from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
 from modeling_spikelm.neurons import neuron_groups
+from pretraining_data.arguments import DataArguments
+from pretraining_data.documents import load_documents
 
 # How a table calls what a learned neuron's scale is multiplied by.
 SCALE = "times the scale"
+# The folder of a model that a training begins with.
+START = "start"
 # Okabe and Ito's vermilion, blue and green, which everybody can tell apart, and a mark for those who see no colours.
 STYLES = {"elastic": ("#D55E00", "o"), "learned": ("#0072B2", "s"), "thrifty": ("#009E73", "^")}
 
@@ -43,7 +46,7 @@ class Arguments:
     teacher_name_or_path: str = field(metadata={"help": "The BERT to convert."})
     data_dir: str = field(metadata={"help": "GLUE in its own layout, with STS-B/dev.tsv and train.tsv."})
     amplitude_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, help="Values of k, elastic neurons.")
-    learned_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, help="Factors, learned neurons; none in trainings.")
+    learned_scales: list[float] = list_of(1.0, 1.25, 1.5, 2.0, help="Factors, learned neurons.")
     spike_costs: list[float] = list_of(0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, help="Spike costs, thrifty neurons.")
     num_time_steps: int = field(default=1, metadata={"help": "Time steps T."})
     split: str = field(default="validation", metadata={"help": "Of STS-B: validation, or train to choose by."})
@@ -62,19 +65,19 @@ class Arguments:
 
 
 class Setting(NamedTuple):
-    """One model to measure: its neuron and the field that is swept, None where nothing is."""
+    """One model to measure: its neuron and what is swept, a field or the scale."""
 
     neuron: str
-    field: str | None = None
-    value: float | None = None
+    field: str
+    value: float
 
     @property
     def fields(self) -> str:
-        return f"neuron={self.neuron}" + (f",{self.field}={self.value:g}" if self.field not in (None, SCALE) else "")
+        return f"neuron={self.neuron}" + (f",{self.field}={self.value:g}" if self.field != SCALE else "")
 
     @property
     def name(self) -> str:
-        return f"{self.neuron}, {self.field} = {self.value:g}" if self.field else self.neuron
+        return f"{self.neuron}, {self.field} = {self.value:g}"
 
 
 class Point(NamedTuple):
@@ -94,11 +97,19 @@ def main() -> None:
     pairs = pairs.take(arguments.max_samples or len(pairs))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     dense = measure(AutoModel.from_pretrained(teacher), tokenizer, pairs).spearman
+    sentences = splits["train"]["sentence1"]
     points, jobs = [], {setting: distillation(arguments, setting) for setting in settings(arguments)}
+    for setting, job in jobs.items():
+        if job is not None and setting.field == SCALE and not job.is_finished:
+            save_start(arguments, setting, job, tokenizer)
     failed = run_all([job for job in jobs.values() if job], 1, lambda: None)
     for setting, job in jobs.items():
         if job is None or job.is_finished:
-            model = student(arguments, setting, job, tokenizer, splits["train"])
+            model = (
+                SpikeLMModel.from_pretrained(job.folder / "student")
+                if job is not None
+                else untrained(arguments, setting, tokenizer, sentences)
+            )
             found = measure(model, tokenizer, pairs)
             points.append(Point(setting, found.firing_rate or 0.0, dense - found.spearman))
             print(f"{setting.name}: {points[-1].firing_rate:.1%}, {points[-1].gap:.1f}", flush=True)
@@ -128,10 +139,9 @@ def main() -> None:
 
 
 def settings(arguments: Arguments) -> list[Setting]:
-    learned = [Setting("learned", SCALE, factor) for factor in sorted(arguments.learned_scales)]
     return [
         *(Setting("elastic", "amplitude_scale", scale) for scale in sorted(arguments.amplitude_scales)),
-        *([Setting("learned")] if arguments.max_steps else learned),
+        *(Setting("learned", SCALE, factor) for factor in sorted(arguments.learned_scales)),
         *(Setting("thrifty", "spike_cost", cost) for cost in sorted(arguments.spike_costs)),
     ]
 
@@ -140,9 +150,19 @@ def distillation(arguments: Arguments, setting: Setting) -> Job | None:
     """The training of a setting; None where models are only calibrated."""
     if not arguments.max_steps:
         return None
-    folder = Path(str(arguments.output_dir), setting.fields)
+    folder = Path(str(arguments.output_dir), setting.name if setting.field == SCALE else setting.fields)
     fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
-    return training(arguments, setting.fields, folder, fields, arguments.max_steps)
+    start = folder / START if setting.field == SCALE else None
+    return training(arguments, setting.name, folder, fields, arguments.max_steps, start)
+
+
+def save_start(arguments: Arguments, setting: Setting, job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a training begins with whose neurons no configuration can describe, calibrated on the training text."""
+    text = DataArguments(train_file=[str(arguments.train_file)])
+    documents = load_documents(text, seed=0)["train"]
+    model = untrained(arguments, setting, tokenizer, documents.take(CALIBRATION_ROWS)["text"])
+    for written in (model, tokenizer):
+        written.save_pretrained(job.folder / START)
 
 
 class Text(Protocol):
@@ -153,27 +173,31 @@ class Text(Protocol):
     recipe: str
 
 
-def training(text: Text, name: str, folder: Path, fields: str, steps: int) -> Job:
-    """A student of a configuration's `fields`, by so many steps of run_distill.py; it lies in `folder/student`."""
+def training(text: Text, name: str, folder: Path, fields: str, steps: int, start: Path | None = None) -> Job:
+    """A student of a configuration's `fields`, by so many steps of run_distill.py; it lies in `folder/student`.
+
+    Args:
+        start: a SpikeLM to begin with, by default the teacher, calibrated.
+    """
     still = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
     command = script(
         *("run_distill.py", text.recipe, "--teacher_name_or_path", text.teacher_name_or_path),
         *("--train_file", text.train_file, "--max_steps", steps, "--save_steps", steps),
         *("--warmup_steps", steps // 20, "--eval_strategy", "no", "--spike_batches", 0),
         *("--config_overrides", f"{fields},{still}"),
+        *(("--model_name_or_path", start) if start else ()),
         *("--output_dir", folder / "student"),
     )
     return Job(name, folder, (command,), (text.recipe,))
 
 
-def student(
-    arguments: Arguments, setting: Setting, job: Job | None, tokenizer: PreTrainedTokenizerBase, pairs: Dataset
+def untrained(
+    arguments: Arguments, setting: Setting, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> SpikeLMModel:
-    if job is not None:
-        return SpikeLMModel.from_pretrained(job.folder / "student")
+    """The teacher with a setting's neurons, calibrated on the first of the texts."""
     fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
-    model = calibrated(arguments.teacher_name_or_path, fields, tokenizer, pairs)
-    if setting.field == SCALE and setting.value:
+    model = calibrated(arguments.teacher_name_or_path, fields, tokenizer, texts)
+    if setting.field == SCALE:
         with torch.no_grad():
             for neurons in neuron_groups(model):
                 neurons.log_scale += math.log(setting.value)
@@ -189,16 +213,13 @@ def gap_at(points: Sequence[Point], firing_rate: float) -> float | None:
 
 
 def build_table(points: Sequence[Point]) -> list[Row]:
-    """A row for every point, with the gap that the other swept neurons have at its firing rate."""
-    curves = {
-        neuron: [point for point in points if point.setting.neuron == neuron and point.setting.field]
-        for neuron in STYLES
-    }
+    """A row for every point, with the gap that the other neurons have at its firing rate."""
+    curves = {neuron: [point for point in points if point.setting.neuron == neuron] for neuron in STYLES}
     rows = []
     for point in points:
         row: Row = {
             "neuron": point.setting.neuron,
-            "set by": f"{point.setting.field} = {point.setting.value:g}" if point.setting.field else "",
+            "set by": f"{point.setting.field} = {point.setting.value:g}",
             "firing rate": f"{point.firing_rate:.1%}",
             "gap": f"{point.gap:.1f}",
         }
@@ -223,15 +244,8 @@ def draw(points: Sequence[Point], title: str) -> Figure:
         rates, gaps = [rate for rate, *_ in curve], [gap for _, gap, _ in curve]
         axes.plot(rates, gaps, color=colour, marker=marker, markersize=7, label=neuron)
         for rate, gap, setting in curve:
-            if setting.field:
-                axes.annotate(
-                    f"{setting.value:g}",
-                    (rate, gap),
-                    textcoords="offset points",
-                    xytext=(0, 8),
-                    ha="center",
-                    color=colour,
-                )
+            place = {"textcoords": "offset points", "xytext": (0, 8), "ha": "center"}
+            axes.annotate(f"{setting.value:g}", (rate, gap), color=colour, **place)
     axes.set_xlabel("firing rate, % of neurons per token and time step")
     axes.set_ylabel("gap to the dense model, STS-B, Spearman × 100")
     axes.set_ylim(bottom=0)

@@ -6,6 +6,7 @@ A BERT is measured as it is, and with --spiking_fields also as a SpikeLM that is
 of the training split. It takes a minute, and says early how good a conversion is going to be.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ def main() -> None:
         model = AutoModel.from_pretrained(name)
         rows.append(_row(name, model, measure(model, tokenizer, pairs)))
         for fields in arguments.spiking_fields if model.config.model_type == "bert" else []:
-            spiking = calibrated(name, fields, tokenizer, splits["train"])
+            spiking = calibrated(name, fields, tokenizer, splits["train"]["sentence1"])
             rows.append(_row(f"{name}, calibrated: {fields}", spiking, measure(spiking, tokenizer, pairs)))
     notes = [
         f"STS-B, {arguments.split}, {len(pairs)} pairs: mean pooling over tokens, cosine, Spearman's correlation times "
@@ -84,10 +85,10 @@ def parse_fields(text: str) -> dict[str, Any]:
     return fields
 
 
-def calibrated(bert: str, fields: str, tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> SpikeLMModel:
-    """The BERT as a SpikeLM with these fields, no more than calibrated, on the first of the pairs' sentences."""
+def calibrated(bert: str, fields: str, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> SpikeLMModel:
+    """The BERT as a SpikeLM with these fields, no more than calibrated, on the first of the texts."""
     model = SpikeLMModel.from_pretrained(bert, **parse_fields(fields))
-    model.calibrate(batches(tokenizer, pairs["sentence1"][:CALIBRATION_ROWS]))
+    model.calibrate(batches(tokenizer, texts[:CALIBRATION_ROWS]))
     return model
 
 

@@ -1,6 +1,7 @@
 """The curve of firing rate against gap: what stands beside a point, and one real sweep of a tiny model."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
+from modeling_spikelm import SpikeLMModel
+from modeling_spikelm.neurons import neuron_groups
 from pretraining_data.tokenizers import train_wordpiece
 from tests.corpus import write_corpus
 from tests.glue_tasks.conftest import write_tasks
@@ -36,17 +39,18 @@ def test_beside_a_point_stands_what_the_other_neurons_lose_at_its_firing_rate():
         Point(Setting("thrifty", "spike_cost", 0.1), 0.4, 5.0),
         Point(Setting("thrifty", "spike_cost", 1.0), 0.1, 9.0),
     ]
-    learned = Point(Setting("learned"), 0.7, 4.0)
+    learned = Point(Setting("learned", equal_rate.SCALE, 1.0), 0.7, 4.0)
     of_elastic, _, of_learned, frugal, frugaler = build_table([*ELASTIC, learned, *thrifty])
     assert (frugal["set by"], frugal["gap"], frugal["elastic's gap there"]) == ("spike_cost = 0.1", "5.0", "20.0")
     # Beyond the elastic sweep, and beside itself, there is nothing to compare with.
     assert frugaler["elastic's gap there"] is None and frugal["thrifty's gap there"] is None
     assert of_elastic["thrifty's gap there"] is None and of_learned["elastic's gap there"] is None
-    # One point is no curve.
-    assert "learned's gap there" not in frugal
+    # One point says nothing of another rate.
+    assert frugal["learned's gap there"] is None
 
 
-def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path):
+@pytest.fixture
+def bert(tmp_path):
     text = write_corpus(tmp_path / "text.txt", 6)
     texts = load_dataset("text", data_files=str(text), split="train", cache_dir=str(tmp_path / "cache"))
     tokenizer = train_wordpiece(texts, 300, True, model_max_length=64)
@@ -54,6 +58,25 @@ def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_the_training_of_learned_neurons_begins_with_their_scale_multiplied(bert, tmp_path):
+    text, tokenizer = tmp_path / "text.txt", AutoTokenizer.from_pretrained(bert)
+    arguments = Arguments(str(bert), "glue", max_steps=2, train_file=str(text), output_dir=str(tmp_path / "runs"))
+    levels = {}
+    for factor in (1.0, 3.0):
+        setting = Setting("learned", equal_rate.SCALE, factor)
+        job = equal_rate.distillation(arguments, setting)
+        equal_rate.save_start(arguments, setting, job, tokenizer)
+        (command,) = job.commands
+        start = command[command.index("--model_name_or_path") + 1]
+        levels[factor] = [neurons.log_scale for neurons in neuron_groups(SpikeLMModel.from_pretrained(start))]
+    for one, three in zip(levels[1.0], levels[3.0], strict=True):
+        torch.testing.assert_close(three - one, torch.full_like(one, math.log(3)))
+
+
+def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(bert, tmp_path):
     data = write_tasks(tmp_path / "glue", "STS-B")
     flags = [
         "--amplitude_scales",
@@ -67,7 +90,7 @@ def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(tmp_path):
         "--output",
         tmp_path / "results",
     ]
-    flags += ["--teacher_name_or_path", tmp_path / "bert", "--data_dir", data]
+    flags += ["--teacher_name_or_path", bert, "--data_dir", data]
     # As it is typed: a script has its own folder on its path, and not the project's.
     subprocess.run([sys.executable, equal_rate.__file__, *map(str, flags)], check=True, cwd=tmp_path)
     (run,) = json.loads((tmp_path / "results/equal_rate.json").read_text())
