@@ -25,6 +25,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
@@ -35,7 +36,9 @@ from arguments import read_arguments
 from cases import list_of
 from report import Row, keep, print_table
 from trainings import MADE_BY, PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
+from transformers import AutoTokenizer
 
+from glue_tasks.loading import SENTENCES, load_task
 from glue_tasks.tasks import TASKS
 
 TABLE_TITLE = "Conversion: what a spiking student loses against its dense teacher"
@@ -620,6 +623,7 @@ def build_task_table(
                     "dense / this, energy": _middle([_spent(results)], ".2f"),
                     "ternary / this, energy": _middle([_against_one_step(each, task, results, arguments)], ".2f"),
                     "examples seen": _middle([_examples_seen(result) for result in results], ",.0f"),
+                    "tokens seen": _middle([_tokens_seen(result, task, arguments) for result in results], ",.0f"),
                     "minutes": _middle([_minutes(result) for result in results], ".0f"),
                 }
             )
@@ -628,9 +632,11 @@ def build_task_table(
 
 TASKS_NOTE = (
     "Medians over the seeds that have ended. Ternary: the same student with one time step, a network with ternary "
-    "activations. Examples seen: epochs times training examples of this task, texts without labels included. Minutes: "
-    "of its training, from its last start, on a share of the machine with --jobs. Of a student that is trained on, "
-    "both are what came on top."
+    "activations; the binary spikes of LIF make none. Examples seen: epochs times training examples of this task, with "
+    "texts without labels. Tokens: of these, without padding, where there are no other texts. What a student read "
+    "before its tasks comes on top, and so does the time for that: its card or run has both. Minutes: of its training, "
+    "from its last start, so at least these, on a share of the machine with --jobs. Of a student that is trained on, "
+    "all three are what came on top."
 )
 
 
@@ -658,6 +664,24 @@ def _against_one_step(
 def _examples_seen(result: Result) -> float | None:
     epochs, rows = (_fact(result, "train_results.json", name) for name in ("epoch", "train_samples"))
     return epochs * rows if epochs and rows else None
+
+
+def _tokens_seen(result: Result, task: str, arguments: Arguments) -> float | None:
+    """Without padding; None of a training on other texts than those of the task."""
+    examples, rows = _examples_seen(result), _fact(result, "train_results.json", "train_samples")
+    lengths = _lengths(task, arguments.data_dir, arguments.teacher_name_or_path) if examples else []
+    if not examples or rows != len(lengths):
+        return None
+    longest = (_fact(result, "run.json", "arguments") or {}).get("max_seq_length", 128)
+    return examples * fmean(min(length, longest) for length in lengths)
+
+
+@cache
+def _lengths(task: str, data_dir: str, bert: str) -> list[int]:
+    """How many tokens each training example of a task has, special ones included."""
+    rows = load_task(TASKS[task], data_dir)["train"]
+    texts = [rows[name][:] for name in SENTENCES if name in rows.column_names]
+    return [len(ids) for ids in AutoTokenizer.from_pretrained(bert)(*texts)["input_ids"]]
 
 
 def _minutes(result: Result) -> float | None:

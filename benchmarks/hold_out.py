@@ -48,7 +48,7 @@ def main() -> None:
         # Says what is wrong with a file, in the words of run_glue.py.
         load_task(task, arguments.data_dir)
         kept, held_out, left_out = split(task, arguments)
-        print(f"{task.folder}: {kept} rows to train on, {held_out} held out, {left_out} left out for a text they share.")
+        print(f"{task.folder}: {kept} rows to train on, {held_out} held out, {left_out} left out for shared texts.")
 
 
 def split(task: GlueTask, arguments: Arguments) -> tuple[int, int, int]:

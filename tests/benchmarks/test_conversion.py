@@ -301,16 +301,34 @@ def test_a_student_that_is_converted_already_can_have_other_fields(given, tmp_pa
     assert pupil.name == f"{tmp_path.name},spike_cost=0,neuron=learned" and pupil.folder != as_it_is.folder
 
 
-def test_task_by_task_a_row_says_what_it_lost_spent_and_saw(teacher, given):
-    given = replace(given, task_name=["rte"], student_settings=["rte=1e-4:3"])
+@pytest.fixture
+def bert(tmp_path) -> Path:
+    """Only its tokenizer."""
+    text = write_corpus(tmp_path / "words.txt", 6)
+    texts = load_dataset("text", data_files=str(text), split="train", cache_dir=str(tmp_path / "cache"))
+    train_wordpiece(texts, 300, True, model_max_length=64).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_task_by_task_a_row_says_what_it_lost_spent_and_saw(given, bert, tmp_path):
+    glue = tmp_path / "glue/RTE"
+    glue.mkdir(parents=True)
+    for split in ("train", "dev"):
+        rows = [f"{number}\t. . .\t{'. ' * number}\tentailment" for number in range(1, 9)]
+        glue.joinpath(f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    settings = {f"{who}_settings": ["rte=1e-4:3"] for who in ("teacher", "student")}
+    given = replace(given, data_dir=str(glue.parent), teacher_name_or_path=str(bert), task_name=["rte"], **settings)
+    teacher = dense_model(given)
+    for seed, score in enumerate((80.0, 60.0, 70.0)):
+        finish(teacher, "rte", ONE, seed, score, given)
     pupil = student(given, "num_time_steps=1")
     for seed, score in enumerate((60.0, 64.0, 62.0)):
         folder = finish(pupil, "rte", ONE, seed, score, given) / "glue/rte"
         folder.mkdir()
         (folder / "config.json").write_text('{"num_time_steps": 1}')
-        figures = {"epoch": 3.0, "train_samples": 1000 + seed, "train_runtime": 60.0 * (seed + 1)}
+        figures = {"epoch": 3.0, "train_samples": 9 if seed == 2 else 8, "train_runtime": 60.0 * (seed + 1)}
         (folder / "train_results.json").write_text(json.dumps(figures))
-        arguments = {"mixed_precision": "bf16" if seed else "no"}
+        arguments = {"mixed_precision": "bf16" if seed else "no", "max_seq_length": 12}
         (folder / "run.json").write_text(json.dumps({"arguments": arguments}))
     longer = WithTimeSteps(pupil, 4)
     for job in longer.jobs(given):
@@ -319,7 +337,9 @@ def test_task_by_task_a_row_says_what_it_lost_spent_and_saw(teacher, given):
     assert (dense["score"], dense["gap"], dense["minutes"]) == ("70.0 (60.0 .. 80.0)", "0.0", None)
     assert (row["score"], row["gap"], row["firing rate"]) == ("62.0 (60.0 .. 64.0)", "8.0", "40.0%")
     assert (row["dense / this, energy"], row["ternary / this, energy"]) == ("5.00", "1.00")
-    assert (row["examples seen"], row["minutes"]) == ("3,003", "2")
+    # 7 to 14 tokens, cut at 12. The third run learned from other texts too, whose tokens are not known.
+    assert (row["examples seen"], row["tokens seen"], row["minutes"]) == ("24", "243", "2")
+    assert dense["tokens seen"] is None
     assert (steps["gap"], steps["dense / this, energy"], steps["ternary / this, energy"]) == ("4.0", "2.00", "0.40")
     assert precisions(given, [pupil]) == [
         "Trained and evaluated in bfloat16, but num_time_steps=1, rte, seed 0 in float32."
