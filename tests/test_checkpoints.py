@@ -1,6 +1,9 @@
 """The checkpoint that the project gives away: small, complete, and good where nobody knows the project."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,12 +11,11 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModel
 
-import run_glue
 from deployment.sentence_encoder import similarity
 from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from tests.carried_code import CHECKPOINT, CODE
-from tests.clean_machine import PROJECT_ROOT, run_on_clean_machine
+from tests.clean_machine import PROJECT_ROOT, neutral_environment, run_on_clean_machine
 from tests.glue_tasks.conftest import write_tasks
 
 GLUE = PROJECT_ROOT.parent / "shared/data/glue"
@@ -79,11 +81,17 @@ print(json.dumps(encoder.encode({SENTENCES!r}).tolist()))
     assert others.tolist() == [1, 0, 3, 2, 5, 4]
 
 
-def test_run_glue_trains_on_from_it(tmp_path):
+def test_run_glue_trains_on_from_a_download_of_it_where_nothing_is_cached(tmp_path):
     data = write_tasks(tmp_path / "glue", "STS-B")
-    flags = ["--model_name_or_path", CHECKPOINT, "--task_name", "stsb", "--data_dir", data, "--max_steps", "1"]
-    flags += ["--output_dir", tmp_path / "run", "--report_to", "none", "--use_cpu", "--max_seq_length", "16"]
-    run_glue.main(list(map(str, flags)))
+    shutil.copytree(CHECKPOINT, tmp_path / "download")
+    flags = ["--model_name_or_path", "download", "--task_name", "stsb", "--data_dir", data, "--max_steps", "1"]
+    flags += ["--output_dir", "run", "--report_to", "none", "--use_cpu", "--max_seq_length", "16"]
+    command = [sys.executable, PROJECT_ROOT / "run_glue.py", *flags]
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=neutral_environment() | home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/stsb/config.json").read_text())
     assert (config["neuron"], config["int8_weights"], config["int8_embeddings"]) == ("thrifty", False, False)
 

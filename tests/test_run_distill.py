@@ -1,6 +1,8 @@
 """run_distill.py from text to a student that loads, in one process."""
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from tests.forked_processes import launch_forked
 from tests.other_vocabulary import with_other_vocabulary
 from tests.test_run_mlm import assert_same_weights, interrupted
 
+ROOT = Path(run_distill.__file__).parent
 SHORT = """--per_device_train_batch_size 8 --learning_rate 2e-3 --max_steps 12 --max_seq_length 32 --max_eval_samples 16
 --save_steps 6 --logging_steps 1 --report_to none --use_cpu --seed 1 --config_overrides
 num_time_steps=2,hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0""".split()
@@ -116,6 +119,35 @@ def test_the_same_command_resumes_to_the_same_weights(distilled, teachers, corpu
     interrupted(again, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == 6, run_distill)
     run_distill.main(again)
     assert_same_weights(tmp_path / "out", distilled["bare"])
+
+
+def test_make_convert_is_its_recipe_and_the_same_command_goes_on(teachers, corpus, tmp_path):
+    def convert(output):
+        names = [f"TEXT={corpus}", f"TEACHER={teachers['bare']}", f"CONVERTED={output}"]
+        said = subprocess.run(["make", "-n", "convert", *names], cwd=ROOT, check=True, capture_output=True, text=True)
+        *_, line = said.stdout.replace("\\\n", " ").strip().splitlines()
+        assert "run_distill.py recipes/convert_to_spikelm.yaml" in line
+        flags = shlex.split(line.partition("run_distill.py")[2])
+        # The budget, and what a machine may lack.
+        small = "--max_steps 4 --save_steps 2 --warmup_steps 1 --per_device_train_batch_size 8 --bf16 False --use_cpu"
+        return [str(ROOT / flags[0]), *flags[1:], *small.split(), "--validation_split_percentage", "20"]
+
+    run_distill.main(convert(tmp_path / "whole"))
+    cut_off = convert(tmp_path / "cut_off")
+    interrupted(cut_off, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == 2, run_distill)
+    run_distill.main(cut_off)
+    assert_same_weights(tmp_path / "cut_off", tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert (config["neuron"], config["num_time_steps"]) == ("thrifty", 1)
+
+
+def test_a_stream_teaches_and_is_resumed_where_it_was(teachers, corpus, tmp_path):
+    more = ("--streaming", "--validation_file", str(corpus), "--max_steps", "4", "--save_steps", "2")
+    run_distill.main(command(teachers["with_head"], corpus, tmp_path / "whole", *more))
+    cut_off = command(teachers["with_head"], corpus, tmp_path / "cut_off", *more)
+    interrupted(cut_off, Publisher, "on_save", lambda self, args, state, *rest: state.global_step == 2, run_distill)
+    run_distill.main(cut_off)
+    assert_same_weights(tmp_path / "cut_off", tmp_path / "whole")
 
 
 def test_a_student_that_was_fitted_begins_nearer_and_is_not_fitted_again_when_it_goes_on(teachers, corpus, tmp_path):

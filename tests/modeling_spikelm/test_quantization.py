@@ -396,6 +396,16 @@ def test_int8_embeddings_are_the_rounded_rows_and_take_a_quarter_of_the_disk(con
     assert loaded.half().embeddings.word_embeddings.weight_scale.dtype == torch.float32
 
 
+def test_a_checkpoint_from_before_int8_embeddings_loads(config, batch, tmp_path):
+    model = calibrated(SpikeLMModel, config, batch).quantize_weights()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["int8_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = SpikeLMModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
 def test_an_encoder_that_was_quantised_apart_from_its_head_is_not_saved_and_shares_its_embeddings_again(
     config, batch, tmp_path
 ):

@@ -20,7 +20,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=["elastic", "thrifty"])
+@pytest.fixture(params=["elastic", "learned", "thrifty"])
 def one_step(request) -> SpikeLMForMaskedLM:
     torch.manual_seed(0)
     model = SpikeLMForMaskedLM(SpikeLMConfig(**SIZES, num_time_steps=1, neuron=request.param)).eval()
