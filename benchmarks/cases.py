@@ -1,5 +1,6 @@
 """What can be measured: shapes, sides, and `Case`, the order that a command gives to one worker process. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +29,8 @@ SIDES = {
 }
 SPIKING_SIDES = ("spikelm", "spikelm-dense", "spikelm-int8", "spikelm-onnx", "spikelm-int8-onnx", "oracle")
 TRAINED_SIDES = ("bert", "bert-sparse", "spikelm", "spikelm-dense", "oracle")
+# Those that are calibrated, which have kernels and int8 counterparts.
+TIMED_NEURONS = ("elastic", "learned", "thrifty")
 # Of modeling_spikelm.fast_paths, which needs torch.
 FAST_PATHS = (
     "fused_neurons",
@@ -55,6 +58,7 @@ class Case:
     shape: str
     batch_size: int
     num_time_steps: int = 1
+    neuron: str = "elastic"
     length: int = 128
     dropout: float = 0.1
     dtype: str = "float32"
@@ -69,7 +73,8 @@ class Case:
     def label(self) -> str:
         if self.side not in SPIKING_SIDES:
             return self.side
-        return " ".join([f"{self.side} T={self.num_time_steps}", *(f"-{name}" for name in self.without)])
+        neuron = [self.neuron] if self.neuron != "elastic" else []
+        return " ".join([self.side, *neuron, f"T={self.num_time_steps}", *(f"-{name}" for name in self.without)])
 
     @property
     def is_int8(self) -> bool:
@@ -127,8 +132,10 @@ class CommonArguments:
         if min(self.num_time_steps) < 1:
             raise ValueError(f"--num_time_steps {min(self.num_time_steps)} is not possible; it must be at least 1.")
 
-    def cases(self, measure: str, shape: str, sides: list[str], **changes: object) -> list[Case]:
-        """The cases of a shape: a BERT side once, a SpikeLM side once for every number of time steps."""
+    def cases(
+        self, measure: str, shape: str, sides: list[str], neurons: Sequence[str] = ("elastic",), **changes: object
+    ) -> list[Case]:
+        """The cases of a shape: a BERT side once, a SpikeLM side once for every neuron and number of time steps."""
         common = {
             "measure": measure,
             "shape": shape,
@@ -143,10 +150,12 @@ class CommonArguments:
             Case(
                 side=side,
                 num_time_steps=steps,
+                neuron=neuron,
                 without=tuple(self.without) if side in ("spikelm", "spikelm-dense") else (),
                 **common,
             )
             for side in sides
+            for neuron in (neurons if side in SPIKING_SIDES else ("elastic",))
             for steps in (self.num_time_steps if side in SPIKING_SIDES else [1])
         ]
 

@@ -219,8 +219,9 @@ def beside_oracle(neuron: str, dtype: str, device: str) -> Row:
 
     In 16 bits a CPU's attention has other roundings, which would hide the neuron's where a gradient is 0 but for them.
     """
-    case = Case("training", "spikelm-dense", "tiny", 4, num_time_steps=4, dropout=0.0, dtype=dtype, device=device)
-    model, batch = build_model(case, neuron=neuron), build_batch(case)
+    sizes = {"num_time_steps": 4, "neuron": neuron, "dropout": 0.0}
+    case = Case("training", "spikelm-dense", "tiny", 4, dtype=dtype, device=device, **sizes)
+    model, batch = build_model(case), build_batch(case)
     calibrate(model, batch)
     oracle = copy.deepcopy(model)
     loss = training_loss(case, model)(batch)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from arguments import read_arguments
-from cases import SIDES, TimingArguments, list_of
+from cases import SIDES, TIMED_NEURONS, TimingArguments, list_of
 from processes import time_by_turns
 from report import ratio_text, report
 
@@ -22,6 +22,7 @@ class Arguments(TimingArguments):
         choices=INFERRING_SIDES,
         help="; ".join(f"{side}: {SIDES[side]}" for side in INFERRING_SIDES),
     )
+    neurons: list[str] = list_of("elastic", choices=TIMED_NEURONS, help="Neurons of the SpikeLM sides.")
     batch_size: int | None = field(default=None, metadata={"help": "Sequences per batch (default: 8, then 1)."})
 
 
@@ -33,7 +34,8 @@ def main() -> None:
 
 
 def measure(arguments: Arguments, shape: str, batch_size: int) -> None:
-    cases = arguments.cases("inference", shape, arguments.sides, warmup=arguments.warmup, batch_size=batch_size)
+    common = {"warmup": arguments.warmup, "batch_size": batch_size}
+    cases = arguments.cases("inference", shape, arguments.sides, arguments.neurons, **common)
     results = time_by_turns(cases, arguments.rounds, arguments.repeats, "forward", arguments.keep_environment)
     milliseconds = {case: result["seconds"]["forward"] * 1e3 for case, result in results.items()}
     of_int8 = next((milliseconds[case] for case in cases if case.side == "bert-int8"), None)

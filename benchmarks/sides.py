@@ -16,7 +16,7 @@ LABEL_SHARE = 0.15
 OUTPUTS = ("last_hidden_state", "pooler_output")
 
 
-def build_model(case: Case, neuron: str = "elastic") -> PreTrainedModel:
+def build_model(case: Case) -> PreTrainedModel:
     """The model of a case with random weights, on its device, in training mode: masked LM, or for inference no head."""
     torch.manual_seed(0)
     sizes = {
@@ -36,7 +36,7 @@ def build_model(case: Case, neuron: str = "elastic") -> PreTrainedModel:
             setattr(fast_paths.FAST_PATHS, name, False)
         model_class = SpikeLMForMaskedLM if has_head else SpikeLMModel
         is_sparse = case.side == "spikelm"
-        spiking = {"neuron": neuron, "num_time_steps": case.num_time_steps, "sparse_prediction": is_sparse}
+        spiking = {"neuron": case.neuron, "num_time_steps": case.num_time_steps, "sparse_prediction": is_sparse}
         config = SpikeLMConfig(**sizes, **spiking)
     with torch.device(case.device):
         model = model_class(config)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from arguments import read_arguments
-from cases import SIDES, TRAINED_SIDES, Case, TimingArguments, list_of
+from cases import SIDES, TIMED_NEURONS, TRAINED_SIDES, Case, TimingArguments, list_of
 from processes import time_by_turns
 from report import ratio_text, report
 
@@ -15,6 +15,7 @@ class Arguments(TimingArguments):
         choices=TRAINED_SIDES,
         help="; ".join(f"{side}: {SIDES[side]}" for side in TRAINED_SIDES),
     )
+    neurons: list[str] = list_of("elastic", choices=TIMED_NEURONS, help="Neurons of the SpikeLM sides.")
     with_float32: bool = field(
         default=False,
         metadata={"help": "With --dtype bf16_autocast: every side in float32 too, and the ratio to that."},
@@ -33,7 +34,7 @@ def in_float32(case: Case) -> Case:
 def main() -> None:
     arguments = read_arguments(Arguments)
     for shape in arguments.shape:
-        cases = arguments.cases("training", shape, arguments.sides, warmup=arguments.warmup)
+        cases = arguments.cases("training", shape, arguments.sides, arguments.neurons, warmup=arguments.warmup)
         title, ratio_to = f"Training step, {cases[0].setting}", "bert"
         if arguments.with_float32:
             cases = [twin for case in cases for twin in (in_float32(case), case)]

@@ -114,6 +114,18 @@ def test_what_the_int8_side_times_has_int8_weights(monkeypatch):
         assert model.config.int8_weights == (side == "spikelm-int8")
 
 
+def test_the_neurons_that_are_named_are_timed(tmp_path, monkeypatch):
+    flags = [*QUICK, "--batch_size", "2", "--sides", "bert", "spikelm-int8", "--neurons", "elastic", "thrifty"]
+    assert list(rows_by_side("inference", *flags, folder=tmp_path)) == [
+        "bert",
+        "spikelm-int8 T=2",
+        "spikelm-int8 thrifty T=2",
+    ]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cases, sides = importlib.import_module("cases"), importlib.import_module("sides")
+    assert sides.build_model(cases.Case("training", "spikelm", "tiny", 2, neuron="thrifty")).config.neuron == "thrifty"
+
+
 def test_every_trained_side_computes_the_logits_that_it_says(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     cases, sides, fast_paths = map(importlib.import_module, ("cases", "sides", "modeling_spikelm.fast_paths"))
