@@ -196,8 +196,7 @@ def make_card(
         pipeline_tag="text-generation",
         auto_class=AutoModelForCausalLM.__name__,
         training_data=(
-            f"{learned} to predict the next token on {data_arguments.sources}, in rows of "
-            f"{data_arguments.max_seq_length} tokens."
+            f"{learned} to predict the next token on {data_arguments.sources}, in {data_arguments.rows_in_words}."
         ),
         datasets=data_arguments.hub_datasets,
         metrics=CAUSAL_LM_METRICS,

@@ -192,9 +192,7 @@ def make_card(
         training=training,
         pipeline_tag="fill-mask" if auto_class is AutoModelForMaskedLM else "feature-extraction",
         auto_class=auto_class.__name__,
-        training_data=(
-            f"{learned} the text of {data_arguments.sources}, in rows of {data_arguments.max_seq_length} tokens."
-        ),
+        training_data=f"{learned} the text of {data_arguments.sources}, in {data_arguments.rows_in_words}.",
         datasets=data_arguments.hub_datasets,
         metrics=METRICS,
         figures=FIGURES,

@@ -247,8 +247,8 @@ def describe(arguments: DataArguments) -> str:
         else ("masked language modelling")
     )
     return (
-        f"Trained by {task} ({arguments.mlm_probability:.0%} of the tokens) on {arguments.sources}, in rows of "
-        f"{arguments.max_seq_length} tokens."
+        f"Trained by {task} ({arguments.mlm_probability:.0%} of the tokens) on {arguments.sources}, in "
+        f"{arguments.rows_in_words}."
     )
 
 

@@ -147,6 +147,11 @@ class TextArguments:
         return self.max_seq_length
 
     @property
+    def rows_in_words(self) -> str:
+        """What the rows are, for people."""
+        return f"rows of {'one document and at most ' if self.one_document_per_row else ''}{self.max_seq_length} tokens"
+
+    @property
     def hub_datasets(self) -> list[str]:
         """Names of the training data that are on the Hub."""
         return [name for name in self.dataset_name or [] if not Path(name).exists()]
