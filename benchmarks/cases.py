@@ -155,7 +155,7 @@ class CommonArguments:
                 **common,
             )
             for side in sides
-            for neuron in (neurons if side in SPIKING_SIDES else ("elastic",))
+            for neuron in (dict.fromkeys(neurons) if side in SPIKING_SIDES else ("elastic",))
             for steps in (self.num_time_steps if side in SPIKING_SIDES else [1])
         ]
 

@@ -670,9 +670,9 @@ def _tokens_seen(result: Result, task: str, arguments: Arguments) -> float | Non
     """Without padding; None of a training on other texts than those of the task."""
     examples, rows = _examples_seen(result), _fact(result, "train_results.json", "train_samples")
     lengths = _lengths(task, arguments.data_dir, arguments.teacher_name_or_path) if examples else []
-    if not examples or rows != len(lengths):
+    longest = (_fact(result, "run.json", "arguments") or {}).get("max_seq_length")
+    if not examples or rows != len(lengths) or longest is None:
         return None
-    longest = (_fact(result, "run.json", "arguments") or {}).get("max_seq_length", 128)
     return examples * fmean(min(length, longest) for length in lengths)
 
 

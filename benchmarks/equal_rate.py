@@ -10,7 +10,7 @@ calibrated and, with --max_steps, distilled from text for so many steps each, by
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -22,7 +22,7 @@ from arguments import read_arguments
 from cases import list_of
 from matplotlib.figure import Figure
 from report import Row, keep, print_table
-from sentence_similarity import CALIBRATION_ROWS, calibrated, measure
+from sentence_similarity import calibrated, measure
 from trainings import PATH_NAMES, Job, budget_note, device, ending_on_sigterm, report_failures, run_all, script
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,8 +30,6 @@ from glue_tasks.loading import load_task
 from glue_tasks.tasks import TASKS
 from modeling_spikelm import SpikeLMModel
 from modeling_spikelm.neurons import neuron_groups
-from pretraining_data.arguments import DataArguments
-from pretraining_data.documents import load_documents
 
 # How a table calls what a learned neuron's scale is multiplied by.
 SCALE = "times the scale"
@@ -60,6 +58,11 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.max_steps and (self.train_file is None or self.output_dir is None):
             raise ValueError(f"--max_steps {self.max_steps} needs --train_file, the text, and --output_dir.")
+        if self.max_steps and self.learned_scales and "fit_tokens" in Path(self.recipe).read_text(encoding="utf-8"):
+            raise ValueError(
+                f"--recipe {self.recipe} has a fit, which sets levels anew: learned neurons would not begin with their "
+                "scale multiplied; leave out fit_tokens."
+            )
         if min(self.learned_scales, default=1) <= 0:
             raise ValueError(f"--learned_scales {min(self.learned_scales):g} is not possible; factors are above 0.")
 
@@ -72,8 +75,13 @@ class Setting(NamedTuple):
     value: float
 
     @property
+    def is_scale(self) -> bool:
+        """Whether it is the calibrated scale that is multiplied, which no configuration can say."""
+        return self.field == SCALE
+
+    @property
     def fields(self) -> str:
-        return f"neuron={self.neuron}" + (f",{self.field}={self.value:g}" if self.field != SCALE else "")
+        return f"neuron={self.neuron}" + ("" if self.is_scale else f",{self.field}={self.value:g}")
 
     @property
     def name(self) -> str:
@@ -99,10 +107,8 @@ def main() -> None:
     dense = measure(AutoModel.from_pretrained(teacher), tokenizer, pairs).spearman
     sentences = splits["train"]["sentence1"]
     points, jobs = [], {setting: distillation(arguments, setting) for setting in settings(arguments)}
-    for setting, job in jobs.items():
-        if job is not None and setting.field == SCALE and not job.is_finished:
-            save_start(arguments, setting, job, tokenizer)
-    failed = run_all([job for job in jobs.values() if job], 1, lambda: None)
+    failed = begin_scaled(arguments, jobs) if arguments.max_steps else []
+    failed += run_all([job for job in jobs.values() if job], 1, lambda: None)
     for setting, job in jobs.items():
         if job is None or job.is_finished:
             model = (
@@ -150,19 +156,43 @@ def distillation(arguments: Arguments, setting: Setting) -> Job | None:
     """The training of a setting; None where models are only calibrated."""
     if not arguments.max_steps:
         return None
-    folder = Path(str(arguments.output_dir), setting.name if setting.field == SCALE else setting.fields)
+    folder = Path(str(arguments.output_dir), setting.fields + (f",scale={setting.value:g}" if setting.is_scale else ""))
     fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
-    start = folder / START if setting.field == SCALE else None
+    start = ("--model_name_or_path", folder / START) if setting.is_scale else ()
     return training(arguments, setting.name, folder, fields, arguments.max_steps, start)
 
 
-def save_start(arguments: Arguments, setting: Setting, job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What a training begins with whose neurons no configuration can describe, calibrated on the training text."""
-    text = DataArguments(train_file=[str(arguments.train_file)])
-    documents = load_documents(text, seed=0)["train"]
-    model = untrained(arguments, setting, tokenizer, documents.take(CALIBRATION_ROWS)["text"])
-    for written in (model, tokenizer):
-        written.save_pretrained(job.folder / START)
+def begin_scaled(arguments: Arguments, jobs: Mapping[Setting, Job | None]) -> list[Job]:
+    """Saves what trainings of multiplied scales begin with. Returns what failed."""
+    scaled = {setting: job for setting, job in jobs.items() if job is not None and setting.is_scale}
+    failed = run_all([calibration(arguments)] if scaled else [], 1, lambda: None)
+    for setting, job in scaled.items() if not failed else ():
+        save_start(calibration(arguments), setting, job)
+    return failed
+
+
+def calibration(arguments: Arguments) -> Job:
+    """Learned neurons as run_distill.py calibrates them: a training of one step that changes nothing."""
+    fields = f"neuron=learned,num_time_steps={arguments.num_time_steps}"
+    folder = Path(str(arguments.output_dir), "learned,calibrated")
+    return training(arguments, "learned, calibrated", folder, fields, 1, ("--learning_rate", 0))
+
+
+def save_start(calibrated_by: Job, setting: Setting, job: Job) -> None:
+    """What the training of a setting begins with that no configuration can describe."""
+    calibrated_in, start = calibrated_by.folder / "student", job.folder / START
+    if (start / "config.json").exists():
+        return
+    model = SpikeLMModel.from_pretrained(calibrated_in)
+    multiply_scales(model, setting.value)
+    AutoTokenizer.from_pretrained(calibrated_in).save_pretrained(start)
+    model.save_pretrained(start)
+
+
+def multiply_scales(model: SpikeLMModel, factor: float) -> None:
+    with torch.no_grad():
+        for neurons in neuron_groups(model):
+            neurons.log_scale += math.log(factor)
 
 
 class Text(Protocol):
@@ -173,19 +203,16 @@ class Text(Protocol):
     recipe: str
 
 
-def training(text: Text, name: str, folder: Path, fields: str, steps: int, start: Path | None = None) -> Job:
-    """A student of a configuration's `fields`, by so many steps of run_distill.py; it lies in `folder/student`.
-
-    Args:
-        start: a SpikeLM to begin with, by default the teacher, calibrated.
-    """
+def training(text: Text, name: str, folder: Path, fields: str, steps: int, more: Sequence[object] = ()) -> Job:
+    """A student of a configuration's `fields`, by so many steps of run_distill.py, with `more` flags; it lies in
+    `folder/student`."""
     still = "hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
     command = script(
         *("run_distill.py", text.recipe, "--teacher_name_or_path", text.teacher_name_or_path),
         *("--train_file", text.train_file, "--max_steps", steps, "--save_steps", steps),
         *("--warmup_steps", steps // 20, "--eval_strategy", "no", "--spike_batches", 0),
         *("--config_overrides", f"{fields},{still}"),
-        *(("--model_name_or_path", start) if start else ()),
+        *more,
         *("--output_dir", folder / "student"),
     )
     return Job(name, folder, (command,), (text.recipe,))
@@ -197,10 +224,8 @@ def untrained(
     """The teacher with a setting's neurons, calibrated on the first of the texts."""
     fields = f"{setting.fields},num_time_steps={arguments.num_time_steps}"
     model = calibrated(arguments.teacher_name_or_path, fields, tokenizer, texts)
-    if setting.field == SCALE:
-        with torch.no_grad():
-            for neurons in neuron_groups(model):
-                neurons.log_scale += math.log(setting.value)
+    if setting.is_scale:
+        multiply_scales(model, setting.value)
     return model
 
 

@@ -219,8 +219,8 @@ def beside_oracle(neuron: str, dtype: str, device: str) -> Row:
 
     In 16 bits a CPU's attention has other roundings, which would hide the neuron's where a gradient is 0 but for them.
     """
-    sizes = {"num_time_steps": 4, "neuron": neuron, "dropout": 0.0}
-    case = Case("training", "spikelm-dense", "tiny", 4, dtype=dtype, device=device, **sizes)
+    settings = {"num_time_steps": 4, "neuron": neuron, "dropout": 0.0, "dtype": dtype}
+    case = Case("training", "spikelm-dense", "tiny", 4, device=device, **settings)
     model, batch = build_model(case), build_batch(case)
     calibrate(model, batch)
     oracle = copy.deepcopy(model)

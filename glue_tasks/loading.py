@@ -105,7 +105,7 @@ def _check_hub_rows(task: GlueTask, split: str, dataset: Dataset) -> None:
 def _read_split(task: GlueTask, split: str, path: Path) -> Dataset:
     """Read one file; rows that are left out are counted in a warning, every other defect is an error."""
     labelled = split not in task.test_splits
-    rows = _read_fields(path)
+    rows = read_fields(path)
     if labelled and task.headerless:
         header = list(task.headerless)
     else:
@@ -152,7 +152,7 @@ def _read_split(task: GlueTask, split: str, path: Path) -> Dataset:
     return Dataset.from_dict(columns, features=_features(task, labelled))
 
 
-def _read_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and fields of every line. Only a line feed ends a line: sentences hold stranger characters."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as lines:

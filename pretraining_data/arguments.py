@@ -195,7 +195,8 @@ class DataArguments(TextArguments):
         default=False,
         metadata={
             "help": "A document has rows of its own, the last maybe short, in place of rows that are filled with "
-            "documents one after another: for a model that will read single sentences."
+            "documents one after another: for a model that will read single sentences. In txt files a blank line ends "
+            "a document."
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})

@@ -79,10 +79,13 @@ def pack_documents(
         A dataset of the same kind with "input_ids" and, for pairs, "token_type_ids" and "next_sentence_label".
 
     Raises:
-        ValueError: `max_seq_length` is too short, the tokenizer does not suit the objective, the documents hold no
-            token, or for "clm" too few for a row, or there is only one document where pairs need two.
+        ValueError: rows that are tokenised already shall be of one document each, `max_seq_length` is too short, the
+            tokenizer does not suit the objective, the documents hold no token, or for "clm" too few for a row, or
+            there is only one document where pairs need two.
     """
     if "input_ids" in documents.column_names:
+        if one_document_per_row:
+            raise ValueError("The rows are tokenised already, and stay as they are; leave out --one_document_per_row.")
         return documents
     pack, features, settings = _packing(objective, documents, tokenizer, max_seq_length, seed, one_document_per_row)
     arguments = {

@@ -48,7 +48,7 @@ def save_prepared(
     try:
         splits.save_to_disk(staging)
         tokenizer.save_pretrained(staging / TOKENIZER_FOLDER)
-        packing = {name: getattr(arguments, name) for name in ("objective", "max_seq_length", "one_document_per_row")}
+        packing = {name: getattr(arguments, name) for name in ("objective", "max_seq_length")}
         (staging / PACKING_FILE).write_text(json.dumps(packing, indent=2) + "\n", encoding="utf-8")
         staging.chmod(0o755)
         os.replace(staging, folder)
@@ -101,10 +101,4 @@ def _check_packing(folder: Path, arguments: TextArguments) -> None:
         raise ValueError(
             f"The corpus in {folder} was prepared in rows of {packing['max_seq_length']} tokens, and --max_seq_length "
             f"is {arguments.max_seq_length}; give --max_seq_length {packing['max_seq_length']}, or prepare it again."
-        )
-    is_apart = packing.get("one_document_per_row", False)
-    if is_apart != arguments.one_document_per_row:
-        raise ValueError(
-            f"The corpus in {folder} was prepared with --one_document_per_row {is_apart}; give the same here, or "
-            "prepare it again."
         )

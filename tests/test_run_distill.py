@@ -125,7 +125,8 @@ def test_the_same_command_resumes_to_the_same_weights(distilled, teachers, corpu
 def test_make_convert_is_its_recipe_and_the_same_command_goes_on(teachers, corpus, tmp_path):
     def convert(output):
         names = [f"TEXT={corpus}", f"TEACHER={teachers['bare']}", f"CONVERTED={output}"]
-        said = subprocess.run(["make", "-n", "convert", *names], cwd=ROOT, check=True, capture_output=True, text=True)
+        make = ["make", "--no-print-directory", "-n", "convert", *names]
+        said = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True)
         *_, line = said.stdout.replace("\\\n", " ").strip().splitlines()
         assert "run_distill.py recipes/convert_to_spikelm.yaml" in line
         flags = shlex.split(line.partition("run_distill.py")[2])
@@ -142,7 +143,7 @@ def test_make_convert_is_its_recipe_and_the_same_command_goes_on(teachers, corpu
     assert (config["neuron"], config["num_time_steps"]) == ("thrifty", 1)
 
 
-def test_documents_can_have_rows_of_their_own_in_batches_of_about_one_length(teachers, tmp_path, caplog):
+def test_documents_can_have_rows_of_their_own(teachers, tmp_path, caplog):
     text = tmp_path / "texts.txt"
     text.write_text("\n\n".join("the bank " * (1 + number % 3) for number in range(80)))
     more = ("--one_document_per_row", "--train_sampling_strategy", "group_by_length", "--max_steps", "2")

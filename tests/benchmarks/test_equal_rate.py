@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from modeling_spikelm import SpikeLMModel
 from modeling_spikelm.neurons import neuron_groups
@@ -20,6 +20,7 @@ from tests.glue_tasks.conftest import write_tasks
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import equal_rate
 from equal_rate import Arguments, Point, Setting, build_table, gap_at
+from trainings import run_all
 
 ELASTIC = [
     Point(Setting("elastic", "amplitude_scale", 1.0), 0.6, 10.0),
@@ -61,19 +62,21 @@ def bert(tmp_path):
     return tmp_path / "bert"
 
 
-def test_the_training_of_learned_neurons_begins_with_their_scale_multiplied(bert, tmp_path):
-    text, tokenizer = tmp_path / "text.txt", AutoTokenizer.from_pretrained(bert)
-    arguments = Arguments(str(bert), "glue", max_steps=2, train_file=str(text), output_dir=str(tmp_path / "runs"))
-    levels = {}
-    for factor in (1.0, 3.0):
-        setting = Setting("learned", equal_rate.SCALE, factor)
-        job = equal_rate.distillation(arguments, setting)
-        equal_rate.save_start(arguments, setting, job, tokenizer)
-        (command,) = job.commands
-        start = command[command.index("--model_name_or_path") + 1]
-        levels[factor] = [neurons.log_scale for neurons in neuron_groups(SpikeLMModel.from_pretrained(start))]
-    for one, three in zip(levels[1.0], levels[3.0], strict=True):
-        torch.testing.assert_close(three - one, torch.full_like(one, math.log(3)))
+def test_learned_neurons_train_from_their_calibrated_scale_multiplied(bert, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-6\nmax_seq_length: 16\n")
+    given = {"train_file": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "runs")}
+    arguments = Arguments(str(bert), "glue", max_steps=2, recipe=str(tmp_path / "recipe.yaml"), **given)
+    three = Setting("learned", equal_rate.SCALE, 3.0)
+    jobs = {three: equal_rate.distillation(arguments, three)}
+    assert not equal_rate.begin_scaled(arguments, jobs)
+    assert not run_all([*jobs.values()], 1, lambda: None)
+    folders = [tmp_path / "runs" / name / "student" for name in ("learned,calibrated", "neuron=learned,scale=3")]
+    before, after = (
+        [neurons.log_scale for neurons in neuron_groups(SpikeLMModel.from_pretrained(folder))] for folder in folders
+    )
+    assert len(before) == len(after) > 0
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(other - one, torch.full_like(one, math.log(3)), rtol=0, atol=1e-3)
 
 
 def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(bert, tmp_path):
@@ -99,6 +102,12 @@ def test_a_sweep_measures_every_neuron_and_keeps_table_and_picture(bert, tmp_pat
     # A larger k, a larger scale and a cost mean fewer spikes.
     assert rates[0] > rates[1] and rates[2] > rates[3] and rates[2] > rates[4]
     assert (tmp_path / "results/equal_rate_1_steps_0.png").stat().st_size > 0
+
+
+def test_a_fit_that_would_undo_the_scale_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("fit_tokens: 1000\n")
+    with pytest.raises(ValueError, match="has a fit, which sets levels anew"):
+        Arguments("bert", "glue", max_steps=5, train_file="x", output_dir="y", recipe=str(tmp_path / "recipe.yaml"))
 
 
 def test_steps_without_a_text_are_refused():

@@ -1,4 +1,4 @@
-"""Settings are chosen on training rows that nothing trains on, and no row of a dev set is among them."""
+"""Settings are chosen on rows of the training split that share no text with the rest, and on none of a dev set."""
 
 import subprocess
 import sys
