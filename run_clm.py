@@ -27,7 +27,7 @@ from configuration_spikelm import SpikeLMLlamaConfig
 from distillation.arguments import DistillationArguments
 from distillation.causal import CausalTermsTrainer
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, take_real_valued_parts
+from distillation.teacher import Teacher, begin_as_teacher
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         model = load_model(AutoModelForCausalLM, saved_by_run(model_arguments, run.trained), config)
         check_is_causal(model)
-        if teacher is not None and training.do_train and not run.trained and not teaching.train_embeddings:
-            take_real_valued_parts(model, teacher)
+        if teacher is not None and training.do_train and not run.trained:
+            begin_as_teacher(model, teacher, model_arguments, teaching.train_embeddings)
         rows, validation, collator = causal_data(splits, tokenizer, data_arguments, training)
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)
         run.claim(make, model, given)

@@ -27,7 +27,7 @@ from transformers import (
 from configuration_spikelm import SpikeLMConfig
 from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, take_real_valued_parts
+from distillation.teacher import Teacher, begin_as_teacher
 from distillation.trainer import DistillationTrainer, hidden_state_metrics
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
@@ -40,7 +40,6 @@ from experiment.models import (
     load_tokenizer,
     longest_input,
     saved_by_run,
-    stores_any,
     weights_digest,
 )
 from experiment.precision import check_evaluation
@@ -105,10 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         model = load_model(auto_class, saved_by_run(student_arguments, run.trained), config)
         if training.do_train and not run.trained:
             # One that was made of another BERT, or of the same one before it was fine-tuned, has other embeddings.
-            if not teaching.train_embeddings:
-                take_real_valued_parts(model, teacher)
-            elif teacher.kind and not stores_any(student_arguments, "cls.predictions."):
-                take_real_valued_parts(model, teacher, with_embeddings=False)
+            begin_as_teacher(model, teacher, student_arguments, teaching.train_embeddings)
         inputs = inspect.signature(model.forward).parameters
         rows, validation, collator = masked_data(splits, tokenizer, inputs, data_arguments, training)
         make = partial(make_trainer, collator, rows, validation, tokenizer, model_arguments, teacher, teaching, spikes)

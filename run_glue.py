@@ -31,7 +31,7 @@ from transformers import (
 
 from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, take_real_valued_parts
+from distillation.teacher import Teacher, begin_as_teacher
 from distillation.trainer import DistillationTrainer
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments
 from experiment.calibration import calibrate_before_training
@@ -194,7 +194,7 @@ def try_first_steps(
         is_first = False
         teacher = load_task_teacher(data, tokenizer, teaching)
         if teacher is not None:
-            take_real_valued_parts(model, teacher)
+            begin_as_teacher(model, teacher, data.model, teaching.train_embeddings)
         trains = any(run.do_train and not records[run.output_dir].is_trained for run in unfinished)
         make = partial(make_trainer, data, tokenizer, teacher, teaching)
         try_first_step(make, model, unfinished[0], given, trains)
@@ -226,7 +226,7 @@ def run_task(
         model = load_task_model(replace(data, model=saved_by_run(data.model, trained)))
         teacher = load_task_teacher(data, tokenizer, teaching)
     if teacher is not None and run.do_train and not trained:
-        take_real_valued_parts(model, teacher)
+        begin_as_teacher(model, teacher, data.model, teaching.train_embeddings)
     card = make_card(data, run, model)
     keeper, preemption, publisher = CheckpointKeeper(card, run), StopOnSigterm(), Publisher(card, repository)
     # A checkpoint is pushed when it is complete.

@@ -28,7 +28,7 @@ from transformers import (
 from configuration_spikelm import SpikeLMBartConfig
 from distillation.arguments import DistillationArguments
 from distillation.first_fit import fit_before_training
-from distillation.teacher import Teacher, take_real_valued_parts
+from distillation.teacher import Teacher, begin_as_teacher
 from experiment.arguments import ModelArguments, local_inputs, parse_arguments, say_unused
 from experiment.best_model import set_direction
 from experiment.calibration import calibrate_before_training
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         model = load_model(AutoModelForSeq2SeqLM, saved_by_run(start, run.trained), config)
         # The checkpoint then writes as it was evaluated. What does not go together could not be saved.
         tell(model.generation_config, writing, arguments.max_target_length)
-        if teacher is not None and training.do_train and not run.trained and not teaching.train_embeddings:
-            take_real_valued_parts(model, teacher)
+        if teacher is not None and training.do_train and not run.trained:
+            begin_as_teacher(model, teacher, start, teaching.train_embeddings)
         make = partial(make_trainer, splits, pairs, tokenizer, start, arguments, teacher, teaching, spikes)
         run.claim(make, model, given)
 

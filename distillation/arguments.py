@@ -52,30 +52,32 @@ class DistillationArguments:
         },
     )
     hidden_weight: float = field(
-        default=1.0,
+        default=LossWeights.hidden,
         metadata={"help": "Weight of the hidden states' error, the mean over layers, in units of their variance."},
     )
     sentence_weight: float = field(
-        default=0.0,
+        default=LossWeights.sentence,
         metadata={"help": "Weight of the error of the mean over a sequence's last hidden states, in the same units."},
     )
     first_token_weight: float = field(
-        default=0.0,
+        default=LossWeights.first_token,
         metadata={"help": "Weight of the error of the last layer's first token, which a classifier reads, likewise."},
     )
     logits_weight: float = field(
-        default=1.0,
+        default=LossWeights.logits,
         metadata={"help": "Weight of the logits' divergence: at every token if the teacher has a head for tokens."},
     )
     attention_weight: float = field(
-        default=0.0,
+        default=LossWeights.attention,
         metadata={"help": "Weight of the divergence of attention, the mean over layers: where a token looks."},
     )
     value_relation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the divergence of value relations in the last layer (MiniLM)."}
+        default=LossWeights.value_relation,
+        metadata={"help": "Weight of the divergence of value relations in the last layer (MiniLM)."},
     )
     label_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the loss that the student has on labels without a teacher."}
+        default=LossWeights.label,
+        metadata={"help": "Weight of the loss that the student has on labels without a teacher."},
     )
     train_embeddings: bool = field(
         default=False,
@@ -236,7 +238,7 @@ class DistillationArguments:
         Raises:
             ValueError: a flag was given that is about a head, and the teacher has none.
         """
-        for name in ("logits_weight", "label_weight", "temperature"):
+        for name in ("logits_weight", "label_weight", "temperature", "mlm_probability"):
             if given.get(name) and not teacher.kind:
                 raise ValueError(
                     f"--{name} {given[name]:g} is about a masked-LM head, and --teacher_name_or_path "

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from configuration_spikelm import SpikeLMConfig
-from experiment.models import knows_words, loading_errors, refuse_missing
+from experiment.arguments import ModelArguments
+from experiment.models import knows_words, loading_errors, refuse_missing, stores_any
 from experiment.precision import WEIGHTS, refuse_quantised
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ _LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
 # Of models whose head belongs to them: what its logits say something of.
 NEXT, WRITTEN = "next tokens", "written tokens"
 _OWN_HEADS = {AutoModelForCausalLM: NEXT, AutoModelForSeq2SeqLM: WRITTEN}
+# How the parameters begin of a head that a student may lack, by what the teacher's logits say something of.
+_LACKED_HEADS = {"tokens": "cls.predictions.", "labels": "classifier."}
 
 
 class Teacher(nn.Module):
@@ -134,6 +137,22 @@ def load_teacher(
     if is_classifier:
         return Teacher(model, "labels")
     return Teacher(model, _OWN_HEADS[own_head] if own_head else "" if heads else "tokens")
+
+
+def begin_as_teacher(
+    student: PreTrainedModel, teacher: Teacher, start: ModelArguments, trains_embeddings: bool
+) -> None:
+    """Copies of the teacher what the student would not learn: with frozen embeddings all of `take_real_valued_parts`.
+
+    A student that trains its embeddings keeps them, and its head as well; where it has none, the teacher's is taken.
+
+    Args:
+        start: the checkpoint that the student was loaded from.
+    """
+    if not trains_embeddings:
+        take_real_valued_parts(student, teacher)
+    elif teacher.kind in _LACKED_HEADS and not stores_any(start, _LACKED_HEADS[teacher.kind]):
+        take_real_valued_parts(student, teacher, with_embeddings=False)
 
 
 @torch.no_grad()

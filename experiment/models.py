@@ -450,6 +450,8 @@ def _fields_of_one_step(arguments: ModelArguments, config: PreTrainedConfig) -> 
 
 def _weight_files(arguments: ModelArguments) -> list[Path]:
     """The safetensors files of a checkpoint that has been loaded; those from the Hub lie in its cache."""
+    if arguments.model_name_or_path is None:
+        return []
     folder = Path(str(arguments.model_name_or_path))
     if not folder.is_dir():
         config_file = cached_file(
@@ -460,7 +462,7 @@ def _weight_files(arguments: ModelArguments) -> list[Path]:
 
 
 def stores_any(arguments: ModelArguments, prefix: str) -> bool:
-    """Whether a checkpoint, which has been loaded, has weights whose names begin so."""
+    """Whether a checkpoint, which has been loaded, has weights whose names begin so; a model from scratch has none."""
     for path in _weight_files(arguments):
         with safe_open(path, framework="pt") as file:
             names = file.keys()

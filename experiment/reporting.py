@@ -5,11 +5,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 # What these say of the data and the run is worth a line each; what libraries say at this level is not.
 OWN_LOGGERS = """
@@ -43,6 +45,14 @@ def set_up_logging(arguments: TrainingArguments) -> None:
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     if not PartialState().is_main_process:
         datasets.utils.logging.disable_progress_bar()
+
+
+def keep_in_output_folder(trainer: Trainer) -> None:
+    """TensorBoard's files go to `runs/` of the output folder in a run that does not train, too: its callback learns of
+    the folder when a training begins, and would take the current directory."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(trainer.args.output_dir, default_logdir()))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from modeling_spikelm import SpikingNeurons
 
 from .recorded_arguments import EXPLANATIONS, sequences_per_step
+from .reporting import keep_in_output_folder
 from .sharding import evaluate_whole, prepare_for_fsdp
 
 
@@ -58,6 +59,7 @@ class WholeStepsTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         prepare_for_fsdp(self)
+        keep_in_output_folder(self)
         if self.args.torch_compile:
             # So that one compiled layer serves all in training, too: see modeling_spikelm/compiled_layers.py.
             torch._functorch.config.donated_buffer = False

@@ -34,9 +34,13 @@ KEEPING_BEST = {
 
 
 def check_strategies(arguments: GlueArguments, training: GlueTrainingArguments, given: Mapping[str, Any]) -> None:
-    """Refuses flags that say something else than --report_epoch about when to evaluate and what to keep."""
+    """Refuses flags that say something else than --report_epoch about when to evaluate and what to keep, and warns of
+    epochs for other tasks."""
     if not training.do_train:
         return
+    unused = sorted(arguments.epochs_by_task().keys() - {*(arguments.task_name or ())})
+    if unused:
+        say_unused(given, ["task_epochs"], f"{', '.join(unused)} is not among the tasks of this command")
     keeps_best = arguments.report_epoch == "best"
     for name, value in (KEEPING_BEST | {"eval_delay": 0}).items():
         asked = given.get(name, value)

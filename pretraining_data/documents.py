@@ -434,6 +434,13 @@ def _as_documents(name: str, dataset: AnyDataset, arguments: TextArguments, rows
     if "input_ids" in columns:
         if rows_per_document > 1:
             raise ValueError(f"--rows_per_document {rows_per_document} joins rows of text, but {name} is tokenised.")
+        if arguments.text_column_name in columns:
+            logger.warning(
+                "%s has the columns %r and 'input_ids': the token ids are used, and the text is not. If another "
+                "tokenizer made them, remove that column.",
+                name,
+                arguments.text_column_name,
+            )
         dataset = dataset.select_columns([column for column in TOKEN_COLUMNS if column in columns])
         ids = first_row["input_ids"]
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):

@@ -20,7 +20,7 @@ from torch import nn
 from modeling_spikelm.calibration import in_evaluation_mode
 
 from .counts import NO_RULE, NeuronCount, NotCounted, ProductCount, SpikeCount
-from .positions import IN_ONE_FORWARD, Positions, check_is_not_packed, read_positions
+from .positions import IN_ONE_FORWARD, Positions, check_products, read_positions
 from .spikes import (
     emitted_spikes,
     has_int8_weights,
@@ -219,7 +219,7 @@ class SpikeCounter:
         with self._kept_failure():
             self._positions = read_positions(module, args, kwargs, self.include_padding)
             if not self.neurons_only:
-                check_is_not_packed(module, args, kwargs)
+                check_products(module, args, kwargs)
         tokens = int(self._positions.source.sum())
         self._sequences += len(self._positions.source)
         self._tokens += tokens

@@ -54,19 +54,13 @@ def read_positions(
     """Those of the forward arguments of a model.
 
     Raises:
-        ValueError: they hold no sequence, a cache with tokens in it, `logits_to_keep`, or a mask that does not say what
-            is padding.
+        ValueError: they hold no sequence, a cache with tokens in it, or a mask that does not say what is padding.
     """
     given = _arguments(module, args, kwargs)
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError(
             f"The model goes on from a cache, as in generate(), and only its new tokens run. {IN_ONE_FORWARD}"
-        )
-    kept = given.get("logits_to_keep")
-    if kept is not None and not (isinstance(kept, int) and kept == 0):
-        raise ValueError(
-            f"With logits_to_keep, as in generate(), the head runs on some of the tokens only. {IN_ONE_FORWARD}"
         )
     source = _places(given, "")
     if source is None and given.get("encoder_outputs") is not None:
@@ -92,12 +86,19 @@ def read_positions(
     return Positions(counted, _tokens(places, mask, "decoder_attention_mask", include_padding))
 
 
-def check_is_not_packed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """
+def check_products(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What stands in the way of counting products, and of neurons does not.
+
     Raises:
-        ValueError: several texts are packed into a row, and which tokens see each other is the attention's to say.
+        ValueError: `logits_to_keep`; or several texts are packed into a row, and which tokens see each other is the
+            attention's to say.
     """
     given = _arguments(module, args, kwargs)
+    kept = given.get("logits_to_keep")
+    if kept is not None and not (isinstance(kept, int) and kept == 0):
+        raise ValueError(
+            f"With logits_to_keep, as in generate(), the head runs on some of the tokens only. {IN_ONE_FORWARD}"
+        )
     positions = given.get("position_ids")
     begins_anew = False
     if positions is not None and given.get("attention_mask") is None:

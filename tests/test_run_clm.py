@@ -157,6 +157,8 @@ def test_a_student_comes_nearer_to_its_teacher(teacher, corpus, tmp_path):
     for term in ("hidden", "logits", "label"):
         losses = history(tmp_path / "out", f"{term}_loss")
         assert losses[-1] < 0.98 * losses[0], term
+    assert all(0 < rate < 1 for rate in history(tmp_path / "out", "firing_rate"))
+    assert len(history(tmp_path / "out", "firing_rate")) == len(history(tmp_path / "out"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.model_type, model.config.neuron) == ("spikelm_llama", "thrifty")
     dense, weights = (load_file(folder / "model.safetensors") for folder in (teacher, tmp_path / "out"))

@@ -280,6 +280,7 @@ def test_hidden_states_are_learned_with_any_checkpointing(teachers, corpus, tmp_
         (("--hidden_weight", "-1"), "--hidden_weight is -1.0"),
         (("--temperature", "2", "--logits_weight", "0"), "--temperature 2 with --logits_weight 0 says nothing"),
         (("--label_weight", "0.5"), "--label_weight 0.5 is about a masked-LM head, and .*bare has none; leave"),
+        (("--mlm_probability", "0.3"), "--mlm_probability 0.3 is about a masked-LM head, and .*bare has none; leave"),
         (
             ("--sentence_weight", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"),
             "--sentence_weight 1 with --per_device_train_batch_size 4: .* takes 8 or more",

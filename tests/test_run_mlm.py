@@ -630,6 +630,15 @@ def test_an_int8_model_is_not_evaluated_in_16_bits(corpus, trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_leaves_nothing_beside_its_output_folder(corpus, trained, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    command = ["--model_name_or_path", str(trained), "--validation_file", str(corpus), "--do_eval", *SHORT]
+    run_mlm.main([*command, "--report_to", "tensorboard", "--output_dir", str(tmp_path / "run")])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
+
+
 LONG = f"{TINY},max_position_embeddings=1024"
 
 

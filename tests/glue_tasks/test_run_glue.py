@@ -172,6 +172,13 @@ def test_the_epochs_of_a_task_go_before_those_of_all_and_those_before_the_publis
     assert [c["epochs_trained"] for c in results(tmp_path / "published")["columns"].values()] == [20, 1]
 
 
+def test_epochs_of_a_task_that_is_not_trained_are_named(write_glue, tiny_bert, tmp_path, caplog):
+    more = ("--task_name", "rte", "--task_epochs", "rte=1", "cola=1", "--max_steps", "1")
+    main(command(tiny_bert, write_glue("RTE", test=0), tmp_path / "out", *more))
+    (warning,) = (record.getMessage() for record in caplog.records if "--task_epochs" in record.getMessage())
+    assert "cola is not among the tasks of this command" in warning
+
+
 def test_several_seeds_are_runs_of_their_own(write_glue, tiny_bert, tmp_path):
     output, data = tmp_path / "out", write_glue("RTE")
     seeds = ("--num_seeds", "2", "--seed", "7")

@@ -62,6 +62,25 @@ def test_the_student_begins_with_the_teachers_real_valued_parts(taught_run, writ
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "cola").config.model_type == "spikelm"
 
 
+@pytest.mark.parametrize("has_classifier", [True, False])
+def test_a_student_that_trains_its_embeddings_keeps_them_and_its_classifier(
+    taught_run, write_glue, tmp_path, has_classifier
+):
+    teacher, student = taught_run / "teachers" / "cola", tmp_path / "student"
+    shutil.copytree(taught_run / "students" / "cola", student, ignore=shutil.ignore_patterns("run.json"))
+    own = {name: value + 0.25 for name, value in load_file(student / "model.safetensors").items()}
+    own = {name: value for name, value in own.items() if has_classifier or not name.startswith("classifier.")}
+    save_file(own, student / "model.safetensors", {"format": "pt"})
+    more = ("--task_name", "cola", "--teacher_name_or_path", str(teacher), "--train_embeddings")
+    still = ("--learning_rate", "1e-30", "--num_train_epochs", "1", "--report_epoch", "last")
+    main(command(student, write_glue("CoLA"), tmp_path / "out", *more, *still))
+    found, teachers = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "cola", teacher))
+    embeddings = "bert.embeddings.word_embeddings.weight"
+    torch.testing.assert_close(found[embeddings], own[embeddings])
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        torch.testing.assert_close(found[name], own[name] if has_classifier else teachers[name])
+
+
 def test_a_student_of_a_task_can_begin_with_a_fit(taught_run, write_glue, tiny_spikelm, tmp_path):
     still = ("--learning_rate", "1e-30", "--num_train_epochs", "1", "--report_epoch", "last", "--fit_tokens", "150")
     teacher = taught_run / "teachers" / "cola"

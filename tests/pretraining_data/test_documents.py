@@ -284,6 +284,17 @@ def test_tokenised_rows_pass_through(tmp_path, streaming, form):
     assert [row["input_ids"] for row in splits["train"]] == TOKENISED["input_ids"]
 
 
+def test_text_beside_token_ids_is_left_with_a_warning(tmp_path, caplog):
+    Dataset.from_dict({**TOKENISED, "body": ["x"] * 20}).save_to_disk(tmp_path / "rows")
+    splits = load(tmp_path / "rows", text_column_name="body")
+    assert splits["train"].column_names == ["input_ids", "token_type_ids"]
+    said = "has the columns 'body' and 'input_ids': the token ids are used"
+    assert said in caplog.text
+    caplog.clear()
+    load(tmp_path / "rows")
+    assert "the token ids are used" not in caplog.text
+
+
 def test_next_sentence_labels_follow_the_objective(tmp_path):
     rows = Dataset.from_dict({**TOKENISED, "next_sentence_label": [0, 1] * 10})
     rows.save_to_disk(tmp_path / "rows")
