@@ -61,7 +61,9 @@ class Calibration:
         self._positions = positions
         hooks = [neurons.register_forward_pre_hook(self._use_inputs) for neurons in self.groups]
         try:
-            model(**batch)
+            # A graph that `model.compile()` made before knows nothing of the hooks.
+            with torch.compiler.set_stance("force_eager"):
+                model(**batch)
         finally:
             for hook in hooks:
                 hook.remove()

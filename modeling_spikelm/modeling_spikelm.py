@@ -217,6 +217,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         self.pooler = SpikeLMPooler(config) if add_pooling_layer else None
         self.post_init()
 
+    def _build_options(self) -> dict[str, Any]:
+        return {"add_pooling_layer": self.pooler is not None}
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 

@@ -147,7 +147,8 @@ class SpikingNeurons(nn.Module):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"A forward in training mode without gradients, on {steps[0, ..., 0].numel()} tokens, has set this "
-                f"SpikeLM's spike amplitudes for good. Was it a test? {HOW_TO_CALIBRATE}"
+                "SpikeLM's spike amplitudes for good. Was it a test, and no training with use_reentrant? "
+                f"{HOW_TO_CALIBRATE}"
             )
         values = self.batch_calibration(steps, every_process=True)
         if not (torch.compiler.is_compiling() or values.is_meta or values.isfinite().all()):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
 from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
@@ -280,8 +281,14 @@ class SpikingPreTrainedModel(PreTrainedModel):
         """Makes every neuron "not calibrated" again (amplitude 0); the next training forward calibrates anew.
 
         Raises:
-            ValueError: the configuration was changed since the model was built.
+            ValueError: the weights are int8, which contain the amplitudes; or the configuration was changed since the
+                model was built.
         """
+        if self.config.int8_weights:
+            raise ValueError(
+                "A SpikeLM with int8 weights keeps its amplitudes, for these contain them; call dequantize_weights() "
+                "first."
+            )
         check_configuration(self)
         forget_amplitudes(self)
 
@@ -316,11 +323,15 @@ class SpikingPreTrainedModel(PreTrainedModel):
         asked_for = {"membrane_decay": membrane_decay, "membrane_reset": membrane_reset}
         fields = {name: value for name, value in asked_for.items() if value is not None}
         config = type(self.config).from_dict(self.config.to_dict() | fields | {"num_time_steps": num_time_steps})
-        model = type(self)._from_config(config, attn_implementation=self.config._attn_implementation)
-        if model.state_dict().keys() != self.state_dict().keys():
+        # Weights of 16 bits beside others of 32 are to be copied without rounding.
+        widest = reduce(torch.promote_types, (parameter.dtype for parameter in self.parameters()))
+        options = {"attn_implementation": self.config._attn_implementation, "dtype": widest}
+        model = type(self)._from_config(config, **options, **self._build_options())
+        others = model.state_dict().keys() ^ self.state_dict().keys()
+        if others:
             raise ValueError(
-                "with_time_steps() is for a model as it was built, and this one has other modules; merge an adapter "
-                "into it first (PEFT: merge_and_unload())."
+                f"with_time_steps() is for a model as it was built, and this one has other parameters ({min(others)}); "
+                "merge an adapter into it first (PEFT: merge_and_unload())."
             )
         model.load_state_dict(
             {
@@ -329,10 +340,16 @@ class SpikingPreTrainedModel(PreTrainedModel):
             }
         )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.get_parameter(name).requires_grad)
+            own = self.get_parameter(name)
+            parameter.data = parameter.data.to(own.dtype)
+            parameter.requires_grad_(own.requires_grad)
         if self.can_generate():
             model.generation_config = copy.deepcopy(self.generation_config)
-        return model.to(device=self.device, dtype=self.dtype).train(self.training)
+        return model.to(self.device).train(self.training)
+
+    def _build_options(self) -> dict[str, Any]:
+        """What a model was built with beside its configuration."""
+        return {}
 
     def _products(self) -> Iterator[tuple[nn.Module, str, SpikingNeurons]]:
         """Every linear layer that becomes int8 where it stands, as the module it is a part of and its name there, and
@@ -352,8 +369,9 @@ class SpikingPreTrainedModel(PreTrainedModel):
                 their weight.
 
         Raises:
-            ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32, or
-                wear an adapter, the embeddings are shared, or the configuration was changed since the model was built.
+            ValueError: the neurons are not calibrated or not ternary, the weights are int8 already, not float32,
+                offloaded, or wear an adapter, the embeddings are shared, or the configuration was changed since the
+                model was built.
         """
         check_configuration(self)
         check_says_how_weights_are(self, self.config)

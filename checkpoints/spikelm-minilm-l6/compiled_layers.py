@@ -77,7 +77,7 @@ def _does_more(config: SpikingConfig, layer: nn.Module, kwargs: dict[str, Any]) 
         # Its products are no part of any graph.
         or config.int8_weights
         # Somebody watches it from within, each layer for itself.
-        or any(module._forward_hooks for module in layer.modules())
+        or any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
         # What a batch calibrates is no part of a graph either.
         or not all(neurons.is_calibrated for neurons in neuron_groups(layer))
     )

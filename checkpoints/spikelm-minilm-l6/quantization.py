@@ -48,6 +48,15 @@ LINEARS = (
     "output.dense",
 )
 
+# Where a module keeps the hooks of its forward.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 class QuantizedSelfAttention(SpikeLMSelfAttention):
     """`SpikeLMSelfAttention` with one integer product for queries, keys and values."""
@@ -260,6 +269,7 @@ def quantize_layer(layer: SpikeLMLayer, config: SpikingConfig) -> QuantizedLayer
     quantized = QuantizedLayer(config).to(layer.output.dense.weight.device)
     quantized.quantize(layer)
     _take_checkpointing(quantized, layer)
+    _take_hooks(quantized, layer)
     return quantized.eval()
 
 
@@ -270,11 +280,21 @@ def _take_checkpointing(layer: nn.Module, from_layer: nn.Module) -> None:
             setattr(layer, name, getattr(from_layer, name))
 
 
+def _take_hooks(layer: nn.Module, from_layer: nn.Module) -> None:
+    """Whoever watches a layer or its attention goes on: transformers does, once attentions were asked for, and does not
+    look again. Within them an int8 layer has other modules."""
+    for name in ("", "attention", "attention.self"):
+        for kind in _HOOKS:
+            # The same mapping, by which whoever put a hook there removes it.
+            setattr(layer.get_submodule(name), kind, getattr(from_layer.get_submodule(name), kind))
+
+
 def dequantize_layer(layer: QuantizedLayer, config: SpikingConfig) -> SpikeLMLayer:
     """A float layer that computes what an int8 one does, in the same mode, on the same device."""
     float_layer = SpikeLMLayer(config).to(layer.output.dense.bias.device)
     layer.dequantize(float_layer)
     _take_checkpointing(float_layer, layer)
+    _take_hooks(float_layer, layer)
     return float_layer.train(layer.training)
 
 
@@ -292,14 +312,21 @@ def check_can_quantize(
         groups: the neurons of the model.
 
     Raises:
-        ValueError: a linear layer is not float32 or wears an adapter, or the neurons are not calibrated or not ternary;
-            the message says so.
+        ValueError: a linear layer is not float32, offloaded or wears an adapter, or the neurons are not calibrated or
+            not ternary; the message says so.
     """
     if "int8_weights" not in NEURONS[config.neuron]:
         *able, last = [repr(neuron) for neuron, fields in NEURONS.items() if "int8_weights" in fields]
         raise ValueError(
             f"quantize_weights() takes ternary spikes, but this SpikeLM has neuron={config.neuron!r}; it works with "
             f"{', '.join(able)} and {last}."
+        )
+    linears, groups = list(linears), list(groups)
+    weights = [getattr(linear, "weight", None) for _, linear in linears]
+    if any(tensor is not None and tensor.is_meta for tensor in (*weights, *(group.calibration() for group in groups))):
+        raise ValueError(
+            "quantize_weights() needs weights that are in memory, and some of these are offloaded (device_map, "
+            "cpu_offload). Load the model without, quantise and save it, and load what was saved."
         )
     for neurons in groups:
         neurons.read_calibration()
@@ -327,7 +354,8 @@ def check_is_quantized(model: nn.Module, name: Any) -> None:
         ValueError: `model`, built for int8 weights, was loaded from a checkpoint `name` that has none.
     """
     modules = (module for module in model.modules() if isinstance(module, Int8Module))
-    if not all(bool(module.weight_scale.all()) for module in modules):
+    # What is offloaded cannot be asked.
+    if not all(module.weight_scale.is_meta or bool(module.weight_scale.all()) for module in modules):
         raise ValueError(
             f"{name} has no int8 weights, though int8_weights=True says so; load it as it is and call "
             "model.quantize_weights()."

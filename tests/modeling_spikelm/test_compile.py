@@ -236,3 +236,33 @@ def test_a_model_that_is_not_calibrated_runs_compiled_and_its_first_step_calibra
             torch.testing.assert_close(step(compiled, batch), step(model, batch), rtol=1e-4, atol=1e-6)
     assert all(group.is_calibrated for group in neuron_groups(mine))
     torch.testing.assert_close(dict(mine.named_buffers()), dict(model.named_buffers()))
+
+
+def test_a_model_that_was_compiled_in_place_is_calibrated_as_another_is(config, collator):
+    """A graph of before would run without the hooks by which a calibration sees what comes in."""
+    first, second, *_ = batches(SpikeLMForMaskedLM, collator)
+    model = calibrated(SpikeLMForMaskedLM, config, first)
+    mine = copy.deepcopy(model)
+    torch._dynamo.reset()
+    mine.compile(backend="aot_eager")
+    with torch.no_grad():
+        mine.eval()(**first)
+    tokens = {"input_ids": second["input_ids"], "attention_mask": second["attention_mask"]}
+    for each in (mine, model):
+        each.calibrate(tokens)
+    torch.testing.assert_close(dict(mine.named_buffers()), dict(model.named_buffers()))
+
+
+def test_a_hook_that_keeps_what_comes_into_a_layer_compiles_too(config, collator):
+    batch, *_ = batches(SpikeLMForMaskedLM, collator)
+    model = calibrated(SpikeLMForMaskedLM, config, batch).eval()
+    kept = []
+    for layer in model.bert.encoder.layer:
+        layer.output.dense.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    with torch.no_grad():
+        expected = model(**batch).loss
+        kept.clear()
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="aot_eager")(**batch).loss
+    torch.testing.assert_close(found, expected)
+    assert len(kept) == config.num_hidden_layers

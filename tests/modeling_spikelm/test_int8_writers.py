@@ -57,6 +57,16 @@ def test_products_are_those_of_the_weights_that_int8_stands_for(form, neuron, ha
 
 
 @every_form
+def test_int8_weights_keep_their_amplitudes(form):
+    make, _ = MODELS[form]
+    model = make(2).quantize_weights()
+    before = logits(model)
+    with pytest.raises(ValueError, match="keeps its amplitudes"):
+        model.reset_calibration()
+    assert torch.equal(logits(model), before)
+
+
+@every_form
 def test_weights_come_back_as_what_they_were_rounded_to(form):
     make, number = MODELS[form]
     model = make(1)

@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given
@@ -619,9 +620,35 @@ def test_calibrating_or_resetting_int8_weights_cannot_corrupt(config, batch):
     model = calibrated(SpikeLMModel, config, batch).quantize_weights()
     with pytest.raises(ValueError, match="calibrate the float model"):
         model.calibrate([batch])
-    model.reset_calibration()
-    with pytest.raises(ValueError, match="not calibrated"):
-        model(**batch)
+    before = model(**batch).last_hidden_state
+    with pytest.raises(ValueError, match=r"keeps its amplitudes.*dequantize_weights\(\)"):
+        model.reset_calibration()
+    assert torch.equal(model(**batch).last_hidden_state, before)
+
+
+def test_offloaded_weights_are_refused_and_stay(config, batch):
+    model = calibrated(SpikeLMModel, config, batch)
+    before = model(**batch).last_hidden_state
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="some of these are offloaded"):
+        model.quantize_weights()
+    torch.testing.assert_close(model(**batch).last_hidden_state, before)
+
+
+def test_attentions_and_hooks_outlive_another_kind_of_weights(config, batch):
+    config._attn_implementation = "eager"
+    model = calibrated(SpikeLMModel, config, batch)
+    seen = []
+    handle = model.encoder.layer[0].register_forward_hook(lambda *_: seen.append(1))
+    assert len(model(**batch, output_attentions=True).attentions) == config.num_hidden_layers
+    for change in (model.quantize_weights, model.dequantize_weights):
+        change()
+        seen.clear()
+        assert len(model(**batch, output_attentions=True).attentions) == config.num_hidden_layers
+        assert len(seen) == 1
+    handle.remove()
+    model(**batch)
+    assert len(seen) == 1
 
 
 def test_weights_of_16_bits_are_not_quantised(config, batch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM
+from modeling_spikelm import SpikeLMConfig, SpikeLMForMaskedLM, SpikeLMModel
 
 SIZES = {
     "vocab_size": 99,
@@ -49,6 +49,25 @@ def test_weights_and_levels_are_copies_and_amplitudes_those_of_the_only_step(one
     loaded = SpikeLMForMaskedLM.from_pretrained(tmp_path)
     assert (loaded.config.num_time_steps, loaded.config.membrane_reset) == (4, "symmetric")
     assert loaded.bert.encoder.layer[0].attention.self.neurons.amplitude.shape == (4,)
+
+
+def test_weights_are_copied_without_rounding_whatever_was_loaded(one_step, tmp_path):
+    one_step.bfloat16().save_pretrained(tmp_path)
+    trained = SpikeLMForMaskedLM.from_pretrained(tmp_path).float()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1e-4)
+    trained.cls.bfloat16()
+    several = trained.with_time_steps(2)
+    for name, parameter in trained.named_parameters():
+        found, wanted = several.get_parameter(name), parameter.repeat(2) if name.endswith(".amplitude") else parameter
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted), name
+
+
+def test_an_encoder_without_a_pooler_grows_too(one_step):
+    encoder = SpikeLMModel(one_step.config, add_pooling_layer=False)
+    encoder.calibrate({"input_ids": torch.randint(5, 99, (4, 12))})
+    assert encoder.with_time_steps(2).pooler is None
 
 
 def test_what_cannot_grow_is_refused_in_one_line(one_step):
