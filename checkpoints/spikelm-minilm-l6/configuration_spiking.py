@@ -57,9 +57,12 @@ def calibration_differences(made_for: Mapping[str, Any], given: Mapping[str, Any
 
     Args:
         made_for: fields of the configuration that the amplitudes were made for; those it lacks are not compared.
-        given: fields of the other one; those that its neuron does not use are not compared.
+        given: fields of the other one; those that its neuron does not use are not compared, nor, where both have one
+            time step, those of what a membrane keeps for the next.
     """
     not_used = {field for fields in NEURONS.values() for field in fields} - set(NEURONS.get(given["neuron"], ()))
+    if made_for.get("num_time_steps") == given["num_time_steps"] == 1:
+        not_used |= {"membrane_decay", "membrane_reset"}
     return {
         field: (made_for[field], given[field])
         for field in CALIBRATION_FIELDS

@@ -133,6 +133,16 @@ def test_amplitudes_stay_where_no_value_differs(load, base, notices, tmp_path):
     assert not notices()
 
 
+def test_what_a_membrane_keeps_does_not_matter_to_a_single_step(config, batch, notices, tmp_path):
+    config.num_time_steps = 1
+    model = SpikeLMModel(config).eval()
+    model.calibrate(batch)
+    model.save_pretrained(tmp_path)
+    loaded = SpikeLMModel.from_pretrained(tmp_path, membrane_decay=0.5, membrane_reset="symmetric")
+    assert not notices()
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
 def test_fields_that_a_fixed_amplitude_does_not_depend_on_change_without_a_word(config, notices, tmp_path):
     config.neuron = "bi-spiking"
     SpikeLMForMaskedLM(config).save_pretrained(tmp_path)
