@@ -343,6 +343,8 @@ class SpikingPreTrainedModel(PreTrainedModel):
             own = self.get_parameter(name)
             parameter.data = parameter.data.to(own.dtype)
             parameter.requires_grad_(own.requires_grad)
+        for name, buffer in model.named_buffers():
+            buffer.data = buffer.data.to(self.get_buffer(name).dtype)
         if self.can_generate():
             model.generation_config = copy.deepcopy(self.generation_config)
         return model.to(self.device).train(self.training)

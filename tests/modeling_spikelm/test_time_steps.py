@@ -64,6 +64,14 @@ def test_weights_are_copied_without_rounding_whatever_was_loaded(one_step, tmp_p
         assert found.dtype == wanted.dtype and torch.equal(found, wanted), name
 
 
+def test_a_model_of_16_bits_stays_one(one_step):
+    several = one_step.bfloat16().with_time_steps(2)
+    for name, values in one_step.state_dict().items():
+        assert several.state_dict()[name].dtype == values.dtype, name
+    for name, buffer in one_step.named_buffers():
+        assert several.get_buffer(name).dtype == buffer.dtype, name
+
+
 def test_an_encoder_without_a_pooler_grows_too(one_step):
     encoder = SpikeLMModel(one_step.config, add_pooling_layer=False)
     encoder.calibrate({"input_ids": torch.randint(5, 99, (4, 12))})
